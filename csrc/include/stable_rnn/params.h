@@ -1,0 +1,126 @@
+// The contract between the Python layer and every compiled backend: plain structs of sizes, strides and pointers.
+//
+// Words. A *row* of the batch b is one sequence; its time runs t = 0 .. length[b]-1 in the order in which the recurrence visits it.
+// Its data lie at buffer rows   row(b, t) = base[b] + t * step.   One formula covers every layout:
+//     padded (T, B, .)           base[b] = b                      step =  B
+//     padded, reverse direction  base[b] = (length[b]-1) * B + b  step = -B
+//     sequences end to end       base[b] = first row              step =  1   (reverse: last row, -1)
+// A *lane* is one independent run of the recurrence. Lane j of row b, with id j * batch + b,
+//     writes times [j*stride, min((j+1)*stride, length[b])),
+//     starts at time max(0, j*stride - warmup): from h0[b], c0[b] where j*stride - warmup <= 0, else from zeros.
+// A lane's arithmetic does not depend on how many lanes run beside it, nor on the number of threads: every sum over the hidden units
+// runs in one fixed order. So a run of one lane is bitwise the run of the same lane among thousands.
+#pragma once
+#include <cstdint>
+
+namespace stable_rnn {
+
+enum Cell : int { RNN_TANH = 0, RNN_RELU = 1, LSTM = 2 };   // the order of ops/recurrence/problem.py
+enum DType : int { F32 = 0, BF16 = 1 };                      // storage of xp, weights, h and gates; arithmetic and cells are float32
+
+constexpr int gates_of(int cell) { return cell == LSTM ? 4 : 1; }
+
+struct Lanes {
+  int64_t steps;          // T: the largest length
+  int64_t batch;          // B
+  int64_t step;           // buffer rows between consecutive times, may be negative
+  int64_t stride, warmup; // the schedule; ceil(T / stride) lanes a row
+  const int64_t* base;    // [B] or null: b, or (T-1)*B + b where step < 0
+  const int64_t* length;  // [B] or null: T for every row
+  const int64_t* select;  // [n_select] lane ids, ascending, or null: every lane
+  int64_t n_select;
+};
+
+// Forward:  z = h W_hh^T + xp;  RNN: h = tanh(z) or relu(z);
+// LSTM: i, f, g, o = split(z);  c = min(sigmoid(f), cap) * c + sigmoid(i) * tanh(g);  h = sigmoid(o) * tanh(c), then h W_hr^T if w_hr.
+// h is rounded to the storage type at each step (what the next step reads is what y holds).
+struct ForwardParams {
+  int cell, dtype, threads;
+  int64_t hidden;         // H
+  int64_t out;            // P: size of h; H, or the projection's
+  float cap;              // upper bound of the forget gate; 1 = none
+  Lanes lanes;
+  // inputs
+  const void* xp;         // [N, G*H] input projection with both biases
+  const void* w_hh;       // [G*H, P]
+  const void* w_hr;       // [P, H] or null
+  const void* h0;         // [B, P]
+  const void* c0;         // [B, H], LSTM
+  const float* h_init;    // [n_select, P] or null: selected lanes start at j*stride from these, with no warm-up
+  const float* c_init;    // [n_select, H]
+  // outputs; rows that no lane writes are left alone
+  void* y;                // [N, P]
+  void* h_n;              // [B, P] or null: state after the last time; h0 where length is 0
+  void* c_n;              // [B, H] or null
+  void* gates;            // [N, 4H] or null: i, min(f, cap), g, o after their non-linearities
+  float* cells;           // [N, H] or null
+  float* h_start;         // [lanes*B, P] or null: each lane's state as it begins to write (indexed by lane id, selected lanes too)
+  float* c_start;         // [lanes*B, H]
+  float* h_end;           // [lanes*B, P] or null: each lane's state after its last written time
+  float* c_end;           // [lanes*B, H]
+};
+
+// Backward: the adjoint recursion over saved states, on lanes in reverse time. Lane j of row b
+//     writes times [j*stride, min((j+1)*stride, length[b])), last one first,
+//     starts at time min(length[b], (j+1)*stride + warmup) - 1: from dh_n[b], dc_n[b] where that is the last time, else from zeros.
+// With stride >= T it is exact back-propagation. The weight gradients are GEMMs over dz, outside.
+struct BackwardParams {
+  int cell, dtype, threads;
+  int64_t hidden, out;
+  float cap;
+  Lanes lanes;
+  // inputs
+  const void* dy;         // [N, P]
+  const void* y;          // [N, P] saved output (RNN)
+  const void* gates;      // [N, 4H] saved (LSTM)
+  const float* cells;     // [N, H] saved (LSTM)
+  const void* w_hh;       // [G*H, P]
+  const void* w_hr;       // [P, H] or null
+  const void* c0;         // [B, H], LSTM
+  const void* dh_n;       // [B, P] or null: zeros
+  const void* dc_n;       // [B, H] or null: zeros
+  const float* dh_init;   // [n_select, P] or null: selected lanes start at their last written time from these, with no warm-up
+  const float* dc_init;   // [n_select, H]
+  // outputs
+  void* dz;               // [N, G*H] gradient of z, which is the gradient of xp
+  void* dh;               // [N, P] or null: the whole adjoint of h (needed for the gradient of w_hr)
+  void* dh0;              // [B, P] or null
+  void* dc0;              // [B, H] or null; dh_n, dc_n where length is 0
+  float* dh_start;        // [lanes*B, P] or null: each lane's adjoint as it begins to write
+  float* dc_start;        // [lanes*B, H]
+  float* dh_end;          // [lanes*B, P] or null: each lane's adjoint after its last written time (that is, of the time before it)
+  float* dc_end;          // [lanes*B, H]
+};
+
+// The backward pass of windows (stride 1, warmup k-1) for the lanes [first, last): each lane runs forward again and then back through
+// all its k steps. The group's rows of dz and of the state before each step go to a workspace, in the order (lane - first) * k + s with
+// s = 0 .. k-1 and s = k-1 the written time; rows of steps that a lane does not have are zero. dxp collects dz over the overlaps in a
+// fixed order; dh0 and dc0 are added to.
+struct WindowedBackwardParams {
+  int cell, dtype, threads;
+  int64_t hidden, out;
+  float cap;
+  Lanes lanes;            // stride 1, warmup k-1, select null
+  int64_t first, last;    // lane ids
+  // inputs
+  const void* xp; const void* w_hh; const void* w_hr; const void* h0; const void* c0;   // as in ForwardParams
+  const void* dy;         // [N, P]
+  const void* dh_n;       // [B, P] or null: zeros
+  const void* dc_n;       // [B, H] or null: zeros
+  // workspace, written
+  float* dz;              // [(last-first)*k, G*H]
+  float* h_prev;          // [(last-first)*k, P]
+  float* dh;              // [(last-first)*k, P] or null: whole adjoint of h      (with w_hr)
+  float* m;               // [(last-first)*k, H] or null: o * tanh(c)              (with w_hr)
+  // outputs, added to
+  float* dxp;             // [N, G*H]
+  float* dh0;             // [B, P]
+  float* dc0;             // [B, H]
+};
+
+// Each returns null, or a message with static lifetime that says what it cannot do.
+const char* recurrence_forward_cpu(const ForwardParams&);
+const char* recurrence_backward_cpu(const BackwardParams&);
+const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
+
+}  // namespace stable_rnn
