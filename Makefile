@@ -1,0 +1,52 @@
+# make demo    the main job: trains on real text, runs a long text under every plan   (README)
+# make test    lint and tests                                                          (README)
+# make build   compile csrc again into stable_rnn/, incrementally                      (developers)
+# make bench   the table of benchmarks/README.md
+# make lint    ruff alone
+#
+# Each makes .venv first where it has to: torch (the pinned CPU build), this package in editable mode, built in isolation.
+# TESTS="tests/test_cli.py -k doctor" and DEMO="--steps 200" pass arguments on.
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+TORCH  ?= torch==2.13.0
+TESTS  ?= tests
+DEMO   ?=
+V      := .venv/bin
+CPP    := CMakeLists.txt $(shell find csrc -type f)
+# Two makes at once take turns at .venv and build, where the machine has flock.
+LOCK   := $(if $(shell command -v flock),flock Makefile)
+
+.PHONY: demo test lint bench build clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(V)/stable-rnn demo $(DEMO)
+
+test: .venv/installed lint
+	$(V)/python -m pytest $(TESTS)
+
+lint: .venv/installed
+	$(V)/ruff check .
+
+bench: .venv/installed
+	$(V)/python -m pytest benchmarks
+
+# The compiled module is part of the install: newer C++ sources install again (`make build` is the quick way).
+.venv/installed: pyproject.toml setup.py $(CPP)
+	$(LOCK) sh -ec '[ -x $(V)/pip ] || $(PYTHON) -m venv .venv; $(V)/pip install --quiet "$(TORCH)"; \
+	  $(V)/pip install "$(TORCH)" -e ".[demo,test,dev]"; touch $@'
+
+$(V)/cmake:
+	$(MAKE) .venv/installed
+
+# Linked in build/ and moved into place, so that a running process never sees half a module.
+build: | $(V)/cmake
+	$(LOCK) sh -ec '$(V)/cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(V)/ninja -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/module \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(V)/python -Dpybind11_DIR=$$($(V)/python -m pybind11 --cmakedir); \
+	  $(V)/cmake --build build; \
+	  for module in build/module/_C*; do cp $$module stable_rnn/new.tmp; mv -f stable_rnn/new.tmp stable_rnn/$${module##*/}; done; \
+	  if [ -f .venv/installed ]; then touch .venv/installed; fi'
+
+clean:
+	rm -rf build dist demo-out stable_rnn/_C*.so
