@@ -1,7 +1,7 @@
 """Builds `stable_rnn/_C` with CMake. Everything else is in pyproject.toml.
 
 STABLE_RNN_NATIVE=on    the default: build it, or fail with a message (an install that is silently slow helps nobody)
-STABLE_RNN_NATIVE=off   pure-Python wheel, no compiler needed: the reference and Triton backends
+STABLE_RNN_NATIVE=off   pure-Python wheel, no compiler needed: everything runs through the reference backend
 """
 
 import os
@@ -20,7 +20,7 @@ HELP = """
 stable_rnn: the compiled module could not be built: {reason}.
   It needs a C++17 compiler (for example: apt install g++, dnf install gcc-c++, xcode-select --install).
   To install without it, set STABLE_RNN_NATIVE=off:   STABLE_RNN_NATIVE=off pip install ...
-  Everything then works through the reference backend (plain torch, slow on a CPU) and, on a GPU, through Triton."""
+  Everything then works through the reference backend (plain torch, slow)."""
 
 
 def native_wanted() -> bool:

@@ -1,0 +1,67 @@
+"""The character model and its training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import Certified, ForgetCap, StableLSTM, project_after_step
+from .data import Corpus
+
+EMBEDDING = 32
+BATCH, CHUNK = 32, 96
+RATE = 4e-3
+
+LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "nn.LSTM": nn.LSTM,
+    "ForgetCap(0.9)": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=ForgetCap(0.9)),
+    "Certified()": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=Certified()),
+}
+
+
+class CharModel(nn.Module):
+    """Symbol ids (T, B) to logits of the next symbol (T, B, V). The embedding passes tanh, so inputs of `rnn` are within 1."""
+
+    def __init__(self, symbols: int, rnn: nn.Module) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, EMBEDDING)
+        self.rnn = rnn
+        self.readout = nn.Linear(rnn.hidden_size, symbols)
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids).tanh()  # (T, B, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.readout(self.rnn(self.inputs(ids))[0])
+
+    def bits(self, ids: Tensor, states: Tensor) -> float:
+        """Bits per character over ids[1:] (T + 1,), given the outputs of `rnn` over ids[:-1] (T, 1, H)."""
+        logits = self.readout(states[:, 0])
+        return functional.cross_entropy(logits, ids[1:]).item() / math.log(2)
+
+
+def train(layer: str, corpus: Corpus, hidden: int, steps: int, seed: int, advance: Callable[[], None]) -> CharModel:
+    """Adam over random stretches of the training text, the same for every layer; the projection follows each step."""
+    torch.manual_seed(seed)
+    model = CharModel(corpus.symbols, LAYERS[layer](EMBEDDING, hidden))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if isinstance(model.rnn, StableLSTM):
+        project_after_step(optimizer, model)
+    draw = torch.Generator().manual_seed(seed)
+    reach = torch.arange(CHUNK + 1)
+    for _ in range(steps):
+        starts = torch.randint(len(corpus.train) - CHUNK, (BATCH,), generator=draw)
+        ids = corpus.train[starts + reach[:, None]]  # (CHUNK + 1, BATCH)
+        loss = functional.cross_entropy(model(ids[:-1]).flatten(0, 1), ids[1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        advance()
+    return model.eval().requires_grad_(False)
