@@ -118,9 +118,28 @@ struct WindowedBackwardParams {
   float* dc0;             // [B, H]
 };
 
+// One step of a plain cell, for streaming: xp = x W_ih^T + b_ih + b_hh, rounded to the storage type, then the step of ForwardParams.
+struct CellStepParams {
+  int cell, dtype, threads;
+  int64_t batch, input, hidden;
+  float cap;
+  // inputs
+  const void* x;          // [B, I]
+  const void* h;          // [B, H] or null: zeros
+  const void* c;          // [B, H] or null: zeros; LSTM
+  const void* w_ih;       // [G*H, I]
+  const void* w_hh;       // [G*H, H]
+  const void* b_ih;       // [G*H] or null
+  const void* b_hh;       // [G*H] or null
+  // outputs
+  void* h_out;            // [B, H]
+  void* c_out;            // [B, H], LSTM
+};
+
 // Each returns null, or a message with static lifetime that says what it cannot do.
 const char* recurrence_forward_cpu(const ForwardParams&);
 const char* recurrence_backward_cpu(const BackwardParams&);
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
+const char* cell_step_cpu(const CellStepParams&);
 
 }  // namespace stable_rnn

@@ -1,0 +1,152 @@
+// The Python module stable_rnn._C. Pointers come as integers (tensor.data_ptr(); 0 is null), sizes as integers; Python owns all memory.
+// Every entry point takes the fields of its struct in params.h, in that order, by position or by name; optional pointers default to 0.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "stable_rnn/params.h"
+#if __has_include("stable_rnn/spectral.h")
+#include "stable_rnn/spectral.h"
+#endif
+
+namespace py = pybind11;
+using namespace stable_rnn;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+// An address on its way to whatever pointer type the field has.
+struct Pointer {
+  Address address;
+  template <class T>
+  operator T*() const { return reinterpret_cast<T*>(address); }
+};
+
+template <class Params>
+void run(const char* (*kernel)(const Params&), const Params& params) {
+  const char* problem;
+  {
+    py::gil_scoped_release unlocked;
+    problem = kernel(params);
+  }
+  if (problem) throw std::runtime_error(problem);
+}
+
+Lanes make_lanes(int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup, Address base, Address length,
+                 Address select, int64_t n_select) {
+  return {steps, batch, step, stride, warmup, Pointer{base}, Pointer{length}, Pointer{select}, n_select};
+}
+
+void recurrence_forward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                        int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                        Address base, Address length, Address select, int64_t n_select,
+                        Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
+                        Address y, Address h_n, Address c_n, Address gates, Address cells,
+                        Address h_start, Address c_start, Address h_end, Address c_end) {
+  run(recurrence_forward_cpu,
+      ForwardParams{cell, dtype, threads, hidden, out, cap,
+                    make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+                    Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
+                    Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{gates}, Pointer{cells},
+                    Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}});
+}
+
+void recurrence_backward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                         int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                         Address base, Address length, Address select, int64_t n_select,
+                         Address dy, Address y, Address gates, Address cells, Address w_hh, Address w_hr, Address c0,
+                         Address dh_n, Address dc_n, Address dh_init, Address dc_init,
+                         Address dz, Address dh, Address dh0, Address dc0,
+                         Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
+  run(recurrence_backward_cpu,
+      BackwardParams{cell, dtype, threads, hidden, out, cap,
+                     make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+                     Pointer{dy}, Pointer{y}, Pointer{gates}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
+                     Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init},
+                     Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
+                     Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}});
+}
+
+void recurrence_windowed_backward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                                  int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                                  Address base, Address length, Address select, int64_t n_select,
+                                  int64_t first, int64_t last,
+                                  Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
+                                  Address dy, Address dh_n, Address dc_n,
+                                  Address dz, Address h_prev, Address dh, Address m,
+                                  Address dxp, Address dh0, Address dc0) {
+  run(recurrence_windowed_backward_cpu,
+      WindowedBackwardParams{cell, dtype, threads, hidden, out, cap,
+                             make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
+                             Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
+                             Pointer{dy}, Pointer{dh_n}, Pointer{dc_n},
+                             Pointer{dz}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
+                             Pointer{dxp}, Pointer{dh0}, Pointer{dc0}});
+}
+
+void cell_step(int cell, int dtype, int threads, int64_t batch, int64_t input, int64_t hidden, float cap,
+               Address x, Address h, Address c, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
+               Address h_out, Address c_out) {
+  run(cell_step_cpu, CellStepParams{cell, dtype, threads, batch, input, hidden, cap, Pointer{x}, Pointer{h}, Pointer{c},
+                                    Pointer{w_ih}, Pointer{w_hh}, Pointer{b_ih}, Pointer{b_hh}, Pointer{h_out}, Pointer{c_out}});
+}
+
+py::dict cpu_features() {
+  py::dict features;
+  features["isa"] = isa_name();
+#ifdef _OPENMP
+  features["openmp"] = true;
+#else
+  features["openmp"] = false;
+#endif
+  return features;
+}
+
+void choose_isa(const std::string& name) {
+  if (!set_isa(name.c_str())) throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512)");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  if (isa_problem()) throw py::import_error(isa_problem());
+  module.doc() = "Kernels of stable_rnn: raw addresses in, nothing allocated, nothing returned. Use stable_rnn itself instead.";
+  using py::arg;
+
+  // recurrence: stable_rnn/params.h
+  module.def("recurrence_forward", recurrence_forward,
+             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
+             arg("base"), arg("length"), arg("select"), arg("n_select"),
+             arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
+             arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("gates") = 0, arg("cells") = 0,
+             arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0);
+  module.def("recurrence_backward", recurrence_backward,
+             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
+             arg("base"), arg("length"), arg("select"), arg("n_select"),
+             arg("dy"), arg("y") = 0, arg("gates") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
+             arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0,
+             arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
+             arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0);
+  module.def("recurrence_windowed_backward", recurrence_windowed_backward,
+             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
+             arg("base"), arg("length"), arg("select"), arg("n_select"), arg("first"), arg("last"),
+             arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
+             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
+             arg("dz") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
+             arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
+  module.def("cell_step", cell_step,
+             arg("cell"), arg("dtype"), arg("threads"), arg("batch"), arg("input"), arg("hidden"), arg("cap"),
+             arg("x"), arg("h"), arg("c"), arg("w_ih"), arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));
+
+  // spectral projection: stable_rnn/spectral.h
+
+  // the machine
+  module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
+  module.def("set_isa", choose_isa, arg("name"), "For tests: take another instruction set than the best one.");
+}
