@@ -1,0 +1,74 @@
+"""Which code runs a recurrence: one visible rule.
+
+`auto` tries the compiled CPU kernels on CPU tensors, then the reference in plain torch. An argument `backend=`, or the environment
+variable `STABLE_RNN_BACKEND`, forces one, which then raises with the reason if it cannot run the problem. The backend `torch` (the
+framework's own recurrence) serves whole plain stacks and is picked by the modules, see `modules.py`.
+"""
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import _native
+from .ops.recurrence import native, reference
+from .ops.recurrence.problem import Problem
+
+NAMES = ("auto", "cpu", "reference", "torch")
+_RUNNERS = {"cpu": native, "reference": reference}
+_warned: set[str] = set()
+
+
+class Backend(NamedTuple):
+    name: str
+    available: bool
+    reason: str
+
+
+def backends() -> list[Backend]:
+    """Every backend, whether it can run here, and why or why not."""
+    return [
+        Backend("cuda", False, "not built in this version"),
+        Backend("triton", False, "not part of this version"),
+        Backend("cpu", _native.lib is not None, _native.reason or "compiled C++ kernels; float32, bfloat16"),
+        Backend("torch", True, "torch's own recurrence, for plain Recurrent() stacks"),
+        Backend("reference", True, "plain torch, any dtype and device, slow"),
+    ]
+
+
+def check_name(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+def requested(name: str) -> str:
+    """The backend asked for by argument, else by environment, else `auto`."""
+    if name != "auto":
+        return name
+    forced = os.environ.get("STABLE_RNN_BACKEND", "auto")
+    if forced not in NAMES:
+        raise ValueError(f"STABLE_RNN_BACKEND must be one of {', '.join(NAMES)}; got {forced!r}")
+    return forced
+
+
+def choose(p: Problem, xp: Tensor):
+    """The module (with `forward`, `backward`, `windowed_backward`) that runs this problem."""
+    name = requested(p.backend)
+    if name == "torch":
+        raise ValueError("backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
+                         "auto, cpu, reference")
+    if name != "auto":
+        able, reason = _RUNNERS[name].can_run(p, xp)
+        if not able:
+            raise ValueError(f"backend {name!r} cannot run this problem: {reason}")
+        return _RUNNERS[name]
+    able, reason = native.can_run(p, xp)
+    if able:
+        return native
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"stable_rnn runs its slow reference recurrence: {reason}", RuntimeWarning, stacklevel=2)
+    return reference

@@ -1,0 +1,130 @@
+"""`StableRNNCell` and `StableLSTMCell`: `nn.RNNCell` and `nn.LSTMCell` with a stable set, and one call into C++ per step on the CPU."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .ops.recurrence import native
+from .ops.recurrence.function import layer
+from .ops.recurrence.problem import Problem
+from .stability import Certificate, Certified, Stability, certificate, check_stability
+
+
+class StableCellBase(nn.RNNCellBase):
+    """What both cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
+
+    num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
+
+    def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
+                 backend: str) -> None:
+        backends.check_name(backend)
+        self.mode, self._cell = mode, mode.lower()
+        self.stability = check_stability(stability, mode)
+        self.backend = backend
+        super().__init__(input_size, hidden_size, bias, 4 if mode == "LSTM" else 1, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """torch's initialization, then the projection into the stable set."""
+        super().reset_parameters()
+        if self.stability is not None and not self.weight_hh.is_meta:
+            self.project_()
+
+    weight_ih_l0 = property(lambda self: self.weight_ih)
+    weight_hh_l0 = property(lambda self: self.weight_hh)
+    bias_ih_l0 = property(lambda self: self.bias_ih)
+    bias_hh_l0 = property(lambda self: self.bias_hh)
+
+    def project_(self, certify: bool = True) -> StableCellBase:
+        """As `StableLSTM.project_`."""
+        if self.stability is None:
+            raise ValueError("project_: this cell has stability=None; give it a stable set first, cell.stability = Certified()")
+        self.stability.project_(self, certify=certify)
+        return self
+
+    def certificate(self, input: Tensor | None = None, **options: Any) -> Certificate:
+        """As `StableLSTM.certificate`; `input` (T, B, I) are the steps' inputs."""
+        return certificate(self, input, **options)
+
+    def _step(self, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One step: x (B, I), h (B, H), c (B, H) or None."""
+        cap = 1.0 if self.stability is None else self.stability.cap
+        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        if native.can_step(x, h, c, weights, self.backend):
+            return native.cell_step(self._cell, x, h, c, weights, cap)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            kind = torch.get_autocast_dtype(x.device.type)
+            x, h, c, *weights = (None if t is None else t.to(kind) for t in (x, h, c, *weights))
+        w_ih, w_hh, b_ih, b_hh = weights
+        p = Problem(self._cell, 1, x.shape[0], cap=cap, backend="auto" if self.backend == "torch" else self.backend)
+        _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
+        return h, c
+
+    def _check(self, name: str, x: Tensor, states: dict[str, Tensor]) -> None:
+        """torch's own shape errors."""
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]}, expected {self.input_size}")
+        for which, h in states.items():
+            if h.shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match {which} batch size {h.shape[0]}")
+            if h.shape[1] != self.hidden_size:
+                raise RuntimeError(f"{which} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
+        if x.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(f"{name}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
+
+
+class StableRNNCell(StableCellBase):
+    """Drop-in replacement of `torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
+
+    input (B, I) or (I,), hx (B, H) or (H,) or None -> h' of hx's shape. Keyword-only extras `stability`, `backend` as `StableRNN`."""
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device: Any = None,
+                 dtype: Any = None, *, stability: Stability | None = Certified(), backend: str = "auto") -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity: {nonlinearity}")
+        self.nonlinearity = nonlinearity
+        super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, bias, device, dtype, stability, backend)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if input.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        h = x.new_zeros(x.shape[0], self.hidden_size) if hx is None else hx if batched else hx.unsqueeze(0)
+        self._check("StableRNNCell", x, {"hidden0": h})
+        h, _ = self._step(x, h, None)
+        return h if batched else h.squeeze(0)
+
+
+class StableLSTMCell(StableCellBase):
+    """Drop-in replacement of `torch.nn.LSTMCell` (gate order i, f, g, o).
+
+    input (B, I) or (I,), hx = (h, c) of (B, H) or (H,) or None -> (h', c'). Keyword-only extras `stability`, `backend` as `StableLSTM`.
+    Without gradients, a step on the CPU is one call into C++; step by step it gives bitwise what a full pass of the same backend
+    gives for the same input projection."""
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *,
+                 stability: Stability | None = Certified(), backend: str = "auto") -> None:
+        super().__init__("LSTM", input_size, hidden_size, bias, device, dtype, stability, backend)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if input.dim() not in (1, 2):
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        else:
+            h, c = hx
+            for which, value in enumerate(hx):
+                if value.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected hx[{which}] to be 1D or 2D, got {value.dim()}D instead")
+            if not batched:
+                h, c = h.unsqueeze(0), c.unsqueeze(0)
+        self._check("StableLSTMCell", x, {"hidden0": h, "hidden1": c})
+        h, c = self._step(x, h, c)
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

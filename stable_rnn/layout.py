@@ -1,0 +1,65 @@
+"""How a module's input lies in memory: buffer rows, and where each sequence's times are among them (see `ops/recurrence/problem.py`)."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .ops.recurrence.problem import Problem, row_base, row_length
+
+
+class Layout(NamedTuple):
+    """Row b's time t lies at buffer row base[b] + t * step; `None` stands for time-major rows, and for T times each."""
+
+    batch: int
+    steps: int
+    step: int
+    base: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def reversed(self, device: torch.device) -> Layout:
+        """Each sequence from its own end."""
+        if self.base is None and self.lengths is None:
+            return self._replace(step=-self.step)
+        base = row_base(Problem("", self.steps, self.step), self.batch, self.base, device)
+        used = row_length(Problem("", self.steps, self.step), self.batch, self.lengths, device)
+        return self._replace(step=-self.step, base=base + (used - 1) * self.step)
+
+
+def padded(shape: torch.Size, batch_first: bool, lengths: Tensor | None, device: torch.device) -> Layout:
+    """(T, B, I), or (B, T, I) with batch_first, read in place."""
+    if not batch_first:
+        return Layout(shape[1], shape[0], shape[1], None, lengths)
+    return Layout(shape[0], shape[1], 1, torch.arange(shape[0], device=device) * shape[1], lengths)
+
+
+def packed(sequence: PackedSequence) -> tuple[Layout, Tensor, Tensor]:
+    """Sequences end to end. Returns the layout, the packed row that each buffer row takes, and the buffer row of each packed row."""
+    sizes = sequence.batch_sizes  # (T,) on the CPU, descending
+    batch, steps, rows = int(sizes[0]), len(sizes), int(sizes.sum())
+    lengths = torch.searchsorted(-sizes, -torch.arange(batch))  # how many times have more than b rows
+    base = lengths.cumsum(0) - lengths
+    first = sizes.cumsum(0) - sizes
+    t = torch.repeat_interleave(torch.arange(steps), sizes)
+    to_buffer = base[torch.arange(rows) - first[t]] + t
+    from_packed = torch.empty_like(to_buffer).index_copy_(0, to_buffer, torch.arange(rows))
+    device = sequence.data.device
+    lengths, base, from_packed, to_buffer = (x.to(device, non_blocking=True) for x in (lengths, base, from_packed, to_buffer))
+    return Layout(batch, steps, 1, base, lengths), from_packed, to_buffer
+
+
+def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
+    """`lengths` as (B,) int64; values are checked on the CPU only, where that does not synchronize."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a Tensor of shape ({batch},), got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must hold integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), one per sequence; got {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths must be on the input's device {device}, got {lengths.device}")
+    if device.type == "cpu" and not torch.compiler.is_compiling() and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
+    return lengths.long()

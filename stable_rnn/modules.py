@@ -1,0 +1,305 @@
+"""`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights."""
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, _VF, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backends, layout
+from .ops.recurrence.function import layer
+from .ops.recurrence.problem import Problem
+from .plans import Plan, Recurrent, Report, Verified, check_plan
+from .stability import Certificate, Certified, Stability, certificate, check_stability
+
+_TORCH = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
+
+
+class StableRNNBase(nn.RNNBase):
+    """What both modules share: the stack of layers, the plan, the stable set."""
+
+    stability: Stability | None = None
+    plan: Plan
+    backend: str
+
+    def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
+        check_plan(plan), backends.check_name(backend)
+        check_stability(stability, mode)
+        super().__init__(mode, *args, **kwargs)
+        self.stability, self.plan, self.backend = stability, plan, backend
+        self._reports: list[Tensor] = []
+        self._project_fresh()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "plan":
+            check_plan(value)
+        super().__setattr__(name, value)
+
+    # ---- stability
+
+    def reset_parameters(self) -> None:
+        """torch's initialization, then the projection into the stable set."""
+        super().reset_parameters()
+        self._project_fresh()
+
+    def _project_fresh(self) -> None:
+        if self.stability is not None and not self.weight_hh_l0.is_meta:
+            self.project_()
+
+    def project_(self, certify: bool = True) -> StableRNNBase:
+        """Move the weights into the stable set, in place; `certificate().rate <= rate` holds after it. Weights already inside are left
+        bitwise alone. `certify=False` is the cheap warm step for training loops. Without a stable set this raises `ValueError`."""
+        if self.stability is None:
+            raise ValueError("project_: this module has stability=None; give it a stable set first, module.stability = Certified()")
+        self.stability.project_(self, certify=certify)
+        return self
+
+    def certificate(self, input: Tensor | PackedSequence | None = None, **options: Any) -> Certificate:
+        """Rigorous bounds on how fast the state forgets, from the weights and, if given, the input. See `stable_rnn.certificate`."""
+        return certificate(self, input, **options)
+
+    @property
+    def last_report(self) -> Report | None:
+        """What the last forward pass under a `Verified` plan did; None before one."""
+        if not self._reports:
+            return None
+        passes, rerun, jump, fallback = torch.stack([r.detach() for r in self._reports]).unbind(1)
+        return Report(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), self._forward_bound(float(jump.max())))
+
+    def _forward_bound(self, jump: float) -> float | None:
+        chunk = self._checked_chunk
+        found = certificate(self)
+        return found.jump_bound(jump, chunk) if found.stable and chunk else None
+
+    # ---- running
+
+    @property
+    def _cell(self) -> str:
+        return self.mode.lower()
+
+    @property
+    def _cap(self) -> float:
+        return 1.0 if self.stability is None else self.stability.cap
+
+    def _weights(self, index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w_ih, the sum of both biases, w_hh and w_hr of layer and direction number `index`."""
+        names = self._all_weights[index]
+        w_ih, w_hh, *rest = (getattr(self, name) for name in names)
+        bias = rest[0] + rest[1] if self.bias else None
+        return w_ih, bias, w_hh, rest[-1] if self.proj_size else None
+
+    def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
+        directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
+        numbers = self.plan.numbers(x.dtype)
+        h_n, c_n, reports = [], [], []
+        for level in range(self.num_layers):
+            ys = []
+            for d, way in enumerate(directions):
+                index = level * len(directions) + d
+                w_ih, bias, w_hh, w_hr = self._weights(index)
+                if torch.is_autocast_enabled(x.device.type):
+                    w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
+                p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
+                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, h0[index], None if c0 is None else c0[index], way.base, way.lengths, p)
+                ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
+            x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
+            if self.dropout and self.training and level < self.num_layers - 1:
+                x = F.dropout(x, self.dropout, True)
+        if isinstance(self.plan, Verified):
+            self._reports = reports
+            self._checked_chunk = Problem("", rows.steps, 1, **numbers).resolved(rows.batch).stride
+        return x, torch.stack(h_n), torch.stack(c_n)
+
+    def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
+        """Whether torch's own recurrence computes this call."""
+        if not isinstance(self.plan, Recurrent):
+            return False, f"it has no {self.plan}"
+        if self._cap < 1:
+            return False, "its cell has no clamp of the forget gate"
+        if lengths is not None:
+            return False, "it takes a PackedSequence instead of lengths"
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False, "it is unrolled over time by torch.compile and fails under torch.func"
+        if x.is_cuda and torch.is_grad_enabled() and not self.training:
+            return False, "cuDNN has no backward pass in eval mode"
+        return True, ""
+
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, batch: int) -> bool:
+        name = backends.requested(self.backend)
+        if name not in ("auto", "torch"):
+            return False
+        able, reason = self._torch_serves(x, lengths)
+        if name == "torch" and not able:
+            raise ValueError(f"backend 'torch' cannot run this call: {reason}")
+        return able and (name == "torch" or backends.torch_is_faster(self._cell, x, self.hidden_size, batch))
+
+    def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
+        """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: a PackedSequence carries its own; pass one or the other")
+            data, sizes, order, back = input
+            x, hx = self._cast(data, hx)
+            batch = int(sizes[0])
+            hx = self._zeros(x, batch) if hx is None else self._permute(hx, order)
+            self._check_args(x, hx, sizes)
+            if self._runs_on_torch(x, None, batch):
+                y, hidden = self._run_torch(x, hx, sizes)
+            else:
+                rows, take, put = layout.packed(PackedSequence(x, sizes))
+                y, *hidden = self._stack(x.index_select(0, take), rows, *hx)
+                y = y.index_select(0, put)
+            return PackedSequence(y, sizes, order, back), self._permute(tuple(hidden), back)
+
+        batched = input.dim() == 3
+        x, hx = self._cast(input, hx)
+        if not batched:
+            x = x.unsqueeze(0 if self.batch_first else 1)
+            hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
+        batch, steps = (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+        hx = self._zeros(x, batch) if hx is None else hx
+        self._check_args(x, hx, None)
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = layout.check_lengths(lengths, batch, steps, x.device)
+        if self._runs_on_torch(x, lengths, batch):
+            y, hidden = self._run_torch(x, hx, None)
+        else:
+            rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
+            y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
+            y = y.view(*x.shape[:2], -1)
+        if not batched:
+            y, hidden = y.squeeze(0 if self.batch_first else 1), tuple(h.squeeze(1) for h in hidden)
+        return y, tuple(hidden)
+
+    def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, tuple]:
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [w.to(x.dtype) for w in weights]
+        state = hx if self._cell == "lstm" else hx[0]
+        rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            y, *hidden = _TORCH[self._cell](x, state, *rest, self.batch_first) if sizes is None else _TORCH[self._cell](x, sizes, state, *rest)
+        return y, tuple(hidden)
+
+    def _cast(self, x: Tensor, hx: tuple | None) -> tuple[Tensor, tuple | None]:
+        """Under autocast everything runs in its dtype, as nn.LSTM does."""
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            hx = None if hx is None else tuple(h.to(x.dtype) for h in hx)
+        return x, hx
+
+    def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        h0 = x.new_zeros(count, batch, self.proj_size or self.hidden_size)
+        return (h0, x.new_zeros(count, batch, self.hidden_size)) if self._cell == "lstm" else (h0, None)
+
+    @staticmethod
+    def _permute(hx: tuple, order: Tensor | None) -> tuple:
+        return hx if order is None else tuple(h if h is None or not h.numel() else h.index_select(1, order) for h in hx)
+
+    def _check_args(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> None:
+        self.check_forward_args(x, hx if self._cell == "lstm" else hx[0], sizes)
+
+    # ---- conversion and bookkeeping
+
+    def to_torch(self, allow_change: bool = False) -> nn.RNNBase:
+        """The plain `nn.RNN` or `nn.LSTM` with a copy of these weights, for ONNX, TorchScript and quantization.
+
+        A clamped cell computes another function than torch's: `ValueError` unless `allow_change`."""
+        if self._cap < 1 and not allow_change:
+            raise ValueError(f"to_torch: the forget gate is clamped at {self._cap}, which torch's cell does not do; "
+                             "pass allow_change=True to drop the clamp")
+        weight = self.weight_hh_l0
+        options = dict(num_layers=self.num_layers, bias=self.bias, batch_first=self.batch_first, dropout=self.dropout,
+                       bidirectional=self.bidirectional, device=weight.device, dtype=weight.dtype)
+        if self._cell == "lstm":
+            plain = nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
+        else:
+            plain = nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
+        plain.load_state_dict(self.state_dict())
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(getattr(self, name).requires_grad)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        extra = [super().extra_repr(), f"stability={self.stability}", f"plan={self.plan}"]
+        return ", ".join(extra + ([f"backend={self.backend!r}"] if self.backend != "auto" else []))
+
+
+class StableRNN(StableRNNBase):
+    """Drop-in replacement of `torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
+
+    Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
+
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `backend`: "auto" (default), "cpu", "reference", "torch"
+
+    `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
+    lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
+    the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
+                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None, *,
+                 stability: Stability | None = Certified(), plan: Plan = Recurrent(), backend: str = "auto", **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         device=device, dtype=dtype, stability=stability, plan=plan, backend=backend, **kwargs)
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None):
+        if not isinstance(input, PackedSequence):
+            if input.dim() not in (2, 3):
+                raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
+            if hx is not None and hx.dim() != input.dim():
+                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
+                raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
+        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
+        return y, hidden[0]
+
+
+class StableLSTM(StableRNNBase):
+    """Drop-in replacement of `torch.nn.LSTM` (gate order i, f, g, o; `proj_size` as there).
+
+    Arguments, parameter names, shapes and errors are those of `nn.LSTM`; keyword-only extras:
+
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
+      at f), or None (plain weights)
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `backend`: "auto" (default), "cpu", "reference", "torch"
+
+    `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
+    of shapes (L*D, B, P) and (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past
+    a length are zero, final states and the reverse direction are those of each sequence's own end. Returns output (T, B, D*P) and
+    (h_n, c_n).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+                 dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None, *,
+                 stability: Stability | None = Certified(), plan: Plan = Recurrent(), backend: str = "auto") -> None:
+        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+                         device=device, dtype=dtype, stability=stability, plan=plan, backend=backend)
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None):
+        if not isinstance(input, PackedSequence):
+            if input.dim() not in (2, 3):
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            if hx is not None and not hx[0].dim() == hx[1].dim() == input.dim():
+                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
+                raise RuntimeError(f"For {kind} input, hx and cx should also be {input.dim()}-D but got "
+                                   f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors")
+        return self._forward(input, hx, lengths)

@@ -1,0 +1,217 @@
+"""The recurrence on lanes in plain torch: every plan, dtype and layout, differentiable any number of times.
+
+It is what the kernels are tested against, what runs where no kernel does, and the path of double backward, vmap and forward mode.
+Arithmetic in float32 (float64 for float64 inputs); h is rounded to the storage dtype at each step, as in the kernels.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Adjoint, Output, Problem, row_base, row_length, weight_gradients
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _lanes(p: Problem, batch: int, base: Tensor | None, lengths: Tensor | None, ids: Tensor | None, device: torch.device):
+    """Per lane: its row, first written time, the row's base and length; (n,) each."""
+    if ids is None:
+        ids = torch.arange(p.lanes() * batch, device=device)
+    b = ids % max(batch, 1)
+    return b, ids // max(batch, 1) * p.stride, row_base(p, batch, base, device)[b], row_length(p, batch, lengths, device)[b]
+
+
+def _place(values: list[Tensor], rows: Tensor, into: Tensor) -> Tensor:
+    """Write values (S x (n, F)) at buffer rows (S, n); the row number len(into) is dropped."""
+    flat = torch.stack(values).to(into.dtype).flatten(0, 1)
+    return torch.cat([into, into.new_zeros(1, into.shape[1])]).index_copy(0, rows.flatten(), flat)[: into.shape[0]]
+
+
+def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(live[:, None], new, old)
+
+
+def step(z: Tensor, c: Tensor, w_hr: Tensor | None, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """One time step from the pre-activations z (n, G*H): h (n, P), c (n, H) and the activated gates."""
+    if p.cell != "lstm":
+        return (torch.tanh(z) if p.cell == "rnn_tanh" else torch.relu(z)), c, z
+    i, f, g, o = z.chunk(4, 1)
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    if p.cap < 1:
+        f = f.clamp(max=p.cap)
+    c = f * c + i * g
+    h = o * torch.tanh(c)
+    return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o], 1)
+
+
+def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
+            p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
+            c_init: Tensor | None = None, out: Output | None = None) -> Output:
+    """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
+    With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
+    kind, lstm = arithmetic(xp.dtype), p.cell == "lstm"
+    batch, hidden = h0.shape[0], w_hh.shape[0] // (4 if lstm else 1)
+    c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
+    weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
+    b, first, start, length = _lanes(p, batch, base, lengths, ids, xp.device)
+    warmup = 0 if h_init is not None else p.warmup
+
+    if h_init is None:
+        from_h0 = first <= warmup
+        h = _mask(from_h0, h0[b], torch.zeros_like(h0[b])).to(kind)
+        c = _mask(from_h0, c0[b], torch.zeros_like(c0[b])).to(kind)
+    else:
+        h, c = h_init.to(kind), h0.new_zeros(len(b), hidden).to(kind) if c_init is None else c_init.to(kind)
+    h_start, c_start = h, c
+    rows, hs, cs, gs = [], [], [], []
+    skipped = max(0, warmup - (p.lanes() - 1) * p.stride)  # before every lane's time 0
+    for s in range(skipped, warmup + p.stride) if xp.shape[0] and len(b) else ():
+        t = first - warmup + s
+        live = (t >= 0) & (t < length)
+        row = torch.where(live, start + t * p.step, 0)
+        h_new, c_new, gate = step(xp[row].to(kind) + h @ weight.T, c, project, p)
+        if s == warmup:
+            h_start, c_start = h, c
+        h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
+        if s >= warmup:
+            rows.append(torch.where(live, row, xp.shape[0]))
+            hs.append(h), cs.append(c), gs.append(gate)
+
+    n = xp.shape[0]
+    y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
+    cells = xp.new_zeros(n, hidden, dtype=kind) if out is None or not out.cells.numel() else out.cells
+    gates = xp.new_zeros(n, 4 * hidden) if out is None or not out.gates.numel() else out.gates
+    c_n = c0 if out is None else out.c_n
+    if rows:
+        where = torch.stack(rows)
+        y = _place(hs, where, y)
+        if lstm:
+            cells = _place(cs, where, cells)
+            gates = _place(gs, where, gates) if save else gates
+    last, used = row_base(p, batch, base, xp.device), row_length(p, batch, lengths, xp.device)
+    last, has = torch.where(used > 0, last + (used - 1) * p.step, 0), (used > 0)
+    h_n = _mask(has, y[last], h0) if n else h0.clone()
+    empty, ends = xp.new_empty(0), [xp.new_empty(0)] * 4
+    if lstm and n:  # the lanes that reach a row's last time
+        ending = (first < length) & (first + p.stride >= length)
+        c_n = _place([c], torch.where(ending, b, batch)[None], c_n)
+    if borders:
+        ends = [h_start, c_start, h, c]
+        if ids is not None:
+            ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
+    return Output(y, gates if save and lstm else empty, cells if save and lstm else empty, h_n, c_n if lstm else empty, *ends)
+
+
+def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
+             c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False, ids: Tensor | None = None,
+             dh_init: Tensor | None = None, dc_init: Tensor | None = None, out: Adjoint | None = None) -> Adjoint:
+    """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
+    zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
+    kind, lstm = arithmetic(y.dtype), p.cell == "lstm"
+    batch, n, width = dh_n.shape[0], y.shape[0], w_hh.shape[0]
+    hidden = width // 4 if lstm else width
+    dc_n = dh_n.new_zeros(batch, hidden) if dc_n is None else dc_n
+    weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
+    b, first, start, length = _lanes(p, batch, base, lengths, ids, y.device)
+    warmup = 0 if dh_init is not None else p.warmup
+
+    if dh_init is None:
+        from_end = first + p.stride + warmup >= length
+        dh = _mask(from_end, dh_n[b], torch.zeros_like(dh_n[b])).to(kind)
+        dc = _mask(from_end, dc_n[b], torch.zeros_like(dc_n[b])).to(kind)
+    else:
+        dh, dc = dh_init.to(kind), dh_n.new_zeros(len(b), hidden).to(kind) if dc_init is None else dc_init.to(kind)
+    dh_start, dc_start = dh, dc
+    rows, dzs, dhs = [], [], []
+    for s in range(warmup + p.stride) if n and len(b) else ():
+        t = first + p.stride + warmup - 1 - s
+        live = t < length
+        row = torch.where(live, start + t * p.step, 0)
+        if s == warmup:
+            dh_start, dc_start = dh, dc
+        total = dh + dy[row].to(kind)
+        if lstm:
+            before = cells[torch.where(live & (t > 0), row - p.step, 0)]
+            c_prev = _mask(t > 0, before, c0[b].to(kind))
+            i, f, g, o = gates[row].to(kind).chunk(4, 1)
+            tanh_c = torch.tanh(cells[row])
+            dm = total if project is None else total @ project
+            dc_total = dc + dm * o * (1 - tanh_c * tanh_c)
+            df = dc_total * c_prev * f * (1 - f)
+            if p.cap < 1:  # compared in the storage dtype, in which the clamped gate was rounded
+                df = torch.where(f < torch.tensor(p.cap, dtype=gates.dtype, device=f.device), df, 0.0)
+            dz = torch.cat([dc_total * g * i * (1 - i), df, dc_total * i * (1 - g * g), dm * tanh_c * o * (1 - o)], 1)
+            dc = _mask(live, dc_total * f, dc)
+        else:
+            out_y = y[row].to(kind)
+            dz = total * (1 - out_y * out_y) if p.cell == "rnn_tanh" else torch.where(out_y > 0, total, 0.0)
+        dh = _mask(live, dz @ weight, dh)
+        if s >= warmup:
+            rows.append(torch.where(live, row, n))
+            dzs.append(dz), dhs.append(total)
+
+    zs = y.new_zeros(n, width) if out is None else out.dz
+    whole = y.new_zeros(n, w_hh.shape[1]) if out is None else out.dh
+    dh0, dc0 = (dh_n, dc_n) if out is None else (out.dh0, out.dc0)
+    if rows:
+        where = torch.stack(rows)
+        zs = _place(dzs, where, zs)
+        whole = _place(dhs, where, whole) if w_hr is not None else whole
+        opening = torch.where((first == 0) & (length > 0), b, batch)[None]
+        dh0, dc0 = _place([dh], opening, dh0), _place([dc], opening, dc0) if lstm else dc0
+    empty, ends = y.new_empty(0), [y.new_empty(0)] * 4
+    if borders:
+        ends = [dh_start, dc_start, dh, dc]
+        if ids is not None:
+            ends = [old.index_copy(0, ids, new) for old, new in zip(out[4:], ends, strict=True)]
+    return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if lstm else empty, *ends)
+
+
+
+def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
+                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, create_graph: bool = False,
+                      group: int = 4096) -> tuple[Tensor | None, ...]:
+    """The true gradient of windows (stride 1) in (xp, w_hh, w_hr, h0, c0): `group` lanes at a time run again and go back."""
+    batch, n = h0.shape[0], xp.shape[0]
+    inputs = [x if x is None or create_graph and x.requires_grad else x.detach().requires_grad_() for x in (xp, w_hh, w_hr, h0, c0)]
+    used = row_length(p, batch, lengths, xp.device)
+    last = torch.where(used > 0, row_base(p, batch, base, xp.device) + (used - 1) * p.step, n)
+    grads = [dy + _place([dh_n], last[None], torch.zeros_like(dy))]  # the final state is the output of the last window
+    if c0 is not None:
+        grads.append(_place([dc_n], last[None], xp.new_zeros(n, c0.shape[1], dtype=arithmetic(xp.dtype))))
+    wanted = [x for x in inputs if x is not None]
+    total = [torch.zeros_like(x) for x in wanted]
+    for ids in torch.arange(p.lanes() * batch, device=xp.device).split(group) if n else ():
+        with torch.enable_grad():
+            out = forward(*inputs, base, lengths, p, ids=ids)
+            outputs = [out.y] if c0 is None else [out.y, out.cells]
+            found = torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+        total = [a + b for a, b in zip(total, found, strict=True)]
+    unused = used == 0
+    found = iter(total)
+    dxp, dw_hh, dw_hr, dh0, dc0 = (None if x is None else next(found) for x in inputs)
+    dh0 = dh0 + _mask(unused, dh_n, torch.zeros_like(dh_n))
+    dc0 = None if dc0 is None else dc0 + _mask(unused, dc_n, torch.zeros_like(dc_n))
+    return dxp, dw_hh, dw_hr, dh0, dc0
+
+
+def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
+              base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+    """Gradients in (xp, w_hh, w_hr, h0, c0) as a differentiable function of everything: what double backward runs.
+
+    Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
+    recurrence, which it equals to its tolerance."""
+    if p.windowed:
+        return windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, p, create_graph=True)
+    if p.checked:
+        p = p.whole()
+    out = forward(xp, w_hh, w_hr, h0, c0, base, lengths, p)
+    adjoint = backward(dy, dh_n, dc_n, out.y, out.gates, out.cells, w_hh, w_hr, c0, base, lengths, p)
+    weights = weight_gradients(True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.gates, out.cells, h0, base, lengths, p)
+    return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if c0 is not None else None
+
+
+def can_run(p: Problem, xp: Tensor) -> tuple[bool, str]:
+    return True, "plain torch, any dtype and device"

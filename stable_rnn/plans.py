@@ -1,0 +1,150 @@
+"""Plans: how a module runs its recurrence over time. A plan acts on each layer and direction by itself.
+
+| plan                   | sequential steps   | each output of a layer has seen         |
+|------------------------|--------------------|-----------------------------------------|
+| `Recurrent()`          | T                  | everything                              |
+| `Windowed(k)`          | k                  | exactly its last k inputs               |
+| `Chunked(chunk, w)`    | chunk + w          | its last w + 1 .. w + chunk inputs      |
+| `Verified(...)`        | chunk + w + reruns | everything, to `tol`, checked each time |
+
+Runs that reach back to the start of a sequence begin there from the caller's `h0` (`c0`), exactly. Source: Miller & Hardt, "Stable
+Recurrent Models", ICLR 2019, arXiv 1805.10369 (truncated models are `Windowed`).
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .ops.recurrence.problem import AUTO, WHOLE
+
+
+class Plan:
+    """Base of the plans."""
+
+    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+        """The fields of a `Problem` that the plan sets: stride, warmup, tol, max_passes."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Recurrent(Plan):
+    """The plain recurrence over all T steps, with exact back-propagation through time."""
+
+    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+        return {"stride": WHOLE}
+
+
+@dataclass(frozen=True)
+class Windowed(Plan):
+    """Every output is computed from its last `k` inputs alone, all windows at once: k dependent steps and k times the arithmetic.
+
+    The gradient is the true gradient of the windowed function. Raises `ValueError` unless k >= 1, `TypeError` unless it is an int."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_int("Windowed: k", self.k, 1)
+
+    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+        return {"stride": 1, "warmup": self.k - 1}
+
+
+@dataclass(frozen=True)
+class Chunked(Plan):
+    """Chunks of time run side by side, each after `warmup` steps from a zero state: chunk + warmup dependent steps,
+    1 + warmup/chunk times the arithmetic.
+
+    The backward pass is the adjoint recursion cut the same way in reverse time; it approximates the full gradient, with an error that
+    shrinks like w λ^w (Lemma 2 of the paper), instead of stopping gradients at chunk borders. chunk >= 1, warmup >= 0;
+    `Chunked(1, w)` is `Windowed(w + 1)`."""
+
+    chunk: int
+    warmup: int
+
+    def __post_init__(self) -> None:
+        _check_int("Chunked: chunk", self.chunk, 1)
+        _check_int("Chunked: warmup", self.warmup, 0)
+
+    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+        return {"stride": self.chunk, "warmup": self.warmup}
+
+
+@dataclass(frozen=True)
+class Verified(Plan):
+    """Chunks whose borders are checked, and run again from their predecessor's state where they differ by more than `tol`.
+
+    The result is a trajectory of the recurrence whose only defects are jumps of at most `tol` (relative to max(1, |state|)) at chunk
+    borders, for any weights. `tol=None`: four rounding units of the dtype. `tol=0`: borders agree bitwise, and the result is that of
+    the plain recurrence on the same backend. Where checking does not pay (after `max_passes`, or when reruns stop shrinking) it runs
+    `Recurrent` and says so in `module.last_report`. The backward pass checks the adjoint likewise, relative to its largest value.
+    `chunk` and `warmup` are chosen when not given."""
+
+    tol: float | None = None
+    chunk: int | None = None
+    warmup: int | None = None
+    max_passes: int = 8
+
+    def __post_init__(self) -> None:
+        if self.tol is not None:
+            if isinstance(self.tol, bool) or not isinstance(self.tol, (int, float)):
+                raise TypeError(f"Verified: tol must be a number or None, got {self.tol!r}")
+            if not 0 <= self.tol < float("inf"):
+                raise ValueError(f"Verified: tol must be finite and at least 0, got {self.tol!r}")
+        if self.chunk is not None:
+            _check_int("Verified: chunk", self.chunk, 1)
+        if self.warmup is not None:
+            _check_int("Verified: warmup", self.warmup, 0)
+        _check_int("Verified: max_passes", self.max_passes, 1)
+
+    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+        return {"stride": AUTO if self.chunk is None else self.chunk, "warmup": AUTO if self.warmup is None else self.warmup,
+                "tol": 4 * torch.finfo(dtype).eps if self.tol is None else float(self.tol), "max_passes": self.max_passes}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a `Verified` run did, over all layers and directions of a module's last forward pass."""
+
+    passes: int  # most passes of any layer; 1: the first run was good
+    lanes_rerun: int
+    largest_jump: float  # relative to max(1, |state|); 0 after a fallback
+    fallback: bool  # some layer ran the plain recurrence
+    forward_bound: float | None  # bound on the largest output error, with a certificate; else None
+
+
+def check_plan(plan: object) -> Plan:
+    """The plan itself; `TypeError` for anything else."""
+    if not isinstance(plan, Plan):
+        hint = " (an instance is needed: Recurrent())" if isinstance(plan, type) and issubclass(plan, Plan) else ""
+        raise TypeError(f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}")
+    return plan
+
+
+@contextmanager
+def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
+
+    Raises `TypeError` for something that is no plan, `ValueError` for a model without any such module."""
+    check_plan(plan)
+    found = [m for m in model.modules() if isinstance(getattr(m, "plan", None), Plan)]
+    if not found:
+        raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN or StableLSTM")
+    before = [m.plan for m in found]
+    try:
+        for m in found:
+            m.plan = plan
+        yield model
+    finally:
+        for m, old in zip(found, before, strict=True):
+            m.plan = old
+
+
+def _check_int(what: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{what} must be at least {least}, got {value}")
