@@ -1,0 +1,137 @@
+"""The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .problem import CELLS, Adjoint, Output, Problem
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
+
+
+def can_run(p: Problem, xp: Tensor) -> tuple[bool, str]:
+    if _native.lib is None:
+        return False, f"the compiled module is missing ({_native.reason})"
+    if xp.device.type != "cpu":
+        return False, f"the compiled kernels run on the CPU, the tensors are on {xp.device}"
+    if xp.dtype not in _DTYPES:
+        return False, f"the compiled kernels take float32 and bfloat16, not {xp.dtype}"
+    return True, ""
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _sizes(p: Problem, w_hh: Tensor, batch: int) -> tuple:
+    """The numbers that every kernel begins with, up to the schedule."""
+    gates = 4 if p.cell == "lstm" else 1
+    return (CELLS.index(p.cell), _DTYPES[w_hh.dtype], torch.get_num_threads(), w_hh.shape[0] // gates, w_hh.shape[1], p.cap,
+            p.steps, batch, p.step, p.stride, p.warmup)
+
+
+def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> list[Tensor]:
+    """Start and end states of all lanes, zero where no lane runs."""
+    count, c_width = p.lanes() * batch, hidden if p.cell == "lstm" else 0
+    return [like.new_zeros(count, width, dtype=torch.float32) for width in (out, c_width, out, c_width)]
+
+
+def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
+            p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
+            c_init: Tensor | None = None, out: Output | None = None) -> Output:
+    """As `reference.forward`; `out` is written in place."""
+    xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = _dense(xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init)
+    n, batch, width = xp.shape[0], h0.shape[0], w_hh.shape[1]
+    lstm = p.cell == "lstm"
+    hidden = w_hh.shape[0] // (4 if lstm else 1)
+    if out is None:
+        empty = xp.new_empty(0)
+        make = xp.new_empty if lengths is None else xp.new_zeros  # rows past a length are zero
+        kept = [make(n, 4 * hidden), make(n, hidden, dtype=torch.float32)] if save and lstm else [empty, empty]
+        ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
+        out = Output(make(n, width), *kept, torch.empty_like(h0), torch.empty_like(c0) if lstm else empty, *ends)
+    _native.lib.recurrence_forward(
+        *_sizes(p, w_hh, batch), _at(base), _at(lengths), _at(ids), 0 if ids is None else len(ids),
+        _at(xp), _at(w_hh), _at(w_hr), _at(h0), _at(c0), _at(h_init), _at(c_init),
+        out.y.data_ptr(), out.h_n.data_ptr(), *(t.data_ptr() for t in (out.c_n, out.gates, out.cells, *out[5:])))
+    return out
+
+
+def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
+             c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False, ids: Tensor | None = None,
+             dh_init: Tensor | None = None, dc_init: Tensor | None = None, out: Adjoint | None = None) -> Adjoint:
+    """As `reference.backward`; `out` is written in place."""
+    dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init = _dense(
+        dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init)
+    n, batch, width = y.shape[0], dh_n.shape[0], w_hh.shape[1]
+    lstm = p.cell == "lstm"
+    hidden = w_hh.shape[0] // (4 if lstm else 1)
+    if out is None:
+        empty = y.new_empty(0)
+        make = y.new_empty if lengths is None else y.new_zeros
+        ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
+        out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), torch.empty_like(dh_n),
+                      torch.empty_like(c0) if lstm else empty, *ends)
+    _native.lib.recurrence_backward(
+        *_sizes(p, w_hh, batch), _at(base), _at(lengths), _at(ids), 0 if ids is None else len(ids),
+        _at(dy), _at(y), _at(gates), _at(cells), _at(w_hh), _at(w_hr), _at(c0), _at(dh_n), _at(dc_n), _at(dh_init), _at(dc_init),
+        *(t.data_ptr() for t in out))
+    return out
+
+
+def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
+                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+    """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
+    dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = _dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
+    batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
+    hidden = w_hh.shape[0] // (4 if p.cell == "lstm" else 1)
+    made = lambda *shape: xp.new_zeros(*shape, dtype=torch.float32)  # noqa: E731
+    dxp, dh0, dc0 = made(*xp.shape), made(batch, width), made(batch, hidden)
+    dw_hh, dw_hr = made(*w_hh.shape), None if w_hr is None else made(*w_hr.shape)
+    columns = [w_hh.shape[0], width] + ([width, hidden] if w_hr is not None else [])
+    lanes = p.lanes() * batch
+    group = min(lanes, max(1, _WORKSPACE // (k * sum(columns))))
+    space = [xp.new_empty(group * k, c, dtype=torch.float32) for c in columns]
+    for first in range(0, lanes, max(group, 1)):
+        last = min(first + group, lanes)
+        dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
+        _native.lib.recurrence_windowed_backward(
+            *_sizes(p, w_hh, batch), _at(base), _at(lengths), 0, 0, first, last,
+            _at(xp), _at(w_hh), _at(w_hr), _at(h0), _at(c0), _at(dy), _at(dh_n), _at(dc_n),
+            _at(dz), _at(h_prev), *(map(_at, projected) if projected else (0, 0)), _at(dxp), _at(dh0), _at(dc0))
+        dw_hh.addmm_(dz.T, h_prev)
+        if projected:
+            dw_hr.addmm_(projected[0].T, projected[1])
+    if lengths is not None:  # a row without any time hands its gradients straight through
+        none = (lengths == 0)[:, None]
+        dh0 = torch.where(none, dh_n.float(), dh0)
+        dc0 = dc0 if c0 is None else torch.where(none, dc_n.float(), dc0)
+    found = (dxp, dw_hh, dw_hr, dh0, None if c0 is None else dc0)
+    return tuple(None if t is None else t.to(xp.dtype) for t in found)
+
+
+def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, backend: str) -> bool:
+    """Whether one step of a cell is one call into C++: no gradient, no transform, plain CPU tensors of one dtype."""
+    if _native.lib is None or backend not in ("auto", "cpu") or torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, h, c, *weights)):
+        return False
+    kind = x.dtype
+    return (x.device.type == "cpu" and kind in _DTYPES and h.dtype == kind and weights[0].dtype == kind
+            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active())
+
+
+def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float) -> tuple[Tensor, Tensor | None]:
+    """One step of a cell: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh as in `nn.LSTMCell`."""
+    x, h, c, *weights = _dense(x, h, c, *weights)
+    h_out = torch.empty_like(h)
+    c_out = None if c is None else torch.empty_like(c)
+    _native.lib.cell_step(CELLS.index(cell), _DTYPES[x.dtype], torch.get_num_threads(), x.shape[0], x.shape[1], h.shape[1], cap,
+                          _at(x), _at(h), _at(c), *map(_at, weights), _at(h_out), _at(c_out))
+    return h_out, c_out
