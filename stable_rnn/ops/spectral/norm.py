@@ -1,0 +1,107 @@
+"""A rigorous upper bound of the spectral norm: Gram matrix, Cholesky factor, and the residual that proves it. See README.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT = 2.0**-53  # unit roundoff of float64
+
+
+def check_dtype(W: Tensor, name: str = "W") -> None:
+    """Raises TypeError for what is no real floating tensor, ValueError for fewer than two dimensions."""
+    if not isinstance(W, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(W).__name__}")
+    if not W.is_floating_point():
+        raise TypeError(f"{name} must have a real floating dtype, got {W.dtype}")
+    if W.dim() < 2:
+        raise ValueError(f"{name} must have the shape (..., m, n), got {tuple(W.shape)}")
+
+
+def check_matrix(W: Tensor, name: str = "W") -> Tensor:
+    """W detached, after the checks of `check_dtype` and one for NaN and infinite entries."""
+    check_dtype(W, name)
+    W = W.detach()
+    if not torch.isfinite(W).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
+    return W
+
+
+def shift(x: Tensor, exponent: Tensor) -> Tensor:
+    """x * 2**exponent for float64 x, in two factors so that neither power overflows."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return x * torch.exp2(half.double()) * torch.exp2((exponent - half).double())
+
+
+def scaled(W: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, e) with W = A * 2**e, A float64 (..., m, n), max |A| in [1/2, 1), and e (...) int. A zero or empty matrix has e = 0.
+
+    Exact, but for entries 2^1022 times smaller than the largest.
+    """
+    A = (W.cpu() if W.device.type == "mps" else W).double()  # MPS has no float64
+    if A.numel() == 0:
+        return A, torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
+    exponent = torch.frexp(A.abs().amax((-2, -1))).exponent
+    return shift(A, -exponent[..., None, None]), exponent
+
+
+def width(m: int, n: int) -> float:
+    """How far, relatively, a proven bound of sigma^2 may lie above the number it was proven from; n the smaller side."""
+    return 1e-9 + 4 * UNIT * n * (m + 3 * n)
+
+
+def prove(A: Tensor, t: Tensor) -> Tensor:
+    """An upper bound of ||A||_2^2 close to t, or infinity where t is too small to prove one.
+
+    A (..., m, n) float64 with max |A| in [1/2, 1) or A = 0;  t (...) float64, positive.  Rigorous for floating point arithmetic:
+    with G = A^T A, M = t I - G and any lower triangular L,
+
+        t I - A^T A  =  L L^T + (M - L L^T) + (t I - G - M) + (G - A^T A),
+
+    and L L^T is positive semidefinite, so ||A||^2 <= t + the norms of the three remainders. The computed first one is added, the
+    others (and its own error) are bounded by gamma_k = k u / (1 - k u) (Higham, Accuracy and Stability, section 3.5), which holds
+    for any order of summation. So nothing is assumed about the Cholesky routine; float64 products are assumed to be plain sums.
+    """
+    if A.shape[-2] < A.shape[-1]:
+        A = A.mT
+    m, n = A.shape[-2:]
+    gram = A.mT @ A  # (..., n, n)
+    M = -gram
+    M.diagonal(dim1=-2, dim2=-1).add_(t[..., None])
+    L, info = torch.linalg.cholesky_ex(M)
+    residual = torch.linalg.matrix_norm(M - L @ L.mT)
+    squares_A, squares_L = A.square().sum((-2, -1)), L.square().sum((-2, -1))
+    diagonal = M.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
+    gamma_m, gamma_n = (m + 2) * UNIT / (1 - (m + 2) * UNIT), (n + 2) * UNIT / (1 - (n + 2) * UNIT)
+    # The factor 2 covers the rounding of these few sums themselves; u * t covers underflow in the products.
+    error = 2 * (residual + gamma_m * squares_A + gamma_n * squares_L + UNIT * (diagonal + t))
+    return torch.where(info == 0, (t + error) * (1 + 4 * UNIT), torch.inf)
+
+
+def spectral_norm_bound(W: Tensor) -> Tensor:
+    """A rigorous upper bound of the spectral norm (largest singular value), rounded upwards.
+
+    Shapes:  W (..., m, n), any real floating dtype  ->  (...) float64. Zero for zero and empty matrices; inf if the norm is beyond
+    float64. Not differentiable.
+
+    It lies above the norm of the stored matrix in exact arithmetic, by about 1e-9 relative (see `width`). An eigenvalue of the Gram
+    matrix in float64 gives the estimate, and a Cholesky factorization with its residual proves it (`prove`; after Rump, "Verification
+    of positive definiteness", BIT 46, 2006). So it may be used in a certificate, which a power iteration may not.
+
+    Raises ValueError for NaN or infinite entries or fewer than two dimensions, TypeError for other dtypes.
+    """
+    A, exponent = scaled(check_matrix(W))
+    if A.numel() == 0:
+        return A.new_zeros(A.shape[:-2])
+    if A.shape[-2] < A.shape[-1]:
+        A = A.mT
+    m, n = A.shape[-2:]
+    estimate = torch.linalg.eigvalsh(A.mT @ A)[..., -1].clamp(min=0.25)  # max |A| >= 1/2, and so is the norm
+    margin = width(m, n) / 2
+    square = prove(A, estimate * (1 + margin))
+    while torch.isinf(square).any():  # never seen; a wider margin must succeed in the end
+        margin *= 16
+        square = torch.where(torch.isinf(square), prove(A, estimate * (1 + margin)), square)
+    up = torch.full_like(square, torch.inf)
+    norm = torch.nextafter(shift(torch.nextafter(square.sqrt(), up), exponent), up)
+    return torch.where((A == 0).all(-1).all(-1), 0.0, norm).to(W.device if W.device.type != "mps" else "cpu")

@@ -1,0 +1,83 @@
+"""The block power iteration in torch: works on every device and in every dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norm import scaled
+
+
+def rayleigh_ritz(A: Tensor, X: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximate top triplets (U, S, V) of A after `iterations` applications of A^T A to the block X, S descending.
+
+    A (m, n), X (n, k) -> U (m, k), S (k,), V (n, k) with A V = U S exactly (up to rounding): each S lies at or below the true value.
+    """
+    for _ in range(iterations):
+        X = torch.linalg.qr(A.mT @ (A @ X)).Q
+    U, S, Wh = torch.linalg.svd(A @ X, full_matrices=False)
+    return U, S, X @ Wh.mT
+
+
+def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
+    """The block (n, k) with its last `count` columns replaced by random ones that depend only on the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.randn(block.shape[0], count, generator=generator, dtype=torch.float32) / block.shape[0] ** 0.5
+    return torch.cat([block[:, : block.shape[1] - count], fresh.to(block)], dim=1)
+
+
+def spectral_step(
+    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+) -> Tensor:
+    """One uncertified projection step, in place in every matrix (m, n) and in its block (n, k). See `ops.py`."""
+    work = []
+    for W in matrices:
+        A, exponent = scaled(W)
+        if not torch.isfinite(A).all():
+            raise ValueError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinite values")
+        work.append((A, exponent))
+    norms = torch.zeros(len(matrices), dtype=torch.float64)
+    for i, (W, X, bound, (A, exponent)) in enumerate(zip(matrices, blocks, bounds, work)):
+        if A.numel() == 0:
+            continue
+        unit = torch.exp2(exponent.double())
+        A = A.to(X.dtype)
+        X_start = fresh_vectors(X, min(fresh, X.shape[1]), seed + i)
+        U, S, V = rayleigh_ritz(A, X_start, iterations)
+        limit = (bound / unit).to(S)
+        X.copy_(V)
+        if S[0] > limit:
+            if scale:
+                A = A * (limit / S[0])
+            else:
+                A = A - (U * (S - limit).clamp(min=0)) @ V.mT
+            W.copy_(A.double() * unit)
+        norms[i] = torch.minimum(S[0].double() * unit, torch.tensor(bound, dtype=torch.float64))
+    return norms
+
+
+def top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular value and its vectors, converged: (..., m, n) -> sigma (...), u (..., m), v (..., n). See `registration.py`."""
+    A, exponent = scaled(W)
+    if not torch.isfinite(A).all():
+        raise ValueError(f"W of shape {tuple(W.shape)} holds NaN or infinite values")
+    A = A.to(device=W.device, dtype=torch.promote_types(W.dtype, torch.float32))
+    *batch, m, n = W.shape
+    if A.numel() == 0:
+        return A.new_zeros(batch), A.new_zeros(*batch, m), A.new_zeros(*batch, n)
+    sigma, u, v = zip(*map(_top, A.reshape(-1, m, n)))
+    unit = torch.exp2(exponent.double()).to(W.device)
+    sigma = (torch.stack(sigma).reshape(batch).double() * unit).to(A.dtype)
+    return sigma, torch.stack(u).reshape(*batch, m), torch.stack(v).reshape(*batch, n)
+
+
+def _top(A: Tensor, rounds: int = 10, each: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    k = min(16, *A.shape)
+    V = fresh_vectors(A.new_empty(A.shape[1], k), k, seed=0)
+    for _ in range(rounds):
+        U, S, V = rayleigh_ritz(A, V, each)
+        residual = torch.linalg.vector_norm(A.mT @ U[:, 0] - V[:, 0] * S[0])
+        if residual <= 64 * torch.finfo(A.dtype).eps * S[0]:
+            return S[0], U[:, 0], V[:, 0]
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return S[0], U[:, 0], Vh[0]

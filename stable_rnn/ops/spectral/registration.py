@@ -1,0 +1,46 @@
+"""The registered spectral ops: schema, implementation and fake side by side (`torch.ops.stable_rnn.*`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_library = torch.library.Library("stable_rnn", "FRAGMENT")
+
+
+def _spectral_step(
+    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+) -> Tensor:
+    return reference.spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+
+
+def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
+    return torch.empty(len(matrices), dtype=torch.float64)
+
+
+# One uncertified step for many matrices: W (m, n) and its block (n, k) are overwritten, the `fresh` last columns of the block are not
+# read but replaced by random ones that depend on `seed` and the matrix's place. Returns estimates of the norms afterwards, (count,).
+_library.define(
+    "spectral_step_(Tensor(a!)[] matrices, Tensor(b!)[] blocks, float[] bounds, int fresh, bool scale, int iterations, int seed)"
+    " -> Tensor"
+)
+_library.impl("spectral_step_", _spectral_step, "CompositeExplicitAutograd")
+torch.library.register_fake("stable_rnn::spectral_step_", _spectral_step_fake, lib=_library)
+
+
+def _top_singular_fake(W):
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return tuple(W.new_empty(shape, dtype=dtype) for shape in (W.shape[:-2], W.shape[:-1], (*W.shape[:-2], W.shape[-1])))
+
+
+def _top_singular_vmap(info, in_dims, W):
+    return torch.ops.stable_rnn.top_singular(W.movedim(in_dims[0], 0)), (0, 0, 0)
+
+
+# The top singular triplet of every matrix of a batch, converged; float32 for the halves.
+_library.define("top_singular(Tensor W) -> (Tensor sigma, Tensor u, Tensor v)")
+_library.impl("top_singular", reference.top_singular, "CompositeExplicitAutograd")
+torch.library.register_fake("stable_rnn::top_singular", _top_singular_fake, lib=_library)
+torch.library.register_vmap("stable_rnn::top_singular", _top_singular_vmap, lib=_library)

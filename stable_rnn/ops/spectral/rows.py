@@ -1,0 +1,89 @@
+"""Moving rows into the set of absolute sums <= bound, in place: the set of ||W||_inf <= bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .norm import UNIT, check_matrix, shift
+
+METHODS = ("l1", "scale")
+
+
+@torch.no_grad()
+def row_project_(W: Tensor, bound: float | Sequence[float] | Tensor, method: str = "l1") -> Tensor:
+    """Brings the absolute sum of every row of W (..., m, n) to at most `bound`, in place, with no autograd; returns W.
+
+    method "l1":  each row to the nearest point (Euclidean) of the l1 ball,  p_j = sign(w_j) (|w_j| - theta)_+  with the theta that
+    makes the sum equal the bound (Duchi et al., "Efficient projections onto the l1-ball", ICML 2008);
+    method "scale":  row * bound / sum.
+
+    What is stored has exact sums <= bound: results are rounded towards zero. Rows whose exact sum is <= bound are left bitwise
+    untouched. Any real floating dtype, any strides.
+
+    bound  > 0: a number, or one per row, of a shape that broadcasts to (..., m).
+    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite or does not
+    fit the rows, an unknown method; TypeError for other dtypes.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    rows = check_matrix(W)
+    limit = _limits(bound, rows)
+    if rows.numel() == 0:
+        return W
+    exponent = torch.frexp(rows.abs().amax(-1).double()).exponent
+    A = shift(rows.abs().double(), -exponent[..., None])  # (..., m, n), largest entry of a row in [1/2, 1)
+    limit = shift(limit, -exponent)
+    gamma = 2 * (A.shape[-1] + 4) * UNIT  # relative error of a float64 sum, with room
+    outside = _outside(A, limit, gamma)
+    if not outside.any():
+        return W
+    A, limit, exponent = A[outside], limit[outside], exponent[outside]  # (r, n), (r,), (r,)
+    aim = limit * (1 - 2 * gamma)
+    if method == "l1":
+        A = _simplex(A, aim)
+    A = A * (aim / A.sum(-1).clamp(min=aim))[:, None]
+    A = _towards_zero(shift(A, exponent[:, None]), rows.dtype)
+    rows[outside] = torch.copysign(A, rows[outside])
+    return W
+
+
+def _limits(bound: float | Sequence[float] | Tensor, rows: Tensor) -> Tensor:
+    limit = torch.as_tensor(bound, dtype=torch.float64, device=rows.device)
+    if not ((limit > 0) & torch.isfinite(limit)).all():
+        raise ValueError(f"bound must be positive and finite, got {bound}")
+    try:
+        return limit.expand(rows.shape[:-1])
+    except RuntimeError:
+        raise ValueError(f"bound of shape {tuple(limit.shape)} does not fit rows of shape {tuple(rows.shape[:-1])}") from None
+
+
+def _outside(A: Tensor, limit: Tensor, gamma: float) -> Tensor:
+    """Which rows have an exact sum above the limit; the few that rounding leaves open are summed exactly."""
+    total = A.sum(-1)
+    outside = total * (1 - gamma) > limit
+    for index in ((total * (1 + gamma) > limit) & ~outside).nonzero():
+        at = tuple(index)
+        outside[at] = math.fsum([*A[at].tolist(), -float(limit[at])]) > 0
+    return outside
+
+
+def _simplex(A: Tensor, aim: Tensor) -> Tensor:
+    """The projection of the rows of A >= 0 onto {p >= 0, sum p = aim}. It does not change when a row is shifted by a constant, so
+    the largest entry is shifted to 0 (and what lies more than `aim` below can't matter): nothing cancels for any size of entries.
+    """
+    D = (A - A.amax(-1, keepdim=True)).maximum(-aim[:, None])  # (r, n), in [-aim, 0]
+    down = D.sort(-1, descending=True).values
+    count = torch.arange(1, A.shape[-1] + 1, device=A.device)
+    theta = (down.cumsum(-1) - aim[:, None]) / count  # (r, n): threshold if the `count` largest stay
+    stay = (down > theta).sum(-1, keepdim=True).clamp(min=1)
+    return (D - theta.gather(-1, stay - 1)).clamp(min=0)
+
+
+def _towards_zero(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """A >= 0 in a narrower dtype, never rounded up."""
+    rounded = A.to(dtype)
+    return torch.where(rounded.double() > A, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
