@@ -10,6 +10,7 @@ import os
 import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import _native
@@ -72,3 +73,8 @@ def choose(p: Problem, xp: Tensor):
         _warned.add(reason)
         warnings.warn(f"stable_rnn runs its slow reference recurrence: {reason}", RuntimeWarning, stacklevel=2)
     return reference
+
+
+def torch_is_faster(cell: str, x: Tensor, hidden: int, batch: int) -> bool:
+    """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, and no compiled module."""
+    return _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .problem import Problem, weight_gradients
@@ -99,6 +100,10 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
 
     Rows of x that belong to no time of any sequence give zeros. `report`: passes, lanes run again, largest jump, fell back."""
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
+    if forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
+        p = p.resolved(h0.shape[0])
+        out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)
+        return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, float(p.checked)], dtype=torch.float64)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) or _transforming():
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, p)

@@ -1,0 +1,385 @@
+"""StableRNN and StableLSTM are nn.RNN and nn.LSTM: every option, outputs, gradients, errors."""
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, PackedSequence
+
+from stable_rnn import (Certified, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, stabilize, use_plan)
+
+KINDS = [("rnn_tanh", nn.RNN, StableRNN, dict(nonlinearity="tanh")), ("rnn_relu", nn.RNN, StableRNN, dict(nonlinearity="relu")),
+         ("lstm", nn.LSTM, StableLSTM, {})]
+IDS = [k[0] for k in KINDS]
+OPTIONS = [dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True),
+           dict(num_layers=2, bidirectional=True, batch_first=True), dict(proj_size=3), dict(proj_size=2, num_layers=2, bidirectional=True)]
+
+
+def pair(kind, dtype=torch.float64, backend="reference", plan=Recurrent(), **options):
+    """A torch module and ours with the same weights."""
+    _, theirs, ours, extra = kind
+    if "proj_size" in options and theirs is nn.RNN:
+        pytest.skip("nn.RNN has no proj_size")
+    a = theirs(4, 6, **extra, **options, dtype=dtype)
+    b = ours(4, 6, **extra, **options, dtype=dtype, stability=None, backend=backend, plan=plan)
+    b.load_state_dict(a.state_dict(), strict=True)
+    a.load_state_dict(b.state_dict(), strict=True)
+    return a, b
+
+
+def flat(result):
+    """All tensors of (output, hidden)."""
+    y, hidden = result
+    return [y.data if isinstance(y, PackedSequence) else y, *(hidden if isinstance(hidden, tuple) else (hidden,))]
+
+
+def compare(a, b, make_input, hx=None, rtol=1e-9):
+    """Outputs and all gradients of two modules on the same input."""
+    found = []
+    for m in (a, b):
+        x, data = make_input()
+        state = None if hx is None else tuple(h.clone().requires_grad_() for h in hx)
+        outputs = flat(m(x, state if state is None or m.mode == "LSTM" else state[0]))
+        g = torch.Generator().manual_seed(1)
+        loss = sum((o * torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+        leaves = [data, *m.parameters()] + ([] if state is None else list(state if m.mode == "LSTM" else state[:1]))
+        found.append(outputs + list(torch.autograd.grad(loss, leaves)))
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(right, left, rtol=rtol, atol=rtol)
+
+
+def state_for(m, batch, dtype=torch.float64, unbatched=False):
+    count = m.num_layers * (2 if m.bidirectional else 1)
+    h, c = torch.randn(count, batch, m.proj_size or m.hidden_size, dtype=dtype), torch.randn(count, batch, m.hidden_size, dtype=dtype)
+    return (h[:, 0], c[:, 0]) if unbatched else (h, c)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_equals_torch(kind, options, backend):
+    a, b = pair(kind, backend=backend, **options)
+    shape = (3, 7, 4) if options.get("batch_first") else (7, 3, 4)
+
+    def batched():
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+        return x, x
+
+    def unbatched():
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+        return x, x
+
+    compare(a, b, batched)
+    compare(a, b, batched, state_for(a, 3))
+    compare(a, b, unbatched)
+    compare(a, b, unbatched, state_for(a, 1, unbatched=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_packed_equals_torch(kind, options, ordered):
+    a, b = pair(kind, **options)
+
+    def packed():
+        g = torch.Generator().manual_seed(3)
+        parts = [torch.randn(n, 4, generator=g, dtype=torch.float64) for n in ((7, 5, 5, 1) if ordered else (2, 7, 1, 5))]
+        x = pack_sequence(parts, enforce_sorted=ordered)
+        data = x.data.requires_grad_()
+        return PackedSequence(data, *x[1:]), data
+
+    compare(a, b, packed)
+    compare(a, b, packed, state_for(a, 4))
+    y = b(packed()[0])[0]
+    theirs = a(packed()[0])[0]
+    assert torch.equal(y.batch_sizes, theirs.batch_sizes)
+    for mine, other in ((y.sorted_indices, theirs.sorted_indices), (y.unsorted_indices, theirs.unsorted_indices)):
+        assert (mine is None) == (other is None) and (mine is None or torch.equal(mine, other))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_lengths_equal_packed(kind, options):
+    """Padded input with lengths: the packed run, zeros past each length, and lengths of 0 hand the state through."""
+    _, m = pair(kind, **options)
+    first = m.batch_first
+    lengths = torch.tensor([4, 7, 1])
+    x = torch.randn(3, 7, 4, dtype=torch.float64)
+    x = x if first else x.transpose(0, 1)
+    hx = state_for(m, 3)
+    hx = hx if m.mode == "LSTM" else hx[0]
+    y, hidden = m(x, hx, lengths=lengths)
+    expected, hidden_expected = m(pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False), hx)
+    torch.testing.assert_close(y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(hidden, hidden_expected, rtol=1e-12, atol=1e-12)
+
+    y, hidden = m(x, hx, lengths=torch.tensor([0, 7, 0]))
+    assert not y.select(0 if first else 1, 0).any()
+    for h, h0 in zip(flat((y, hidden))[1:], hx if m.mode == "LSTM" else (hx,), strict=True):
+        assert torch.equal(h[:, 0], h0[:, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("plan", [Windowed(3), Windowed(50), Chunked(3, 2), Chunked(50, 2), Verified(tol=0, chunk=3, warmup=1)], ids=str)
+def test_plans_under_every_layout(kind, plan):
+    """packed == lengths == each sequence alone, for every plan, two layers and two directions, outputs and gradients."""
+    _, m = pair(kind, num_layers=2, bidirectional=True, plan=plan)
+    sizes = [4, 8, 1]
+    parts = [torch.randn(n, 4, dtype=torch.float64) for n in sizes]
+    hx = state_for(m, 3)
+    hx = hx if m.mode == "LSTM" else hx[0]
+    one = lambda b: tuple(h[:, b : b + 1] for h in hx) if m.mode == "LSTM" else hx[:, b : b + 1]  # noqa: E731
+
+    def gradient(outputs):
+        return torch.autograd.grad(sum((o ** 2).sum() for o in outputs), list(m.parameters()))
+
+    alone = [m(x[:, None], one(b)) for b, x in enumerate(parts)]
+    packed, hidden = m(pack_sequence(parts, enforce_sorted=False), hx)
+    padded, hidden_padded = m(nn.utils.rnn.pad_sequence(parts), hx, lengths=torch.tensor(sizes))
+    unpacked, _ = pad_packed_sequence(packed)
+    torch.testing.assert_close(unpacked, padded, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(hidden, hidden_padded, rtol=1e-11, atol=1e-11)
+    for b, (y, state) in enumerate(alone):
+        torch.testing.assert_close(padded[: sizes[b], b], y[:, 0], rtol=1e-11, atol=1e-11)
+        for whole, single in zip(flat((y, hidden))[1:], flat((y, state))[1:], strict=True):
+            torch.testing.assert_close(whole[:, b], single[:, 0], rtol=1e-11, atol=1e-11)
+    expected = gradient([t for pair_ in alone for t in flat(pair_)])
+    for found in (gradient([packed.data, *flat((padded, hidden))[1:]]), gradient(flat((padded, hidden_padded)))):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_windowed_is_each_window_alone(kind):
+    """One layer: output t is the last state of nn's own module run over x[t-k+1 .. t] from zeros (from h0 where it reaches t=0)."""
+    a, b = pair(kind)
+    x, k = torch.randn(11, 2, 4, dtype=torch.float64), 4
+    hx = state_for(a, 2)
+    hx = hx if a.mode == "LSTM" else hx[0]
+    with use_plan(b, Windowed(k)):
+        y, hidden = b(x, hx)
+    for t in range(11):
+        begin = max(0, t - k + 1)
+        expected, last = a(x[begin : t + 1], hx if begin == 0 else None)
+        torch.testing.assert_close(y[t], expected[-1])
+    torch.testing.assert_close(hidden, last)
+    assert b.plan == Recurrent()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_verified_with_zero_tolerance_is_the_plain_run(kind):
+    """Bitwise, for weights that forget and for weights that do not."""
+    for gain in (0.5, 3.0):
+        _, m = pair(kind, dtype=torch.float32)
+        with torch.no_grad():
+            for name, w in m.named_parameters():
+                w.mul_(gain if "hh" in name else 1)
+        x = torch.randn(200, 2, 4)
+        expected = flat(m(x))
+        with use_plan(m, Verified(tol=0, chunk=16, warmup=8)):
+            found = flat(m(x))
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a, b)
+        report = m.last_report
+        assert report.largest_jump == 0 and report.passes >= 1
+
+
+def test_verified_reports_a_fallback():
+    """An integrator never forgets: checking cannot pay, and the module says so."""
+    m = StableRNN(1, 2, nonlinearity="relu", stability=None, backend="reference", dtype=torch.float64)
+    with torch.no_grad():
+        for w in m.parameters():
+            w.zero_()
+        m.weight_hh_l0.copy_(torch.eye(2))
+        m.weight_ih_l0.fill_(1)
+    x = torch.rand(500, 1, 1, dtype=torch.float64)
+    expected = m(x)[0]
+    m.plan = Verified(chunk=10, warmup=2)
+    y, _ = m(x)
+    assert torch.equal(y, expected)
+    assert m.last_report.fallback and m.last_report.forward_bound is None
+
+
+def test_dropout_acts_between_layers_in_training_only():
+    m = StableLSTM(4, 6, num_layers=2, dropout=0.5)
+    x = torch.randn(5, 2, 4)
+    assert not torch.equal(m(x)[0], m(x)[0])
+    m.eval()
+    assert torch.equal(m(x)[0], m(x)[0])
+    with pytest.warns(UserWarning, match="dropout option"):
+        StableLSTM(4, 6, dropout=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_same_errors_as_torch(kind):
+    """Type and message of torch's own errors, constructor and forward."""
+    _, theirs, ours, extra = kind
+    bad = [dict(hidden_size=0), dict(input_size=-1), dict(num_layers=0), dict(dropout=2), dict(dropout=True), dict(bias=1),
+           dict(batch_first=0), dict(hidden_size=2.5), dict(input_size="a")]
+    bad += [dict(proj_size=-1), dict(proj_size=6)] if theirs is nn.LSTM else [dict(nonlinearity="gelu"), dict(proj_size=1)]
+    for change in bad:
+        arguments = dict(input_size=4, hidden_size=6, **extra) | change
+        errors = []
+        for cls in (theirs, ours):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                cls(**arguments)
+            errors.append((caught.type, str(caught.value)))
+        assert errors[0] == errors[1]
+    a, b = pair(kind, dtype=torch.float32)
+    h = lambda *s: torch.zeros(*s) if a.mode != "LSTM" else (torch.zeros(*s), torch.zeros(*s))  # noqa: E731
+    calls = [(torch.zeros(2, 3, 4, 5), None), (torch.zeros(2, 3, 5), None), (torch.zeros(2, 3, 4, dtype=torch.float64), None),
+             (torch.zeros(2, 3, 4), h(1, 2, 6)), (torch.zeros(2, 3, 4), h(3, 6)), (torch.zeros(2, 4), h(1, 1, 6)), (torch.zeros(0, 3, 4), None)]
+    for x, hx in calls:
+        errors = []
+        for m in (a, b):
+            with pytest.raises((ValueError, RuntimeError)) as caught:
+                m(x, hx)
+            errors.append((caught.type, str(caught.value)))
+        assert errors[0] == errors[1]
+
+
+def test_own_errors_name_what_was_given():
+    with pytest.raises(TypeError, match="Windowed"):
+        StableLSTM(4, 6, plan="Windowed(3)")
+    with pytest.raises(TypeError, match="an instance is needed"):
+        StableLSTM(4, 6).plan = Recurrent
+    with pytest.raises(TypeError, match="stability"):
+        StableLSTM(4, 6, stability=0.9)
+    with pytest.raises(ValueError, match="'gpu'"):
+        StableLSTM(4, 6, backend="gpu")
+    with pytest.raises(ValueError, match="ForgetCap"):
+        StableRNN(4, 6, stability=ForgetCap(0.9))
+    m, x = StableLSTM(4, 6), torch.zeros(5, 3, 4)
+    for lengths, error, text in [(torch.tensor([5, 6, 1]), ValueError, "0..5"), (torch.tensor([5, 1]), ValueError, r"\(3,\)"),
+                                 (torch.tensor([1.0, 2, 3]), TypeError, "float32"), ([1, 2, 3], TypeError, "list"),
+                                 (torch.tensor([-1, 2, 3]), ValueError, "0..5")]:
+        with pytest.raises(error, match=text):
+            m(x, lengths=lengths)
+    with pytest.raises(ValueError, match="PackedSequence"):
+        m(pack_sequence([torch.zeros(3, 4)]), lengths=torch.tensor([3]))
+    with pytest.raises(ValueError, match="stability=None"):
+        StableLSTM(4, 6, stability=None).project_()
+    with pytest.raises(ValueError, match="backend 'torch'"):
+        StableLSTM(4, 6, plan=Windowed(3), backend="torch")(x)
+
+
+def test_state_dict_copies_pickle():
+    m = StableLSTM(4, 6, num_layers=2, bidirectional=True, stability=ForgetCap(0.9), plan=Windowed(5))
+    x = torch.randn(7, 2, 4)
+    expected = m(x)[0]
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(x)[0], expected)
+        assert other.plan == m.plan and other.stability == m.stability
+    assert list(m.state_dict()) == list(nn.LSTM(4, 6, num_layers=2, bidirectional=True).state_dict())
+    assert [[tuple(w.shape) for w in ws] for ws in m.all_weights] == [
+        [tuple(w.shape) for w in ws] for ws in nn.LSTM(4, 6, num_layers=2, bidirectional=True).all_weights]
+    m.flatten_parameters()
+
+
+def test_loading_never_changes_weights():
+    big = {k: 5 * torch.randn_like(v) for k, v in nn.LSTM(4, 6).state_dict().items()}
+    m = StableLSTM(4, 6)
+    m.load_state_dict(big)
+    assert all(torch.equal(v, big[k]) for k, v in m.state_dict().items())
+    assert not m.certificate().stable
+    m.project_()
+    assert m.certificate().stable
+
+
+def test_weights_are_not_cached():
+    m = StableLSTM(4, 6).eval()
+    x = torch.randn(5, 2, 4)
+    with torch.no_grad():
+        before = m(x)[0]
+        m.weight_hh_l0.data.mul_(0.5)
+        assert not torch.equal(m(x)[0], before)
+
+
+def test_clamp():
+    """With the clamp no forget gate passes f; where none would, nothing changes."""
+    plain = StableLSTM(4, 6, stability=None, dtype=torch.float64)
+    capped = StableLSTM(4, 6, stability=ForgetCap(0.5), dtype=torch.float64)
+    capped.load_state_dict(plain.state_dict())
+    x = torch.randn(9, 2, 4, dtype=torch.float64)
+    assert not torch.equal(capped(x)[0], plain(x)[0])
+    with torch.no_grad():
+        for m in (plain, capped):
+            m.bias_ih_l0[6:12] -= 30
+    torch.testing.assert_close(capped(x)[0], plain(x)[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="allow_change"):
+        capped.to_torch()
+    torch.testing.assert_close(capped.to_torch(allow_change=True)(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_to_torch_and_back(kind):
+    a, b = pair(kind, num_layers=2, bidirectional=True)
+    b.weight_hh_l0.requires_grad_(False)
+    back = b.eval().to_torch()
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    assert type(back) is type(a) and not back.training and not back.weight_hh_l0.requires_grad
+    torch.testing.assert_close(back(x)[0], b(x)[0])
+
+
+def test_stabilize():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 6, num_layers=2, batch_first=True))
+            self.other = nn.RNN(6, 5, nonlinearity="relu")
+            self.same = self.other
+            self.gru = nn.GRU(5, 5)
+
+    net = Net()
+    before = dict(net.named_parameters())
+    with pytest.warns(UserWarning, match="GRU"):
+        assert stabilize(net, plan=Windowed(7)) is net
+    assert type(net.body[1]) is StableLSTM and type(net.other) is StableRNN and net.same is net.other and type(net.gru) is nn.GRU
+    assert all(p is before[name] for name, p in net.named_parameters())
+    assert net.body[1].plan == Windowed(7) and net.body[1].stability == Certified() and net.body[1].batch_first
+    assert type(stabilize(nn.LSTM(3, 4), stability=None)) is StableLSTM
+    with pytest.raises(ValueError, match="Linear"):
+        stabilize(nn.Linear(2, 2))
+    net = Net()
+    with pytest.raises(ValueError, match="ForgetCap"), pytest.warns(UserWarning):
+        stabilize(net, stability=ForgetCap(0.9))
+    assert type(net.body[1]) is nn.LSTM  # nothing half done
+    with pytest.raises(TypeError):
+        stabilize("model")
+
+
+def test_use_plan():
+    net = nn.Sequential(StableLSTM(4, 4, plan=Windowed(2)), StableRNN(4, 4))
+    with use_plan(net, Chunked(4, 2)) as same:
+        assert same is net and net[0].plan == net[1].plan == Chunked(4, 2)
+    assert net[0].plan == Windowed(2) and net[1].plan == Recurrent()
+    with pytest.raises(ValueError, match="Linear"), use_plan(nn.Linear(1, 1), Recurrent()):
+        pass
+    with pytest.raises(TypeError), use_plan(net, 3):
+        pass
+
+
+@pytest.mark.parametrize("make,error", [
+    (lambda: Windowed(0), ValueError), (lambda: Windowed(2.0), TypeError), (lambda: Windowed(True), TypeError),
+    (lambda: Chunked(-1, 2), ValueError), (lambda: Chunked(4, -2), ValueError), (lambda: Verified(tol=-1), ValueError),
+    (lambda: Verified(tol=float("nan")), ValueError), (lambda: Verified(tol="a"), TypeError), (lambda: Verified(chunk=0), ValueError),
+    (lambda: Verified(max_passes=0), ValueError)])
+def test_bad_plans(make, error):
+    with pytest.raises(error, match="must be"):
+        make()
+
+
+def test_every_option_and_plan_runs():
+    """The product of options runs and gives finite gradients."""
+    plans = [Recurrent(), Windowed(3), Chunked(3, 2), Verified(chunk=3, warmup=2)]
+    for plan, layers, both, first, proj in itertools.product(plans, (1, 2), (False, True), (False, True), (0, 2)):
+        m = StableLSTM(3, 4, num_layers=layers, bidirectional=both, batch_first=first, proj_size=proj, plan=plan)
+        y, (h, c) = m(torch.randn(2, 5, 3))
+        (y.sum() + h.sum() + c.sum()).backward()
+        assert all(w.grad is not None and w.grad.isfinite().all() for w in m.parameters())

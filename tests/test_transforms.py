@@ -1,0 +1,139 @@
+"""What torch does with a module: autocast, compile, functional transforms, double backward, frozen weights."""
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+
+from stable_rnn import Chunked, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native
+
+PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
+BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+def test_compile(cls, backend, plan):
+    """One whole graph, the same numbers, forward and backward, and no new graph for another T."""
+    m = cls(4, 6, num_layers=2, bidirectional=True, plan=plan, backend=backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager", dynamic=True)
+    for steps in (9, 13):
+        x = torch.randn(steps, 2, 4)
+        found = []
+        for f in (m, compiled):
+            m.zero_grad()
+            y = f(x)[0]
+            y.sum().backward()
+            found.append([y, *(w.grad.clone() for w in m.parameters())])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], m(x)[0])
+
+
+def test_compile_does_not_specialize_on_time():
+    m = StableLSTM(4, 6, plan=Windowed(3), backend=BACKENDS[-1])
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(m, fullgraph=True, backend=counter)
+    x = torch.randn(9, 2, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    compiled(x)
+    compiled(torch.randn(33, 5, 4))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+def test_per_sample_gradients(cls, plan):
+    m = cls(3, 4, plan=plan, dtype=torch.float64, backend="reference")
+    x = torch.randn(5, 7, 3, dtype=torch.float64)
+    parameters = {k: v.detach() for k, v in m.named_parameters()}
+
+    def loss(parameters, sample):
+        return functional_call(m, parameters, (sample,))[0].square().sum()
+
+    per_sample = vmap(grad(loss), (None, 0))(parameters, x)
+    for i in range(5):
+        m.zero_grad()
+        m(x[i])[0].square().sum().backward()
+        for name, w in m.named_parameters():
+            torch.testing.assert_close(per_sample[name][i], w.grad)
+
+
+def test_forward_mode():
+    m = StableLSTM(3, 4, dtype=torch.float64)
+    x, v = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, 2, 3, dtype=torch.float64)
+    _, tangent = jvp(lambda x: m(x)[0], (x,), (v,))
+    step = 1e-6
+    with torch.no_grad():
+        numeric = (m(x + step * v)[0] - m(x - step * v)[0]) / (2 * step)
+    torch.testing.assert_close(tangent, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward(backend, plan):
+    """The gradient of a gradient penalty, against float64."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        m = StableLSTM(3, 4, num_layers=2, plan=plan, backend=backend if dtype == torch.float32 else "reference").to(dtype)
+        x = torch.randn(9, 2, 3).to(dtype).requires_grad_()
+        first, = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), list(m.parameters())))
+    for a, b in zip(*found, strict=True):
+        scale = float(b.abs().max())
+        assert float((a.double() - b).abs().max()) <= 100 * torch.finfo(torch.float32).eps * max(scale, 1)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_frozen_weights_and_eval_gradients(plan):
+    m = StableLSTM(3, 4, plan=plan).eval()
+    for w in m.parameters():
+        w.requires_grad_(False)
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    h = torch.zeros(1, 2, 4, requires_grad=True)
+    c = torch.zeros(1, 2, 4, requires_grad=True)
+    m(x, (h, c))[0].sum().backward()
+    assert x.grad.any() and h.grad.any() and c.grad.any()
+    m.weight_hh_l0.requires_grad_(True)
+    m(x)[0].sum().backward()
+    assert m.weight_hh_l0.grad.any() and m.weight_ih_l0.grad is None
+
+
+@pytest.mark.parametrize("cls,plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(cls, plain, backend):
+    m = cls(8, 16, backend=backend)
+    theirs = plain(8, 16)
+    theirs.load_state_dict(m.state_dict())
+    x = torch.randn(7, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, other = m(x)[0], theirs(x)[0]
+        y.float().sum().backward()
+    exact = theirs(x)[0]
+    assert y.dtype == other.dtype == torch.bfloat16
+    eager = float((other.float() - exact).abs().max())
+    assert float((y.float() - exact).abs().max()) <= 2 * eager + torch.finfo(torch.bfloat16).eps
+    assert m.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    """Schema, fake kernels and dynamic shapes of the registered ops."""
+    n, batch, hidden = 12, 2, 4
+    xp, w = torch.randn(n, 4 * hidden), torch.randn(4 * hidden, hidden)
+    h, c = torch.randn(batch, hidden), torch.randn(batch, hidden)
+    for numbers in [(0, 0, -1.0), (1, 2, -1.0), (3, 2, 1e-6)]:
+        p = ("lstm", 6, batch, *numbers, 4, 0.9, backend)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.stable_rnn.recurrence, (xp, w, None, h, c, None, None, *p, True), test_utils=tests)
+        out = torch.ops.stable_rnn.recurrence(xp, w, None, h, c, None, None, *p, True)
+        torch.library.opcheck(torch.ops.stable_rnn.recurrence_backward,
+                              (torch.randn(n, hidden), h, c, out[0], out[3], out[4], w, None, c, None, None, *p), test_utils=tests)
+    torch.library.opcheck(torch.ops.stable_rnn.windowed_backward,
+                          (torch.randn(n, hidden), h, c, xp, w, None, h, c, None, None, "lstm", 6, batch, 1, 2, -1.0, 1, 0.9, backend),
+                          test_utils=tests)
