@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .dispatch import choose
 from .ops.recurrence import verified
+from .ops.recurrence.batching import fold_rule, loop_rule
 from .ops.recurrence.problem import Problem
 from .ops.recurrence.reference import arithmetic
 from .ops.spectral import registration as _spectral  # noqa: F401  registers the spectral ops
@@ -94,6 +95,13 @@ def _fresh(inputs: tuple, *outputs: Tensor) -> tuple[Tensor, ...]:
     """Contiguous outputs of which none is an input (an op must not hand back what it was given)."""
     given = {id(t) for t in inputs}
     return tuple(t.clone() if id(t) in given else t.contiguous() for t in outputs)
+
+
+_OPS = torch.ops.stable_rnn
+torch.library.register_vmap("stable_rnn::recurrence", fold_rule(_OPS.recurrence, (1, 2), rows=0, state=3, base=5), lib=_library)
+torch.library.register_vmap(
+    "stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, (6, 7), rows=0, state=1, base=9), lib=_library)
+torch.library.register_vmap("stable_rnn::windowed_backward", loop_rule(_OPS.windowed_backward), lib=_library)
 
 
 def _report() -> Tensor:

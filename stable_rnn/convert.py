@@ -22,16 +22,16 @@ def stabilize(model: nn.Module, stability: Stability | None = Certified(), plan:
         raise TypeError(f"stabilize: model must be an nn.Module, got {type(model).__name__}")
     check_plan(plan)
     found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.RNNBase)}
-    swaps: dict[int, nn.Module] = {}
-    for name, m in found.items():
-        if type(m) in (nn.RNN, nn.LSTM):
-            check_stability(stability, m.mode)
-        elif not isinstance(m, StableRNNBase):
-            warnings.warn(f"stabilize: {name or 'the model'} is {type(m).__name__} and is left alone; only nn.RNN and nn.LSTM have a "
-                          "stable form here", stacklevel=2)
     targets = {name: m for name, m in found.items() if type(m) in (nn.RNN, nn.LSTM)}
     if not targets:
         raise ValueError(f"stabilize: {type(model).__name__} holds no nn.RNN or nn.LSTM")
+    for m in targets.values():
+        check_stability(stability, m.mode)
+    for name, m in found.items():
+        if name not in targets and not isinstance(m, StableRNNBase):
+            warnings.warn(f"stabilize: {name or 'the model'} is {type(m).__name__} and is left alone; only nn.RNN and nn.LSTM have a "
+                          "stable form here", stacklevel=2)
+    swaps: dict[int, nn.Module] = {}
     for name, m in targets.items():
         if id(m) not in swaps:
             swaps[id(m)] = _stable_form(m, stability, plan, backend)

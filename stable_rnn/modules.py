@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, layout
+from . import dispatch, layout
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
@@ -26,7 +26,7 @@ class StableRNNBase(nn.RNNBase):
     backend: str
 
     def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
-        check_plan(plan), backends.check_name(backend)
+        check_plan(plan), dispatch.check_name(backend)
         check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self.stability, self.plan, self.backend = stability, plan, backend
@@ -129,13 +129,13 @@ class StableRNNBase(nn.RNNBase):
         return True, ""
 
     def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, batch: int) -> bool:
-        name = backends.requested(self.backend)
+        name = dispatch.requested(self.backend)
         if name not in ("auto", "torch"):
             return False
         able, reason = self._torch_serves(x, lengths)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
-        return able and (name == "torch" or backends.torch_is_faster(self._cell, x, self.hidden_size, batch))
+        return able and (name == "torch" or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
@@ -159,7 +159,7 @@ class StableRNNBase(nn.RNNBase):
         x, hx = self._cast(input, hx)
         if not batched:
             x = x.unsqueeze(0 if self.batch_first else 1)
-            hx = None if hx is None else tuple(h.unsqueeze(1) for h in hx)
+            hx = None if hx is None else tuple(None if h is None else h.unsqueeze(1) for h in hx)
         batch, steps = (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
         hx = self._zeros(x, batch) if hx is None else hx
         self._check_args(x, hx, None)
@@ -191,7 +191,7 @@ class StableRNNBase(nn.RNNBase):
         """Under autocast everything runs in its dtype, as nn.LSTM does."""
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-            hx = None if hx is None else tuple(h.to(x.dtype) for h in hx)
+            hx = None if hx is None else tuple(None if h is None else h.to(x.dtype) for h in hx)
         return x, hx
 
     def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from . import reference
 from .problem import Problem, weight_gradients
 
 ops = torch.ops.stable_rnn
+_NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
 class FusedRecurrence(torch.autograd.Function):
@@ -22,13 +23,13 @@ class FusedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, p):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
         xp = project(x, w_ih, bias)
-        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *p, True)
+        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.problem = inputs
+        tensors, ctx.problem = inputs[:9], Problem(*inputs[9:])
         y, _, _, gates, cells, report = output
         ctx.mark_non_differentiable(gates, cells, report)
         ctx.save_for_backward(*tensors, y, gates, cells)
@@ -42,7 +43,7 @@ class FusedRecurrence(torch.autograd.Function):
         dz, dh, dh0, dc0, _ = ops.recurrence_backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *p)
         needs = ctx.needs_input_grad
         dw_hh, dw_hr = weight_gradients(needs[3], needs[4], dz, dh, y, gates, cells, h0, base, lengths, p)
-        return *_input_gradients(dz, x, w_ih, needs), dw_hh, dw_hr, dh0, dc0 if c0 is not None else None, None, None, None
+        return *_input_gradients(dz, x, w_ih, needs), dw_hh, dw_hr, dh0, dc0 if c0 is not None else None, *_NOTHING
 
 
 class WindowedRecurrence(torch.autograd.Function):
@@ -52,13 +53,13 @@ class WindowedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, p):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
         xp = project(x, w_ih, bias)
-        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *p, False)
+        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.problem = inputs
+        tensors, ctx.problem = inputs[:9], Problem(*inputs[9:])
         ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*tensors)
 
@@ -71,7 +72,7 @@ class WindowedRecurrence(torch.autograd.Function):
         dz, dw_hh, dw_hr, dh0, dc0 = ops.windowed_backward(
             dy, dh_n, dc_n, project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p)
         return (*_input_gradients(dz, x, w_ih, ctx.needs_input_grad), dw_hh, dw_hr if w_hr is not None else None, dh0,
-                dc0 if c0 is not None else None, None, None, None)
+                dc0 if c0 is not None else None, *_NOTHING)
 
 
 def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -91,7 +92,7 @@ def _reference_backward(tensors, grads, p: Problem):
     batch = h0.shape[0]
     dz, dw_hh, dw_hr, dh0, dc0 = reference.gradients(
         dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.resolved(batch))
-    return *_input_gradients(dz, x, w_ih, [True] * 3), dw_hh, dw_hr, dh0, dc0, None, None, None
+    return *_input_gradients(dz, x, w_ih, [True] * 3), dw_hh, dw_hr, dh0, dc0, *_NOTHING
 
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
@@ -106,7 +107,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
         return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, float(p.checked)], dtype=torch.float64)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) or _transforming():
         function = WindowedRecurrence if p.windowed else FusedRecurrence
-        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, p)
+        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, *p)
     else:
         y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, False)
     return y, h_n, c_n, report
