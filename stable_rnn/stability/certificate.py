@@ -1,0 +1,287 @@
+"""`certificate(module)`: rigorous bounds on how fast a recurrent module forgets, and the window that a tolerance needs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
+from .contraction import Contraction, lstm_contractions, norm2, relu_bound, rnn_contractions
+from .rounding import local_error
+from .weights import LayerWeights, read_module, read_state_dict
+
+MAX_WINDOW = 2**40
+
+
+@dataclass(frozen=True)
+class LayerCertificate:
+    """One layer and direction.
+
+    name     "l0", "l0_reverse", ... as in the weights' names ("" for a cell)
+    rate     V(after) <= rate * V(before) for two states under the same inputs, in a norm V of the kind `norm`, "2" or "inf"
+    forget   largest forget gate there can be (LSTM), else None
+    bound    largest |h| there can be;  bound2 the largest ||h||_2
+    """
+
+    name: str
+    cell: str
+    rate: float
+    norm: str
+    forget: float | None
+    bound: float
+    bound2: float
+    contractions: tuple[Contraction, ...] = field(repr=False)
+    sizes: tuple[int, int] = field(repr=False)  # inputs, hidden units
+    cell_bound: float = field(repr=False)  # largest |c|
+
+    @property
+    def apart(self) -> float:
+        """Two reachable states differ by at most this times their bound: outputs of relu have one sign."""
+        return 1.0 if self.cell == "rnn_relu" else 2.0
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proven of a stack of recurrent layers in eval mode from a zero initial state, for inputs as `inputs` says.
+
+    stable  every layer and direction contracts: rate < 1
+    rate    the largest of the layers' rates, and `norm` the kind of norm it holds in
+    layers  a `LayerCertificate` for each layer and direction
+    """
+
+    stable: bool
+    rate: float
+    norm: str
+    inputs: str
+    levels: tuple[tuple[LayerCertificate, ...], ...] = field(repr=False)
+
+    @property
+    def layers(self) -> tuple[LayerCertificate, ...]:
+        return tuple(layer for level in self.levels for layer in level)
+
+    def truncation_error(self, k: int, dtype: torch.dtype | None = None) -> float:
+        """Bound on the largest absolute error of the module's output when every layer runs `Windowed(k)` against `Recurrent()`.
+
+        Rigorous in exact arithmetic. With a `dtype` it adds what rounding may do to the two runs, by a model of rounding errors and
+        not by proof (stability/README.md). Never more than the trivial bound (outputs of tanh and LSTM layers are bounded); infinite
+        where nothing is known. Raises TypeError or ValueError unless k is an int >= 1 and dtype a floating dtype."""
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"truncation_error: k must be an int, got {k!r}")
+        if k < 1:
+            raise ValueError(f"truncation_error: k must be at least 1, got {k}")
+        error = self._through(lambda c, eps: c.after(k, eps))
+        return error if dtype is None else min(error + self.rounding_error(dtype), self._through(lambda c, eps: math.inf))
+
+    def window(self, eps: float, dtype: torch.dtype | None = None) -> int:
+        """The least k with `truncation_error(k, dtype) <= eps`. ValueError with the reason if there is none."""
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            raise TypeError(f"window: eps must be a number, got {eps!r}")
+        if not eps > 0:
+            raise ValueError(f"window: eps must be positive, got {eps}")
+        if self.truncation_error(1, dtype) <= eps:
+            return 1
+        low, high = 1, 2
+        while self.truncation_error(high, dtype) > eps:
+            low, high = high, 2 * high
+            if high > MAX_WINDOW:
+                raise ValueError(f"window: no window brings the error under {eps}: {self._why_not(eps, dtype)}")
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.truncation_error(middle, dtype) <= eps else (middle, high)
+        return high
+
+    def rounding_error(self, dtype: torch.dtype) -> float:
+        """By how much two runs in `dtype` may differ through rounding alone: a model, not a proof (stability/README.md)."""
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
+        worst = 0.0
+        for level in self.levels:
+            found = []
+            for layer in level:
+                dc, dh = local_error(layer, dtype)
+                each = (c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * _series(c.rate) for c in layer.contractions)
+                found.append(min(v * c.out[0] for v, c in zip(each, layer.contractions)))
+            worst = max(found)
+        return 2 * worst
+
+    def jump_bound(self, jump: float, chunk: int) -> float:
+        """Bound on the largest absolute output error of a run whose states jump at most once in `chunk` steps, by at most `jump` in
+        every entry, relative to max(1, |state|): what the plan `Verified` leaves. Infinite if unstable."""
+
+        def built_up(layer: LayerCertificate, c: Contraction, eps: float) -> float:
+            v = math.hypot(c.units[0] * jump * max(1.0, layer.cell_bound), c.units[1] * jump * max(1.0, layer.bound))
+            return v * _series(c.rate**chunk if c.rate < 1 else 1.0) + c.carried(eps)
+
+        return self._through(built_up, with_layer=True) * (1 + 2.0**-40)
+
+    def _through(self, bound, with_layer: bool = False) -> float:
+        """The output error of the stack, from `bound(contraction, input error)` of V in each layer and direction."""
+        eps2 = eps = 0.0  # of the inputs of a level, in the 2-norm and as the largest entry
+        for level in self.levels:
+            squares, largest = 0.0, 0.0
+            for layer in level:
+                e, e2 = layer.apart * layer.bound, layer.apart * layer.bound2
+                for c in layer.contractions:
+                    of_inputs = eps2 if c.norm == "2" else eps
+                    v = bound(layer, c, of_inputs) if with_layer else bound(c, of_inputs)
+                    e, e2 = min(e, _times(v, c.out[0])), min(e2, _times(v, c.out[1]))
+                e, largest = min(e, e2), max(largest, e, min(e, e2))
+                squares += e2 * e2
+            eps, eps2 = largest, math.sqrt(squares) * (1 + 2.0**-50)
+        return eps
+
+    def _why_not(self, eps: float, dtype: torch.dtype | None) -> str:
+        if not self.stable:
+            worst = max(self.layers, key=lambda layer: layer.rate)
+            return f"the module is not certified stable (rate {worst.rate:.4g}{' in ' + worst.name if worst.name else ''})"
+        if dtype is not None and self.rounding_error(dtype) > eps:
+            return f"rounding in {str(dtype).removeprefix('torch.')} alone may reach {self.rounding_error(dtype):.3g}"
+        return f"the bound stays at {self.truncation_error(MAX_WINDOW, dtype):.3g}"
+
+    def __str__(self) -> str:
+        lines = [f"{'stable' if self.stable else 'NOT certified stable'}: rate {_figure(self.rate)} per step in the {_kind(self.norm)}"]
+        if len(self.layers) > 1 or self.layers[0].forget is not None:
+            for layer in self.layers:
+                forget = "" if layer.forget is None else f", forget gate <= {layer.forget:.4g}"
+                lines.append(f"  {layer.name or 'cell'}: rate {_figure(layer.rate)} ({_kind(layer.norm)}){forget}, |h| <= {layer.bound:.3g}")
+        for eps in (1e-3, 1e-6):
+            try:
+                lines.append(f"window for an error of {eps:g}: {self.window(eps)} steps")
+            except ValueError as error:
+                lines.append(str(error))
+                break
+        lines.append(f"assumes {self.inputs}, a zero initial state, eval mode, exact arithmetic")
+        return "\n".join(lines)
+
+
+def _series(rate: float) -> float:
+    """1 + rate + rate^2 + ..."""
+    return 1 / (1 - rate) if rate < 1 else math.inf
+
+
+def _times(v: float, factor: float) -> float:
+    return v * factor * (1 + 2.0**-45) if v else 0.0
+
+
+def _figure(rate: float) -> str:
+    return f"{math.ceil(rate * 1e4) / 1e4:.4f}" if rate < 10 else f"{rate:.3g}"
+
+
+def _kind(norm: str) -> str:
+    return {"2": "2-norm", "inf": "max-norm"}[norm]
+
+
+def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None, input_bound: float | None = None, *,
+                lengths: Tensor | None = None) -> Certificate:
+    """Rigorous bounds on how fast an RNN or LSTM forgets: `StableRNN`, `StableLSTM`, torch's `nn.RNN`, `nn.LSTM`, or a cell of these.
+
+    Without `input` they hold for all inputs with |x_t| <= input_bound in every entry (default: what the module's stable set assumes,
+    else 1; `math.inf` is allowed). With `input`, of a shape that the module takes ((T, B, I), (B, T, I) with batch_first, (T, I) or a
+    PackedSequence; `lengths` (B,) masks padding), they hold for these inputs, and are sharper: layer 0's gates are bounded by what
+    W_ih x_t + b really is. Upper layers are bounded by what the lower ones can give out.
+
+    Raises ValueError for weights or inputs with NaN or infinite entries, a negative bound or inputs of another width; TypeError for
+    modules that have no certificate, a GRU for instance.
+    """
+    stability = getattr(module, "stability", None)
+    levels = read_module(module)
+    width = levels[0][0].w_ih.shape[1]
+    if input is not None and input_bound is not None:
+        raise ValueError("certificate: pass input or input_bound, not both")
+    data = None if input is None else _rows(input, lengths, width, getattr(module, "batch_first", False))
+    if stability is not None:
+        bound = stability.input_limit(levels[0][0].cell) if input_bound is None else input_bound
+        return certify(levels, _checked_bound(bound), data, stability.cap, stability.rate)
+    return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
+
+
+def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: float = 1.0) -> dict[str, Certificate]:
+    """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
+
+    A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. Nor does it know of a clamped forget gate.
+    GRU layers are skipped with a warning. ValueError names a weight with NaN or infinite entries."""
+    stacks, gru = read_state_dict(state_dict)
+    for prefix in gru:
+        warnings.warn(f"certificate: {prefix or 'the model'} looks like a GRU, which has no certificate here; skipped", stacklevel=2)
+    return {prefix: certify(levels, _checked_bound(input_bound)) for prefix, levels in stacks.items()}
+
+
+def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None = None, cap: float = 1.0,
+            target: float | None = None) -> Certificate:
+    """The certificate of a stack. data (N, I): all inputs there are; else |x_t| <= bound."""
+    width = levels[0][0].w_ih.shape[1]
+    x = torch.full((width,), float(bound), dtype=torch.float64)  # |inputs| of the level
+    x2 = length(x) if math.isfinite(bound) else (math.inf if width else 0.0)
+    found = []
+    for number, level in enumerate(levels):
+        made = [layer_certificate(w, x, x2, data if number == 0 else None, cap, target, upper=number > 0) for w in level]
+        x = torch.cat([h for _, h in made])
+        x2 = math.hypot(*(layer.bound2 for layer, _ in made))
+        found.append(tuple(layer for layer, _ in made))
+    worst = max((layer for level in found for layer in level), key=lambda layer: layer.rate)
+    inputs = f"|inputs| <= {bound:g}" if data is None else f"the {len(data)} given inputs"
+    if math.isinf(bound) and data is None:
+        inputs = "inputs of any size"
+    if worst.cell == "rnn_tanh":
+        inputs += ", tanh cells"
+    return Certificate(worst.rate < 1, worst.rate, worst.norm, inputs, tuple(found))
+
+
+def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: float | None,
+                      upper: bool = False) -> tuple[LayerCertificate, Tensor]:
+    """One layer and direction, and the bound of |h| per unit (P,)."""
+    gain = norm2(w.w_ih)
+    drive = drive_of_bound(w, x, x2, gain) if data is None else drive_of_data(w, data)
+    if w.cell == "lstm":
+        b = lstm_bounds(w, drive, cap)
+        found = lstm_contractions(w, b, upper, target)
+        h, forget, cell_bound = b.h, float(b.f.max()), float(b.c.max())
+        h2 = length(h)
+    else:
+        b = rnn_bounds(w, drive)
+        found = rnn_contractions(w, b, gain)
+        h, forget, cell_bound = b.h, None, 0.0
+        if w.cell == "rnn_relu":
+            h = relu_bound(w, found)
+        h2 = min(length(h), found[0].start)
+    best = min(found, key=lambda c: c.rate)
+    sizes = w.w_ih.shape[1], w.hidden
+    layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, forget, float(h.max()), h2, tuple(found), sizes, cell_bound)
+    return layer, h
+
+
+def _checked_bound(bound: float) -> float:
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+        raise TypeError(f"input_bound must be a number, got {bound!r}")
+    if not bound >= 0:
+        raise ValueError(f"input_bound must be 0 or more, got {bound}")
+    return float(bound)
+
+
+def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, batch_first: bool) -> Tensor:
+    """All input vectors (N, I) in float64."""
+    if isinstance(input, PackedSequence):
+        input = input.data
+    if not isinstance(input, Tensor):
+        raise TypeError(f"certificate: input must be a tensor or a PackedSequence, got {type(input).__name__}")
+    if input.dim() not in (1, 2, 3) or input.shape[-1] != width:
+        raise ValueError(f"certificate: input must end in the module's input size {width}, got the shape {tuple(input.shape)}")
+    data = input.detach().to("cpu", torch.float64)
+    if lengths is not None:
+        if data.dim() != 3:
+            raise ValueError(f"certificate: lengths need an input of three dimensions, got the shape {tuple(input.shape)}")
+        steps = torch.arange(data.shape[1 if batch_first else 0])
+        real = steps[:, None] < lengths.detach().cpu()  # (T, B)
+        data = data[real.mT if batch_first else real]
+    data = data.reshape(-1, width)
+    if not len(data):
+        raise ValueError(f"certificate: input holds no step, got the shape {tuple(input.shape)}")
+    if not torch.isfinite(data).all():
+        raise ValueError("certificate: input holds NaN or infinite values")
+    return data

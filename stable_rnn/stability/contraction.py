@@ -1,0 +1,225 @@
+"""Contractions: a weighted norm V of state differences, and by which factor a step shrinks it. The derivations are in README.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.spectral import spectral_norm_bound
+from .bounds import LstmBounds, RnnBounds, length, times, up
+from .weights import LayerWeights
+
+FORGET_SHARE = 0.3  # of the room for the gates f, i, g that falls to f
+STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
+FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """For two states of one layer under the same inputs V(after) <= rate * V(before), rigorously.
+
+    norm    "2" or "inf": the kind of V, and in which norm input differences are measured
+    gain    a difference eps of the inputs adds at most gain * eps to V
+    start   V of the difference between a zero state and any state that the layer can reach
+    out     a state difference has |dh|_inf <= out[0] * V and ||dh||_2 <= out[1] * V
+    units   V of a difference is at most hypot(units[0] * |dc|_inf, units[1] * |dh|_inf)
+    spread  the same for differences as rounding makes them, spread over the units (README.md)
+    """
+
+    norm: str
+    rate: float
+    gain: float
+    start: float
+    out: tuple[float, float]
+    units: tuple[float, float]
+    spread: tuple[float, float]
+
+    def after(self, k: int, eps: float) -> float:
+        """Bound of V after k steps from `start` with inputs that differ by at most eps."""
+        return _upwards(power(self.rate, k) * self.start + self.carried(eps, k))
+
+    def carried(self, eps: float, k: float = math.inf) -> float:
+        """Bound of V that input differences of at most eps can build up in k steps from no difference."""
+        if eps == 0 or self.gain == 0:
+            return 0.0
+        if self.rate < 1:
+            return self.gain * eps * min(k, _upwards(1 / (1 - self.rate)))
+        return self.gain * eps * k * power(self.rate, k) if k < math.inf else math.inf
+
+
+def power(rate: float, k: int) -> float:
+    try:
+        return rate**k * (1 + 2.0**-45) + 1e-300
+    except OverflowError:
+        return math.inf
+
+
+def _upwards(x: float) -> float:
+    return x * (1 + 2.0**-45)
+
+
+def norm2(matrix: Tensor) -> float:
+    if not torch.isfinite(matrix).all():
+        return math.inf
+    return float(spectral_norm_bound(matrix))
+
+
+# ---- the tanh and relu RNN
+
+
+def rnn_contractions(w: LayerWeights, b: RnnBounds, gain: float) -> list[Contraction]:
+    """In the 2-norm ||W_hh||_2; in the max-norm absolute row sums, plain and with weights v near the Perron vector of |W_hh|.
+
+    gain >= ||W_ih||_2."""
+    rate = norm2(w.w_hh)
+    start = length(b.h)
+    if rate < 1:
+        start = min(start, _upwards(b.norm / (1 - rate)))
+    found = [Contraction("2", rate, gain, start, (1.0, 1.0), (0.0, math.sqrt(w.hidden)), (0.0, 1.0))]
+    ones, drive = torch.ones_like(b.drive), times(w.w_ih, torch.ones_like(w.w_ih[0]))
+    for v in (ones, _perron(lambda v: times(w.w_hh, v), ones)):
+        rate = _upwards(float((times(w.w_hh, v) / v).max()))
+        start = float((b.h / v).max())
+        if rate < 1:
+            start = min(start, _upwards(float((b.drive / v).max()) / (1 - rate)))
+        per_unit = (0.0, _upwards(float((1 / v).max())))
+        out = float(v.max()), length(v)
+        found.append(Contraction("inf", rate, _upwards(float((drive / v).max())), _upwards(start), out, per_unit, per_unit))
+    return found
+
+
+def relu_bound(w: LayerWeights, b: RnnBounds, found: list[Contraction]) -> Tensor:
+    """|h| (H,) of a relu layer: what its inputs can build up in each contraction's norm, from zero."""
+    return torch.stack([torch.full_like(b.h, c.start * c.out[0]) for c in found]).amin(0)
+
+
+def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR) -> Tensor:
+    """Positive weights v that nearly minimize max_j step(v)_j / v_j; `floor` of `start` in it keeps every weight away from 0."""
+    v = start / start.max()
+    for _ in range(STEPS):
+        after = step(v)
+        if not after.any():
+            break
+        v = after / after.max() + v  # with v itself, so that a cycle converges too
+        v = v / v.max()
+    return v + floor * start / start.max()
+
+
+# ---- the LSTM
+
+
+def lstm_contractions(w: LayerWeights, b: LstmBounds, upper: bool, target: float | None) -> list[Contraction]:
+    """One in the 2-norm, two in the max-norm. `upper`: inputs may differ, so gains matter. `target`: a rate worth trying first."""
+    if not (b.f < 1).all():  # sigmoid rounds to 1: nothing can be said
+        nothing = (math.inf, math.inf)
+        return [Contraction("2", math.inf, math.inf, math.inf, nothing, nothing, nothing)]
+    return [_lstm_two(w, b, upper, target), *_lstm_inf(w, b)]
+
+
+def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
+    """The row scales D (4H,) for which ||D W_hh||_2 <= rate makes the layer contract at `rate`; kappa >= ||W_hr||_2. README.md."""
+    room = kappa * b.o / (1 - b.f / rate)
+    rest = (1 - share) ** -0.5 if isinstance(share, float) else (1 - share).rsqrt()
+    own = share**-0.5 if isinstance(share, float) else share.rsqrt()
+    scales = [room * b.si * _joint(b.z) * rest, room * b.sf * b.c * own, room * b.i * rest, kappa * b.so * _joint(b.t)]
+    return torch.cat([s.expand_as(b.o) for s in scales]) * (1 + 2.0**-45)
+
+
+def _joint(t: Tensor) -> Tensor:
+    """a(t) of |d(sigmoid(x) tanh(y))| <= hypot(a slope |dx|, s |dy|) where |tanh y| <= t, sigmoid(x) <= s."""
+    return (2 - t * t).rsqrt()
+
+
+def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: float | None) -> Contraction:
+    """The least rate found with ||D(rate) W_hh||_2 <= rate, for two ways to share the room between f and the other gates."""
+    kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
+    rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
+    forget, others = b.sf * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
+    even = torch.full_like(b.o, FORGET_SHARE)
+    own = (forget / (forget + others)).nan_to_num(FORGET_SHARE).clamp(0.02, 0.98)
+    rate, share = min(((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0])
+    found = [_lstm_two_at(w, b, rate, share, kappa, upper)]
+    if found[0].rate > rate:  # the estimate was short
+        found.append(_lstm_two_at(w, b, (rate + found[0].rate) / 2, share, kappa, upper))
+    best = min(found, key=lambda c: c.rate)
+    if target is not None and best.rate > target > float(b.f.max()):
+        best = min(best, _lstm_two_at(w, b, target, even, kappa, upper), key=lambda c: c.rate)
+    return best
+
+
+def _lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
+    """With the weights V^2 = sum_j weight_j dc_j^2 + ||dh||^2 that belong to `rate`; what is proven for them may be a little more."""
+    scales = gate_scales(b, rate, share, kappa)
+    ratio = b.f / rate
+    weight = (kappa * b.o) ** 2 * ratio / (1 - ratio) * (1 + 2.0**-45)
+    fresh = torch.sqrt(1 - ratio).repeat(3)  # a difference of the inputs meets no difference of the cell
+    scales_in = torch.cat([scales[: 3 * w.hidden] * fresh, scales[3 * w.hidden :]]) * (1 + 2.0**-45)
+    proven = _upwards(norm2(scales[:, None] * w.w_hh))
+    gain = _upwards(norm2(scales_in[:, None] * w.w_ih)) if upper else 0.0
+    h2 = min(length(b.h), _upwards(kappa * length(b.m)))
+    start = _upwards(math.hypot(length(weight.sqrt() * b.c), h2))
+    units = _upwards(float(weight.sum().sqrt())), math.sqrt(len(b.h))
+    return Contraction("2", max(rate, proven), gain, start, (1.0, 1.0), units, (float(weight.max().sqrt()), 1.0))
+
+
+def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
+    """About the rate where ||D(rate) W_hh||_2 = rate, by power iteration and bisection in float32. Proves nothing."""
+    w32 = w_hh.float()
+    x = torch.ones(w_hh.shape[1]) + torch.arange(w_hh.shape[1]) % 7 * 0.1
+
+    def norm(rate: float) -> float:
+        nonlocal x
+        a = gate_scales(b, rate, share, kappa).float()[:, None] * w32
+        for _ in range(8):
+            y = a.mT @ (a @ x)
+            size = float(torch.linalg.vector_norm(y))
+            if not 0 < size < math.inf:
+                return size
+            x = y / size
+        return math.sqrt(size)
+
+    low = float(b.f.max()) * (1 + 1e-4)
+    high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if norm(middle) <= middle else (middle, high)
+    return high * (1 + 1e-4)
+
+
+def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
+    """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all."""
+    ones = torch.ones_like(b.h)
+    rows_in = times(w.w_ih, torch.ones_like(w.w_ih[0]))
+
+    def step(v: Tensor) -> Tensor:
+        return torch.cat(_lstm_step(w, b, v[: w.hidden], times(w.w_hh, v[w.hidden :])))
+
+    def even(v: Tensor) -> Tensor:
+        after = step(v)
+        return torch.cat([part.max().expand_as(part) for part in (after[: w.hidden], after[w.hidden :])])
+
+    plain = _perron(even, torch.cat([torch.ones_like(b.o), ones]), floor=1e-6)
+    for v in (plain, _perron(step, plain)):
+        vc, vh = v[: w.hidden], v[w.hidden :]
+        rate = _upwards(float((step(v) / v).max()))
+        gain = _upwards(float((torch.cat(_lstm_step(w, b, torch.zeros_like(vc), rows_in)) / v).max()))
+        start = _upwards(float((torch.cat([b.c, b.h]) / v).max()))
+        per_unit = _upwards(float((1 / vc).max())), _upwards(float((1 / vh).max()))
+        yield Contraction("inf", rate, gain, start, (float(vh.max()), length(vh)), per_unit, per_unit)
+
+
+def _lstm_step(w: LayerWeights, b: LstmBounds, dc: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of |dc|, |dh| after a step, from |dc| (H,) and the bound `drive` (4H,) of the pre-activations' differences."""
+    xi, xf, xz, xo = drive.chunk(4)
+    dc = b.f * dc + b.sf * b.c * xf + _product(b.si * xi, b.i * xz, b.z)
+    dm = _product(b.so * xo, b.o * dc, b.t)
+    return up(dc, 16), up(dm, 32) if w.w_hr is None else times(w.w_hr, up(dm, 32))
+
+
+def _product(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Bound of a gate's change x (slope times difference) times tanh <= t, together with the tanh's change y (already gated)."""
+    return torch.minimum(torch.hypot(_joint(t) * x, y), t * x + y)

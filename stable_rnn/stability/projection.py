@@ -1,0 +1,168 @@
+"""`project_`: weights into the stable set of a `Certified`, in place. The sets and why they suffice are in README.md."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.spectral import SpectralState, row_project_, spectral_project_
+from .bounds import LstmBounds, length, times
+from .certificate import LayerCertificate, layer_certificate
+from .contraction import FORGET_SHARE, gate_scales
+from .weights import Names, cell_of, layer_names, read
+
+if TYPE_CHECKING:
+    from .sets import Certified
+
+CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
+INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
+
+# The subspaces that the spectral projection carries from step to step; no part of a module, so that state dicts, copies and pickles
+# don't hold them.
+_warm: WeakKeyDictionary[nn.Module, SpectralState] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def project_(module: nn.Module, stability: Certified, certify: bool = True) -> None:
+    """Move the weights of an RNN or LSTM (module or cell) into the set, all layers and directions, in place.
+
+    certify=True: afterwards every layer is certified at `stability.rate`; layers that were so before are left bitwise untouched.
+    certify=False: one warm step of the spectral projection and the cheap rules, for training loops; it may stop a little short.
+
+    In the 2-norm: RNN ||W_hh||_2 <= rate; LSTM ||D W_hh||_2 <= rate with D of `gate_scales`, ||W_hr||_2 <= 1. In the max-norm: the same
+    of row sums. LSTM without a clamp: for each unit of the forget gate the rows of W_ih and W_hh and a positive bias are scaled
+    together until sigmoid(row sums + bias) <= forget. Raises ValueError for NaN or infinite weights, or a set that doesn't fit the module.
+    """
+    cell = cell_of(module)
+    stability.check(cell)
+    if cell == "lstm" and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
+        raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
+                         "here doesn't")
+    (_certified if certify else _step)(module, stability, cell)
+
+
+def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
+    levels = layer_names(module)
+    bound = stability.input_limit(cell)
+    x = torch.full((getattr(module, levels[0][0]["weight_ih"]).shape[1],), bound, dtype=torch.float64)
+    x2 = length(x) if math.isfinite(bound) else math.inf
+    for level in levels:
+        made = []
+        for names in level:
+            margin = 1e-6
+            while True:
+                w = read(lambda name: getattr(module, name, None), names, cell)
+                made_now = layer_certificate(w, x, x2, None, stability.cap, stability.rate)
+                if _inside(made_now[0], stability):
+                    break
+                _into_balls(_balls(module, names, stability, cell, margin), True, SpectralState())
+                _into_rows(module, names, stability, cell, margin, x)
+                margin *= 8
+            made.append(made_now)
+        x = torch.cat([h for _, h in made])
+        x2 = math.hypot(*(layer.bound2 for layer, _ in made))
+
+
+def _inside(layer: LayerCertificate, stability: Certified) -> bool:
+    norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
+    return any(c.rate <= stability.rate for c in layer.contractions if c.norm in norms)
+
+
+def _step(module: nn.Module, stability: Certified, cell: str) -> None:
+    state = _warm.setdefault(module, SpectralState())
+    levels = layer_names(module)
+    _into_balls([ball for level in levels for names in level for ball in _balls(module, names, stability, cell, 1e-6)], False, state)
+    for number, level in enumerate(levels):
+        for names in level:
+            w_ih = getattr(module, names["weight_ih"])
+            if number == 0:
+                x = w_ih.new_full((w_ih.shape[1],), stability.input_bound, dtype=torch.float64)
+            _into_rows(module, names, stability, cell, 1e-6, x)
+        x = torch.cat([_state_bound(module, names) for names in level])
+
+
+# ---- the 2-norm
+
+
+def _balls(module: nn.Module, names: Names, stability: Certified, cell: str, margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
+    """(W, D, bound): what has to obey ||diag(D) W||_2 <= bound. None for the max-norm set."""
+    if stability.norm == "inf":
+        return []
+    w_hh, w_hr = getattr(module, names["weight_hh"]), getattr(module, names["weight_hr"], None)
+    if cell != "lstm":
+        return [(w_hh, None, stability.rate)]
+    hidden = w_hh.shape[0] // 4
+    scales = gate_scales(_any_gates(hidden, stability.forget), stability.rate, FORGET_SHARE)
+    balls = [(w_hh, scales.to(w_hh.device)[:, None], stability.rate * (1 - margin))]
+    return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
+
+
+def _any_gates(hidden: int, forget: float) -> LstmBounds:
+    """Bounds whatever W_ih and the biases are, but that forget gates are <= forget."""
+    one = torch.ones(hidden, dtype=torch.float64)
+    return LstmBounds(i=one, f=forget * one, o=one, z=one, si=one / 4, sf=one / 4, so=one / 4, c=one / (1 - forget), t=one, m=one, h=one)
+
+
+def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool, state: SpectralState) -> None:
+    matrices, changed = [], []
+    for w, scales, _ in balls:
+        if scales is None:
+            matrices.append(w.detach())
+            continue
+        kind = torch.float64 if certify or w.dtype == torch.float64 else torch.float32
+        scaled = (scales.to(kind) * w.detach().to(kind)).contiguous()
+        matrices.append(scaled)
+        changed.append((w, scales.to(kind), scaled, scaled.clone()))
+    if matrices:
+        spectral_project_(matrices, [bound for _, _, bound in balls], certify=certify, state=state)
+    for w, scales, scaled, before in changed:
+        w.copy_(torch.where(scaled == before, w, (scaled / scales).to(w.dtype)))
+
+
+# ---- rows: the max-norm, and the forget gate's bound
+
+
+def _into_rows(module: nn.Module, names: Names, stability: Certified, cell: str, margin: float, x: Tensor) -> None:
+    """x (I,) >= |inputs of the layer|."""
+    w_hh, w_hr = getattr(module, names["weight_hh"]).detach(), getattr(module, names["weight_hr"], None)
+    rate = stability.rate * (1 - margin)
+    if stability.norm == "inf" and cell != "lstm":
+        row_project_(w_hh, rate)
+    elif stability.norm == "inf":
+        room = (rate - stability.forget) * CELL_WEIGHT
+        rest = (1 - FORGET_SHARE) * room
+        limits = (4 * math.sin(INPUT_ANGLE) * rest, 4 * (1 - stability.forget) * FORGET_SHARE * room, math.cos(INPUT_ANGLE) * rest,
+                  4 * rate * math.sqrt(1 - CELL_WEIGHT**2))
+        for gate, limit in zip(w_hh.chunk(4), limits):
+            row_project_(gate, limit)
+        if w_hr is not None:
+            row_project_(w_hr.detach(), 1 - margin)
+    if cell == "lstm" and stability.cap == 1:
+        _lower_forget(module, names, stability.forget, margin, x)
+
+
+def _lower_forget(module: nn.Module, names: Names, forget: float, margin: float, x: Tensor) -> None:
+    """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts."""
+    w_ih, w_hh = (getattr(module, names[kind]).detach().chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
+    biases = [b.detach().chunk(4)[1] for b in (getattr(module, names[kind], None) for kind in ("bias_ih", "bias_hh")) if b is not None]
+    rows = times(w_ih.double(), x) + times(w_hh.double(), _state_bound(module, names))
+    bias = sum((b.double() for b in biases), torch.zeros_like(rows))
+    limit = math.log(forget / (1 - forget)) * (1 - margin)
+    scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias) / rows).clamp(max=1.0)
+    for w in (w_ih, w_hh):
+        w.mul_(scale[:, None])
+    for b in biases:
+        b.mul_(torch.where(bias > 0, scale, 1.0))
+
+
+def _state_bound(module: nn.Module, names: Names) -> Tensor:
+    """|h| (P,) of an LSTM layer whatever its weights but W_hr, in float64."""
+    w_hr = getattr(module, names["weight_hr"], None)
+    if w_hr is None:
+        w_hh = getattr(module, names["weight_hh"])
+        return w_hh.new_ones(w_hh.shape[1], dtype=torch.float64)
+    return times(w_hr.detach().double(), w_hr.new_ones(w_hr.shape[1], dtype=torch.float64))

@@ -1,0 +1,136 @@
+"""Stable sets of weights: what a `stability=` argument may be.
+
+A set knows what the cell clamps (`cap`), how to move weights into it (`project_`), and what it certifies (`rate`). To try another set,
+subclass `Stability`; modules ask for nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from .projection import project_
+
+NORMS = ("2", "inf", "auto")
+
+
+class Stability:
+    """Base of the stable sets. `rate`: what a module in the set is certified for, or None if the set promises nothing."""
+
+    rate: float | None = None
+
+    @property
+    def cap(self) -> float:
+        """The cell's forget gate is min(sigmoid(.), cap); 1.0 means no clamp."""
+        return 1.0
+
+    def input_limit(self, cell: str) -> float:
+        """The bound of |x_t| that a certificate of such a module assumes when it is told nothing."""
+        return 1.0
+
+    def check(self, cell: str) -> None:
+        """ValueError if the set makes no sense for the cell: "lstm", "rnn_tanh" or "rnn_relu"."""
+
+    def project_(self, module: nn.Module, certify: bool = True) -> None:
+        """Move the module's weights into the set, in place. certify=False: a cheap step for training loops, which may stop short."""
+
+
+def check_stability(stability: Stability | None, mode: str) -> Stability | None:
+    """Returns a `stability=` argument that fits torch's `mode` ("LSTM", "RNN_TANH", "RNN_RELU"); TypeError or ValueError otherwise."""
+    if stability is None:
+        return None
+    if not isinstance(stability, Stability):
+        raise TypeError(f"stability must be None, ForgetCap(f) or Certified(...), got {stability!r}")
+    stability.check(mode.lower())
+    return stability
+
+
+@dataclass(frozen=True)
+class ForgetCap(Stability):
+    """Only the LSTM cell's clamp: f_t = min(sigmoid(.), forget), 0 < forget < 1. No weight is moved and no rate is promised; in practice
+    such a cell forgets, and the plan `Verified` checks every run."""
+
+    forget: float
+
+    def __post_init__(self) -> None:
+        _check_number("ForgetCap: forget", self.forget)
+        if not 0 < self.forget < 1:
+            raise ValueError(f"ForgetCap: forget must lie between 0 and 1, got {self.forget}")
+
+    @property
+    def cap(self) -> float:
+        return self.forget
+
+    def check(self, cell: str) -> None:
+        if cell != "lstm":
+            raise ValueError(f"ForgetCap is for the LSTM; {cell} has no forget gate to clamp (stability={self})")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Certified(Stability):
+    """Weights for which `certificate(module).rate <= rate` is proven.
+
+    rate         0 < rate < 1, of every layer and direction
+    norm         the norm in which weights from outside are brought in: "2" (singular values clipped), "inf" (absolute row sums), or
+                 "auto" (layers that are certified in either norm stay as they are, others as for "2")
+    forget       LSTM: bound of the forget gate. Default 0.55, with cap=True 0.6, or less where the rate is less
+    input_bound  bound of |x_t| for which the LSTM's weights keep the forget gate below `forget`; then 1/2 < forget < rate
+    cap          True: the LSTM cell clamps its forget gate at `forget` instead, 0 < forget < rate; holds for inputs of any size
+
+    The RNN's rate needs no bound of the inputs; `forget` and `cap` don't matter to it. Formulas: stability/README.md, after Miller &
+    Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
+    """
+
+    rate: float
+    norm: str
+    forget: float
+    input_bound: float
+    clamped: bool
+
+    def __init__(self, rate: float = 0.99, norm: str = "2", forget: float | None = None, input_bound: float = 1.0,
+                 cap: bool = False) -> None:
+        _check_number("Certified: rate", rate)
+        if not 0 < rate < 1:
+            raise ValueError(f"Certified: rate must lie between 0 and 1, got {rate}")
+        if norm not in NORMS:
+            raise ValueError(f"Certified: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+        _check_number("Certified: input_bound", input_bound)
+        if not 0 <= input_bound < math.inf:
+            raise ValueError(f"Certified: input_bound must be finite and 0 or more, got {input_bound}")
+        if not isinstance(cap, bool):
+            raise TypeError(f"Certified: cap must be True or False, got {cap!r}; the clamp's height is forget=")
+        least = 0.0 if cap else 0.5
+        if forget is None:
+            forget = min(0.6 if cap else 0.55, (least + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
+        else:
+            _check_number("Certified: forget", forget)
+            if not least < forget < rate:
+                raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if cap else ' (or pass cap=True)'}, "
+                                 f"got {forget}")
+        for name, value in zip(("rate", "norm", "forget", "input_bound", "clamped"), (rate, norm, forget, input_bound, cap)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def cap(self) -> float:
+        return self.forget if self.clamped else 1.0
+
+    def input_limit(self, cell: str) -> float:
+        return math.inf if self.clamped and cell == "lstm" else self.input_bound
+
+    def check(self, cell: str) -> None:
+        if cell == "lstm" and not self.forget < self.rate:
+            raise ValueError(f"Certified: an LSTM's rate must be above 1/2, or pass cap=True; got {self.rate}")
+
+    def project_(self, module: nn.Module, certify: bool = True) -> None:
+        project_(module, self, certify)
+
+    def __repr__(self) -> str:
+        return (f"Certified(rate={self.rate}, norm={self.norm!r}, forget={self.forget}, input_bound={self.input_bound}, "
+                f"cap={self.clamped})")
