@@ -11,6 +11,7 @@ from torch import Tensor
 from .dispatch import choose
 from .ops.recurrence import verified
 from .ops.recurrence.batching import fold_rule, loop_rule
+from .ops.recurrence.function import backward_op, setup_op
 from .ops.recurrence.problem import Problem
 from .ops.recurrence.reference import arithmetic
 from .ops.spectral import registration as _spectral  # noqa: F401  registers the spectral ops
@@ -97,6 +98,7 @@ def _fresh(inputs: tuple, *outputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.clone() if id(t) in given else t.contiguous() for t in outputs)
 
 
+torch.library.register_autograd("stable_rnn::recurrence", backward_op, setup_context=setup_op, lib=_library)
 _OPS = torch.ops.stable_rnn
 torch.library.register_vmap("stable_rnn::recurrence", fold_rule(_OPS.recurrence, (1, 2), rows=0, state=3, base=5), lib=_library)
 torch.library.register_vmap(

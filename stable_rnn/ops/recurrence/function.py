@@ -24,26 +24,23 @@ class FusedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
-        xp = project(x, w_ih, bias)
-        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
+        return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.problem = inputs[:9], Problem(*inputs[9:])
+        ctx.problem = Problem(*inputs[9:])
         y, _, _, gates, cells, report = output
         ctx.mark_non_differentiable(gates, cells, report)
-        ctx.save_for_backward(*tensors, y, gates, cells)
+        ctx.save_for_backward(*inputs[:9], y, gates, cells)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, y, gates, cells = ctx.saved_tensors
-        p = ctx.problem
+        x, w_ih, bias, *state = ctx.saved_tensors[:9]
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
-            return _reference_backward(ctx.saved_tensors[:9], (dy, dh_n, dc_n), p)
-        dz, dh, dh0, dc0, _ = ops.recurrence_backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *p)
+            return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         needs = ctx.needs_input_grad
-        dw_hh, dw_hr = weight_gradients(needs[3], needs[4], dz, dh, y, gates, cells, h0, base, lengths, p)
-        return *_input_gradients(dz, x, w_ih, needs), dw_hh, dw_hr, dh0, dc0 if c0 is not None else None, *_NOTHING
+        dz, *rest = _adjoint((dy, dh_n, dc_n), state, ctx.saved_tensors[9:], ctx.problem, needs[3:5])
+        return *_input_gradients(dz, x, w_ih, needs), *rest, *_NOTHING
 
 
 class WindowedRecurrence(torch.autograd.Function):
@@ -54,30 +51,47 @@ class WindowedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
-        xp = project(x, w_ih, bias)
-        return ops.recurrence(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
+        return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.problem = inputs[:9], Problem(*inputs[9:])
+        ctx.problem = Problem(*inputs[9:])
         ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*inputs[:9])
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths = ctx.saved_tensors
-        p = ctx.problem
+        x, w_ih, bias, *state = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _reference_backward(ctx.saved_tensors, (dy, dh_n, dc_n), p)
-        dz, dw_hh, dw_hr, dh0, dc0 = ops.windowed_backward(
-            dy, dh_n, dc_n, project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p)
-        return (*_input_gradients(dz, x, w_ih, ctx.needs_input_grad), dw_hh, dw_hr if w_hr is not None else None, dh0,
-                dc0 if c0 is not None else None, *_NOTHING)
+            return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
+        dz, *rest = _window_adjoint((dy, dh_n, dc_n), state, project(x, w_ih, bias), ctx.problem)
+        return *_input_gradients(dz, x, w_ih, ctx.needs_input_grad), *rest, *_NOTHING
 
 
 def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     """xp for all times in one GEMM; without weights, x is xp."""
     return x if w_ih is None else F.linear(x, w_ih, bias)
+
+
+def _adjoint(grads, state, saved, p: Problem, needs) -> tuple[Tensor | None, ...]:
+    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, gates, cells."""
+    w_hh, w_hr, h0, c0, base, lengths = state
+    dz, dh, dh0, dc0, _ = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
+    dw_hh, dw_hr = weight_gradients(needs[0], needs[1], dz, dh, *saved, h0, base, lengths, p)
+    return dz, dw_hh, dw_hr, dh0, dc0 if c0 is not None else None
+
+
+def _window_adjoint(grads, state, xp: Tensor, p: Problem) -> tuple[Tensor | None, ...]:
+    """Gradients of (xp, w_hh, w_hr, h0, c0) of the windowed function."""
+    dz, dw_hh, dw_hr, dh0, dc0 = ops.windowed_backward(*grads, xp, *state, *p)
+    return dz, dw_hh, dw_hr if state[1] is not None else None, dh0, dc0 if state[3] is not None else None
+
+
+def _reference_backward(x, w_ih, bias, state, grads, p: Problem) -> tuple[Tensor | None, ...]:
+    dy, dh_n, dc_n = grads
+    h0, c0 = state[2:4]
+    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p.resolved(h0.shape[0]))
+    return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, *_NOTHING
 
 
 def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -86,13 +100,21 @@ def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple
     return dz @ w_ih if needs[0] else None, dz.T @ x if needs[1] else None, dz.sum(0) if needs[2] else None
 
 
-def _reference_backward(tensors, grads, p: Problem):
-    x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths = tensors
-    dy, dh_n, dc_n = grads
-    batch = h0.shape[0]
-    dz, dw_hh, dw_hr, dh0, dc0 = reference.gradients(
-        dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.resolved(batch))
-    return *_input_gradients(dz, x, w_ih, [True] * 3), dw_hh, dw_hr, dh0, dc0, *_NOTHING
+# The same gradients on the bare op, for graphs: torch.compile sees one op with a derivative, and keeps T symbolic in it.
+
+
+def setup_op(ctx, inputs, output) -> None:
+    xp, *state = inputs[:7]
+    ctx.problem = Problem(*inputs[7:-1])
+    y, _, _, gates, cells, _ = output
+    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, gates, cells)))
+
+
+def backward_op(ctx, dy, dh_n, dc_n, *_):
+    state, saved, p = ctx.saved_tensors[:6], ctx.saved_tensors[6:], ctx.problem
+    grads = (dy, dh_n, dc_n)
+    found = _window_adjoint(grads, state, saved[0], p) if p.windowed else _adjoint(grads, state, saved, p, ctx.needs_input_grad[1:3])
+    return *found, *_NOTHING, None
 
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
@@ -101,18 +123,16 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
 
     Rows of x that belong to no time of any sequence give zeros. `report`: passes, lanes run again, largest jump, fell back."""
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
-    if forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
+    graph = torch.compiler.is_compiling()
+    if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved(h0.shape[0])
         out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)
         return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, float(p.checked)], dtype=torch.float64)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) or _transforming():
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, *p)
     else:
-        y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, False)
+        y, h_n, c_n, _, _, report = ops.recurrence(
+            project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
     return y, h_n, c_n, report
-
-
-def _transforming() -> bool:
-    """Inside torch.func: gradients are not visible in `requires_grad`."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

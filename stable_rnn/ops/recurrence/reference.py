@@ -5,6 +5,8 @@ Arithmetic in float32 (float64 for float64 inputs); h is rounded to the storage 
 """
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -171,29 +173,31 @@ def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Te
 
 
 def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
-                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, create_graph: bool = False,
+                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem,
                       group: int = 4096) -> tuple[Tensor | None, ...]:
     """The true gradient of windows (stride 1) in (xp, w_hh, w_hr, h0, c0): `group` lanes at a time run again and go back."""
     batch, n = h0.shape[0], xp.shape[0]
-    inputs = [x if x is None or create_graph and x.requires_grad else x.detach().requires_grad_() for x in (xp, w_hh, w_hr, h0, c0)]
+    inputs = (xp, w_hh, w_hr, h0, c0)
+    wanted = [x for x in inputs if x is not None]
     used = row_length(p, batch, lengths, xp.device)
     last = torch.where(used > 0, row_base(p, batch, base, xp.device) + (used - 1) * p.step, n)
     grads = [dy + _place([dh_n], last[None], torch.zeros_like(dy))]  # the final state is the output of the last window
     if c0 is not None:
         grads.append(_place([dc_n], last[None], xp.new_zeros(n, c0.shape[1], dtype=arithmetic(xp.dtype))))
-    wanted = [x for x in inputs if x is not None]
+
+    def states(ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        left = iter(given)
+        out = forward(*(None if x is None else next(left) for x in inputs), base, lengths, p, ids=ids)
+        return (out.y,) if c0 is None else (out.y, out.cells)
+
     total = [torch.zeros_like(x) for x in wanted]
     for ids in torch.arange(p.lanes() * batch, device=xp.device).split(group) if n else ():
-        with torch.enable_grad():
-            out = forward(*inputs, base, lengths, p, ids=ids)
-            outputs = [out.y] if c0 is None else [out.y, out.cells]
-            found = torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-        total = [a + b for a, b in zip(total, found, strict=True)]
-    unused = used == 0
-    found = iter(total)
+        _, back = torch.func.vjp(partial(states, ids), *wanted)
+        total = [a + b for a, b in zip(total, back(tuple(grads)), strict=True)]
+    found, none = iter(total), used == 0
     dxp, dw_hh, dw_hr, dh0, dc0 = (None if x is None else next(found) for x in inputs)
-    dh0 = dh0 + _mask(unused, dh_n, torch.zeros_like(dh_n))
-    dc0 = None if dc0 is None else dc0 + _mask(unused, dc_n, torch.zeros_like(dc_n))
+    dh0 = dh0 + _mask(none, dh_n, torch.zeros_like(dh_n))
+    dc0 = None if dc0 is None else dc0 + _mask(none, dc_n, torch.zeros_like(dc_n))
     return dxp, dw_hh, dw_hr, dh0, dc0
 
 
@@ -204,7 +208,7 @@ def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: T
     Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
     recurrence, which it equals to its tolerance."""
     if p.windowed:
-        return windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, p, create_graph=True)
+        return windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, p)
     if p.checked:
         p = p.whole()
     out = forward(xp, w_hh, w_hr, h0, c0, base, lengths, p)
