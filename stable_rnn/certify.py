@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +20,15 @@ def certify(path: str, input_bound: float) -> None:
     console = Console(highlight=False)
     found = False
     for where, state_dict in state_dicts(load(path)):
-        for name, certificate in certificate_from_state_dict(state_dict, input_bound).items():
+        try:
+            with warnings.catch_warnings(record=True) as remarks:  # layers without a certificate, a GRU for instance
+                warnings.simplefilter("always")
+                certificates = certificate_from_state_dict(state_dict, input_bound)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        for remark in remarks:
+            print(f"stable-rnn {remark.message}", file=sys.stderr)
+        for name, certificate in certificates.items():
             found = True
             console.rule(".".join(part for part in (where, name) if part) or "the model", align="left")
             console.print(str(certificate), soft_wrap=True, markup=False)

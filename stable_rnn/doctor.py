@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import _native
 from ._version import __version__
-from .backends import backends
+from .dispatch import backends
 
 EXPLAIN = {
     "cuda": "Fused kernels for NVIDIA GPUs.",
@@ -32,7 +32,7 @@ def doctor(explain: bool = False) -> None:
         facts.add_row(name, value)
     console.print(facts)
 
-    table = Table("backend", "runs here", "why", title="Backends, in the order in which `auto` tries them", title_justify="left")
+    table = Table("backend", "runs here", "why", title="Backends", title_justify="left")
     for backend in backends():
         mark = "[green]yes[/]" if backend.available else "[yellow]no[/]"
         table.add_row(backend.name, mark, backend.reason)
@@ -51,7 +51,7 @@ def doctor(explain: bool = False) -> None:
 def _facts() -> dict[str, str]:
     return {
         "stable_rnn": __version__,
-        "compiled module": f"loaded, CPU features in use: {_native.lib.cpu_features()}" if _native.lib else f"none: {_native.reason}",
+        "compiled module": f"loaded; {_features()}" if _native.lib else f"none: {_native.reason}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -59,6 +59,11 @@ def _facts() -> dict[str, str]:
         "cuda": f"not built in this version; {_gpu()}",
         "STABLE_RNN_BACKEND": os.environ.get("STABLE_RNN_BACKEND", "not set"),
     }
+
+
+def _features() -> str:
+    found = _native.lib.cpu_features()
+    return f"instruction set in use: {found['isa']}; {'OpenMP' if found['openmp'] else 'one thread, no OpenMP'}"
 
 
 def _gpu() -> str:

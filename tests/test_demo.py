@@ -40,10 +40,10 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     for name, model in found["models"].items():
         assert name in run.stdout and 0 < model["bits_per_character"] < 10
         ways = {way["way"]: way for way in model["ways"]}
-        assert list(ways)[2:] == [str(plan) for plan in (Windowed(4), Verified(), Chunked(64, 16))]
+        assert list(ways)[2:] == ["Windowed(4)", "Verified()", "Chunked(64, 16)"]
         assert all(way["seconds"] > 0 for way in ways.values())
         for point in [*model["windows"], *ways.values()]:
-            if point["bound_float32"] is not None:
+            if point["bound_float32"] is not None and point["error"] is not None:
                 assert point["error"] <= point["bound_float32"], (name, point)
     certified = found["models"]["Certified()"]
     assert certified["certificate"]["stable"] and certified["windows"][-1]["bound"] is not None

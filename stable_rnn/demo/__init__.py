@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import Chunked, Plan, Recurrent, Verified, Windowed
+from .. import Chunked, Recurrent, Verified, Windowed
 from .._errors import UserError
+from ..plans import Plan
 from . import compare, report
 from .data import load
 from .train import LAYERS, train

@@ -21,23 +21,16 @@ def draw(path: Path, errors: dict[str, list[dict]], speeds: dict[str, list[float
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
     figure.suptitle(f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=12)
 
-    for (name, points), color, marker in zip(errors.items(), COLORS, MARKERS, strict=False):
-        k = [p["k"] for p in points]
-        left.plot(k, [p["error"] or None for p in points], color=color, marker=marker, markersize=5, label=f"{name}, measured")
+    for (name, points), color, marker in zip(errors.items(), COLORS, MARKERS):
+        measured = [p for p in points if p["error"]]  # 0 has no place on a logarithmic axis
+        left.plot(*columns(measured, "error"), color=color, marker=marker, markersize=5, label=f"{name}, measured")
         if points[0]["bound"] is not None:
-            left.plot(k, [p["bound"] for p in points], color=color, linestyle="--", label=f"{name}, certified bound")
-            left.plot(
-                k,
-                [p["bound_float32"] for p in points],
-                color=color,
-                linestyle=":",
-                label="  with the float32 rounding term",
-            )
+            left.plot(*columns(points, "bound"), color=color, linestyle="--", label=f"{name}, certified bound")
+            left.plot(*columns(points, "bound_float32"), color=color, linestyle=":", label="the same with rounding in float32")
     left.set(
-        xscale="log",
         yscale="log",
-        xlabel="window k (inputs that each output has seen)",
-        ylabel="largest error of any output, |h| ≤ 1",
+        xlabel="window k: inputs that each output has seen",
+        ylabel="largest error of any output (|h| ≤ 1)",
         title="Windowed(k) against the full recurrence",
     )
     left.set_xscale("log", base=2)
@@ -70,3 +63,7 @@ def draw(path: Path, errors: dict[str, list[dict]], speeds: dict[str, list[float
         axes.legend(fontsize=8)
     whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     pyplot.close(figure)
+
+
+def columns(points: list[dict], what: str) -> tuple[list[int], list[float]]:
+    return [p["k"] for p in points], [p[what] for p in points]
