@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import dispatch
 from .ops.recurrence import native
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
@@ -20,7 +20,7 @@ class StableCellBase(nn.RNNCellBase):
 
     def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
                  backend: str) -> None:
-        backends.check_name(backend)
+        dispatch.check_name(backend)
         self.mode, self._cell = mode, mode.lower()
         self.stability = check_stability(stability, mode)
         self.backend = backend
@@ -65,7 +65,7 @@ class StableCellBase(nn.RNNCellBase):
     def _check(self, name: str, x: Tensor, states: dict[str, Tensor]) -> None:
         """torch's own shape errors."""
         if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]}, expected {self.input_size}")
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for which, h in states.items():
             if h.shape[0] != x.shape[0]:
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match {which} batch size {h.shape[0]}")

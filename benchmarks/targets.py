@@ -1,0 +1,144 @@
+"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.json] [--seconds S]`.
+
+Float32, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import stable_rnn
+from stable_rnn import Chunked, StableLSTM, StableLSTMCell, StableRNN, Verified, Windowed, _native, use_plan
+
+from .baselines import overlap_chunks, product_rate, shifted_products
+from .timing import race
+
+
+def pair(plain: type, size: int, **options):
+    a = plain(size, size, **options)
+    b = (StableLSTM if plain is nn.LSTM else StableRNN)(size, size, stability=None, **options)
+    b.load_state_dict(a.state_dict())
+    return a, b
+
+
+def training(m: nn.Module, x: torch.Tensor):
+    def run() -> None:
+        m.zero_grad()
+        m(x)[0].sum().backward()
+
+    return run
+
+
+class Table:
+    """Rows as they are measured: printed, and kept for the JSON."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.rows = seconds, []
+
+    def add(self, case: str, baseline: str, ours, theirs, target: float | None) -> None:
+        times = race({"ours": ours, "theirs": theirs}, self.seconds)
+        ratio = times["theirs"].median / times["ours"].median
+        row = dict(case=case, baseline=baseline, ours_ms=times["ours"].median * 1e3, baseline_ms=times["theirs"].median * 1e3, ratio=ratio,
+                   target=target, ours_range_ms=[t * 1e3 for t in times["ours"][1:]], baseline_range_ms=[t * 1e3 for t in times["theirs"][1:]])
+        self.note(row)
+
+    def note(self, row: dict) -> None:
+        self.rows.append(row)
+        aim = "" if row["target"] is None else f"(target {row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'missed'})"
+        times = f"{row['ours_ms']:10.3f} ms {row['baseline_ms']:10.3f} ms" if "ours_ms" in row else " " * 27
+        print(f"{row['case']:58s} {times}  {row['ratio']:6.2f}  {aim} over {row['baseline']}", flush=True)
+
+
+def recurrent(table: Table) -> None:
+    for plain in (nn.LSTM, nn.RNN):
+        for batch in (1, 8, 64):
+            for size in (64, 128, 256, 512):
+                a, b = pair(plain, size)
+                x = torch.randn(max(32, min(2048, 2**19 // (batch * size))), batch, size)
+                name = f"{plain.__name__} Recurrent B={batch} H={size} T={x.shape[0]}"
+                target = 1.5 if plain is nn.RNN and batch == 1 else 1.0
+                with torch.no_grad():
+                    table.add(name + " forward", f"nn.{plain.__name__}", lambda: b(x), lambda: a(x), target)  # noqa: B023
+                if size in (128, 256):
+                    table.add(name + " forward+backward", f"nn.{plain.__name__}", training(b, x), training(a, x), 1.0)
+
+
+def long_sequence(table: Table) -> None:
+    a, b = pair(nn.LSTM, 256)
+    x = torch.randn(8192, 1, 256)
+    with torch.no_grad():
+        for plan in (Chunked(256, 32), Verified()):
+            with use_plan(b, plan):
+                table.add(f"LSTM {plan} B=1 T=8192 H=256", "nn.LSTM", lambda: b(x), lambda: a(x), 2.0 if plan == Chunked(256, 32) else None)
+        with use_plan(b, Chunked(256, 32)):
+            table.add("LSTM Chunked(256, 32) B=1 T=8192 H=256", "overlap chunks, one batch through nn.LSTM", lambda: b(x),
+                      overlap_chunks(a, x, 256, 32), 1.2)
+    with use_plan(b, Chunked(256, 32)):
+        table.add("LSTM Chunked(256, 32) B=1 T=8192 H=256 fwd+bwd", "nn.LSTM", training(b, x), training(a, x), None)
+
+
+def windows(table: Table) -> None:
+    for size in (128, 256):
+        a, b = pair(nn.LSTM, size)
+        x, k = torch.randn(8192, 1, size), 32
+        rate = product_rate(size, 4 * size)
+        with torch.no_grad(), use_plan(b, Windowed(k)):
+            table.add(f"LSTM Windowed(32) B=1 T=8192 H={size}", "k shifted GEMMs, eager gates", lambda: b(x), shifted_products(a, x, k), 1.3)  # noqa: B023
+            seconds = race({"": lambda: b(x)}, table.seconds)[""].median  # noqa: B023
+        flops = 2 * 4 * size * size * 8192 * k  # the input projection, and k - 1 products: the first step starts from zero
+        table.note(dict(case=f"LSTM Windowed(32) H={size}: {flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s",
+                        baseline="torch's best float32 product", ratio=flops / seconds / rate, target=0.75 if size == 256 else None))
+
+
+def single_step(table: Table) -> None:
+    for size in (64, 256):
+        a, b = nn.LSTMCell(size, size), StableLSTMCell(size, size, stability=None)
+        b.load_state_dict(a.state_dict())
+        x, hx = torch.randn(1, size), (torch.randn(1, size), torch.randn(1, size))
+        with torch.no_grad():
+            table.add(f"one LSTM step B=1 H={size}", "nn.LSTMCell", lambda: b(x, hx), lambda: a(x, hx), 1.0)  # noqa: B023
+
+
+def saved_bytes(table: Table) -> None:
+    for plain in (nn.LSTM, nn.RNN):
+        found = []
+        for m in pair(plain, 256):
+            kept: dict[int, int] = {}
+
+            def pack(t: torch.Tensor, kept=kept) -> torch.Tensor:
+                if not isinstance(t, nn.Parameter):
+                    kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                m(torch.randn(512, 4, 256))
+            found.append(sum(kept.values()))
+        table.note(dict(case=f"{plain.__name__} B=4 T=512 H=256: {found[1] / 2**20:.1f} MiB saved for backward, torch {found[0] / 2**20:.1f}",
+                        baseline="bytes that torch saves", ratio=found[0] / max(found[1], 1), target=1.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    table = Table(options.seconds)
+    for part in (recurrent, long_sequence, windows, single_step, saved_bytes):
+        part(table)
+    if options.out:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        features = _native.lib.cpu_features() if _native.lib else None
+        options.out.write_text(json.dumps(dict(
+            commit=commit, torch=torch.__version__, stable_rnn=stable_rnn.__version__, threads=torch.get_num_threads(), features=features,
+            machine=platform.processor() or platform.machine(), rows=table.rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()
