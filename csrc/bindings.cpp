@@ -7,9 +7,7 @@
 
 #include "isa.h"
 #include "stable_rnn/params.h"
-#if __has_include("stable_rnn/spectral.h")
 #include "stable_rnn/spectral.h"
-#endif
 
 namespace py = pybind11;
 using namespace stable_rnn;
@@ -94,6 +92,13 @@ void cell_step(int cell, int dtype, int threads, int64_t batch, int64_t input, i
                                     Pointer{w_ih}, Pointer{w_hh}, Pointer{b_ih}, Pointer{b_hh}, Pointer{h_out}, Pointer{c_out}});
 }
 
+// matrices is a table of int64 with the fields of SpectralMatrix in its columns.
+void spectral_step(int threads, bool scale, int iterations, int64_t fresh, uint64_t seed, int64_t count, Address matrices,
+                   Address bounds, Address norms) {
+  run(spectral_step_cpu,
+      SpectralParams{threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms}});
+}
+
 py::dict cpu_features() {
   py::dict features;
   features["isa"] = isa_name();
@@ -145,6 +150,8 @@ PYBIND11_MODULE(_C, module) {
              arg("x"), arg("h"), arg("c"), arg("w_ih"), arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));
 
   // spectral projection: stable_rnn/spectral.h
+  module.def("spectral_step", spectral_step, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),
+             arg("matrices"), arg("bounds"), arg("norms"));
 
   // the machine
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");

@@ -1,8 +1,66 @@
-#include "stable_rnn/params.h"
+// The entry points of params.h: what they cannot do, what needs no kernel, and the way to the kernels of this machine.
+#include <cstring>
+
+#include "kernels.h"
+#include "lanes.h"
 
 namespace stable_rnn {
+namespace {
 
-const char* recurrence_forward_cpu(const ForwardParams&) { return "not written yet"; }
+constexpr int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
+
+template <class Params>
+const char* check(const Params& p) {
+  if (p.cell < RNN_TANH || p.cell > LSTM) return "cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)";
+  if (p.dtype != F32 && p.dtype != BF16) return "dtype must be 0 (float32) or 1 (bfloat16)";
+  if (p.hidden < 0 || !(p.cap > 0 && p.cap <= 1)) return "hidden must not be negative, and cap must lie in (0, 1]";
+  return nullptr;
+}
+
+template <class Params>
+const char* check_recurrence(const Params& p) {
+  if (const char* problem = check(p)) return problem;
+  const Lanes& lanes = p.lanes;
+  if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
+    return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
+  if (p.w_hr && p.cell != LSTM) return "a projection (w_hr) needs cell lstm";
+  if (!p.w_hr && p.out != p.hidden) return "out must equal hidden where there is no projection (w_hr)";
+  if (p.w_hr && p.out < 1) return "out must be positive";
+  return nullptr;
+}
+
+// No stride or warm-up needs to be longer than the time there is: so nothing overflows.
+template <class Params>
+void shorten(Params& p) {
+  const int64_t most = p.lanes.steps > 0 ? p.lanes.steps : 1;
+  if (p.lanes.stride > most) p.lanes.stride = most;
+  if (p.lanes.warmup > most) p.lanes.warmup = most;
+}
+
+void copy_row(void* to, const void* from, int64_t b, int64_t bytes) {
+  if (!to) return;
+  if (from) std::memcpy(static_cast<char*>(to) + b * bytes, static_cast<const char*>(from) + b * bytes, bytes);
+  else std::memset(static_cast<char*>(to) + b * bytes, 0, bytes);
+}
+
+int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : lanes_per_row(lanes) * lanes.batch; }
+
+}  // namespace
+
+const char* recurrence_forward_cpu(const ForwardParams& params) {
+  if (const char* problem = check_recurrence(params)) return problem;
+  ForwardParams p = params;
+  shorten(p);
+  for (int64_t b = 0; b < p.lanes.batch; ++b)
+    if (length_of(p.lanes, b) == 0) {
+      copy_row(p.h_n, p.h0, b, p.out * size_of(p.dtype));
+      if (p.cell == LSTM) copy_row(p.c_n, p.c0, b, p.hidden * size_of(p.dtype));
+    }
+  if (p.hidden == 0) return nullptr;
+  const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), forward_run, p.h_init != nullptr);
+  return entries.empty() ? nullptr : STABLE_RNN_DISPATCH(forward(p, entries.data(), int64_t(entries.size())));
+}
+
 const char* recurrence_backward_cpu(const BackwardParams&) { return "not written yet"; }
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&) { return "not written yet"; }
 const char* cell_step_cpu(const CellStepParams&) { return "not written yet"; }

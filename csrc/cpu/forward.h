@@ -1,0 +1,156 @@
+// The forward recurrence of a tile of lanes: at each step one product with the packed weights and, on its sums while they are at
+// hand, the gate arithmetic. What is kept of it all is up to a Sink: the caller's outputs (forward.cpp), or the workspace of windows.
+#pragma once
+#include "stable_rnn/cell.h"
+#include "tiles.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+
+// The weights of a problem, packed: z = h W_hh^T, and h = m W_hr^T where there is a projection.
+struct ForwardWeights {
+  Panels gates, projection;
+  bool projected;
+
+  ForwardWeights(int64_t hidden, int64_t out, bool lstm, bool projected, int threads)
+      : gates(out, hidden, lstm ? 4 : 1, threads), projection(hidden, out, 1, threads), projected(projected) {}
+  int64_t bytes() const {
+    return Workspace::bytes<float>(gates.floats()) + (projected ? Workspace::bytes<float>(projection.floats()) : 0);
+  }
+  void take(Workspace& memory) {
+    gates.data = memory.take<float>(gates.floats());
+    if (projected) projection.data = memory.take<float>(projection.floats());
+  }
+  template <class T>
+  void pack(const Team& team, const T* w_hh, const T* w_hr) {
+    for (int64_t p = team.begin(gates.count); p < team.end(gates.count); ++p) pack_rows(gates, p, w_hh);
+    if (projected)
+      for (int64_t p = team.begin(projection.count); p < team.end(projection.count); ++p) pack_rows(projection, p, w_hr);
+  }
+};
+
+// T is the storage type. A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
+//   hidden(r, run, s, unit, n, before, h)     state of units [unit, unit + n) before step s (an address) and after it
+//   cell(r, run, s, unit, n, c_prev, step)    LSTM only: the same for the cell, and the gates
+template <class T, bool lstm, class Sink>
+struct ForwardTile {
+  // the problem
+  int kind;
+  float cap;
+  int64_t hidden, out;
+  const T *xp, *h0, *c0;
+  const float *h_init, *c_init;
+  const ForwardWeights& weights;
+  Sink sink;
+  // the memory of a tile
+  int64_t h_stride, c_stride;
+  float *h_now = nullptr, *h_next = nullptr, *c = nullptr, *m = nullptr;
+  Run* runs = nullptr;
+
+  ForwardTile(const ForwardWeights& weights, const Sink& sink, int kind, float cap, const void* xp, const void* h0, const void* c0,
+              const float* h_init, const float* c_init)
+      : kind(kind), cap(cap), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)),
+        h0(static_cast<const T*>(h0)), c0(static_cast<const T*>(c0)), h_init(h_init), c_init(c_init), weights(weights), sink(sink),
+        h_stride(state_stride(out)), c_stride(state_stride(hidden)) {}
+
+  static int64_t bytes(int64_t rows, int64_t hidden, int64_t out, bool projected) {
+    return 2 * Workspace::bytes<float>(rows * state_stride(out)) +
+           (lstm + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
+  }
+  void take(Workspace& memory, int64_t rows) {
+    h_now = memory.take<float>(rows * h_stride);
+    h_next = memory.take<float>(rows * h_stride);
+    if (lstm) c = memory.take<float>(rows * c_stride);
+    if (weights.projected) m = memory.take<float>(rows * c_stride);
+    runs = memory.take<Run>(rows);
+  }
+
+  // Runs the n lanes in `runs`, longest first, to their ends. A member of a team works on a copy of the tile of its own.
+  void run(const Team& team, int64_t n) {
+    bool zeros = !weights.gates.not_finite;
+    for (int64_t r = 0; r < n; ++r) zeros = zeros && !(runs[r].given && h0) && !h_init;
+    for (int64_t r = team.begin(n); r < team.end(n); ++r) start(r);
+    team.sync();
+    int64_t active = n;
+    for (int64_t s = 0; s < runs[0].steps; ++s) {
+      while (runs[active - 1].steps <= s) --active;
+      step(team, s, active, zeros && s == 0 ? nullptr : h_now);   // a product with zeros is zero
+      float* last = h_now;
+      h_now = h_next;
+      h_next = last;
+    }
+  }
+
+ private:
+  void start(int64_t r) {
+    const Run& run = runs[r];
+    begin_state(h_now + r * h_stride, out, run.given && h0 ? h0 + run.b * out : nullptr, h_init ? h_init + run.entry * out : nullptr);
+    if (lstm)
+      begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr, c_init ? c_init + run.entry * hidden : nullptr);
+  }
+
+  // Panels are taken in turn upwards and downwards: what the cache still holds from the end of one step begins the next.
+  template <class Body>
+  STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_t s, const Body& body) {
+    const int64_t begin = team.begin(panels.count), end = team.end(panels.count);
+    for (int64_t i = begin; i < end; ++i) body(s % 2 ? begin + end - 1 - i : i);
+  }
+
+  void step(const Team& team, int64_t s, int64_t active, const float* state) {
+    each_panel(team, weights.gates, s, [&](int64_t p) {
+      const int64_t unit = weights.gates.first(p) * width;
+      const int size = weights.gates.size(p);
+      multiply(state, h_stride, active, weights.gates, p, [&](int64_t r, const Vec* z) {
+        if constexpr (lstm) lstm_units(r, s, unit, z);
+        else rnn_units(r, s, unit, z, size);
+      });
+    });
+    team.sync();
+    if (!weights.projected) return;
+    each_panel(team, weights.projection, s, [&](int64_t p) {
+      const int64_t unit = weights.projection.first(p) * width;
+      const int size = weights.projection.size(p);
+      multiply(m, c_stride, active, weights.projection, p, [&](int64_t r, const Vec* h) {
+        for (int v = 0; v < size; ++v) emit(r, s, unit + v * width, h[v]);
+      });
+    });
+    team.sync();
+  }
+
+  STABLE_RNN_INLINE void lstm_units(int64_t r, int64_t s, int64_t unit, const Vec* z) {
+    const Run& run = runs[r];
+    const int64_t n = hidden - unit;
+    const T* x = xp + (run.first + s * run.move) * 4 * hidden + unit;
+    float* cell = c + r * c_stride + unit;
+    const Vec c_prev = load(cell);
+    const LstmStep<Vec> now = lstm_step(z[0] + load(x, n), z[1] + load(x + hidden, n), z[2] + load(x + 2 * hidden, n),
+                                        z[3] + load(x + 3 * hidden, n), c_prev, cap);
+    store(cell, now.c);
+    sink.cell(r, run, s, unit, n, c_prev, now);
+    if (weights.projected) store(m + r * c_stride + unit, now.m);
+    else emit(r, s, unit, now.m);
+  }
+
+  STABLE_RNN_INLINE void rnn_units(int64_t r, int64_t s, int64_t unit, const Vec* z, int size) {
+    const Run& run = runs[r];
+    const T* x = xp + (run.first + s * run.move) * hidden + unit;
+    for (int v = 0; v < size; ++v)
+      emit(r, s, unit + v * width, rnn_step(z[v] + load(x + v * width, hidden - unit - v * width), kind == RNN_RELU));
+  }
+
+  STABLE_RNN_INLINE void emit(int64_t r, int64_t s, int64_t unit, Vec h) {
+    h = rounded<T>(h);
+    store(h_next + r * h_stride + unit, h);
+    sink.hidden(r, runs[r], s, unit, out - unit, h_now + r * h_stride + unit, h);
+  }
+
+ public:
+  // A row of n state values from the caller's, or else from `init`, or else zeros.
+  static void begin_state(float* state, int64_t n, const T* given, const float* init) {
+    for (int64_t u = 0; u < n; u += width)
+      store(state + u, given ? load(given + u, n - u) : init ? load(init + u, n - u) : Vec(0.f));
+  }
+};
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn

@@ -1,0 +1,78 @@
+#include "forward.h"
+
+#include "kernels.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+namespace {
+
+// The outputs of ForwardParams.
+template <class T>
+struct Outputs {
+  const ForwardParams& p;
+
+  STABLE_RNN_INLINE void hidden(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before, Vec h) const {
+    if (s < run.warm) return;
+    const int64_t row = run.first + s * run.move;
+    store(static_cast<T*>(p.y) + row * p.out + unit, h, n);
+    if (s == run.warm && p.h_start) store(p.h_start + run.id * p.out + unit, load(before), n);
+    if (s + 1 < run.steps) return;
+    if (p.h_end) store(p.h_end + run.id * p.out + unit, h, n);
+    if (p.h_n && run.last) store(static_cast<T*>(p.h_n) + run.b * p.out + unit, h, n);
+  }
+
+  STABLE_RNN_INLINE void cell(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_prev, const LstmStep<Vec>& now) const {
+    if (s < run.warm) return;
+    const int64_t row = run.first + s * run.move;
+    if (p.gates) {
+      T* gates = static_cast<T*>(p.gates) + row * 4 * p.hidden + unit;
+      store(gates, now.i, n);
+      store(gates + p.hidden, now.f, n);
+      store(gates + 2 * p.hidden, now.g, n);
+      store(gates + 3 * p.hidden, now.o, n);
+    }
+    if (p.cells) store(p.cells + row * p.hidden + unit, now.c, n);
+    if (s == run.warm && p.c_start) store(p.c_start + run.id * p.hidden + unit, c_prev, n);
+    if (s + 1 < run.steps) return;
+    if (p.c_end) store(p.c_end + run.id * p.hidden + unit, now.c, n);
+    if (p.c_n && run.last) store(static_cast<T*>(p.c_n) + run.b * p.hidden + unit, now.c, n);
+  }
+};
+
+template <class T, bool lstm>
+const char* run_forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
+  using Tile = ForwardTile<T, lstm, Outputs<T>>;
+  const Tiling tiling(p.threads, lanes, gates_of(p.cell) * p.hidden * p.out);
+  ForwardWeights weights(p.hidden, p.out, lstm, p.w_hr != nullptr, tiling.panel_threads());
+  Workspace memory;
+  const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out, weights.projected);
+  if (!memory.allocate(weights.bytes() + tiling.teams() * tile_bytes)) return out_of_memory;
+  weights.take(memory);
+  char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
+  Counter counter;
+
+  parallel(tiling.threads, [&](const Team& team) {
+    weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
+    team.sync();
+    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+      Tile tile(weights, Outputs<T>{p}, p.cell, p.cap, p.xp, p.h0, p.c0, p.h_init, p.c_init);
+      Workspace piece(tile_memory + slot * tile_bytes);
+      tile.take(piece, tiling.rows);
+      own.sync();   // nobody reads the last tile's runs any more
+      for (int64_t r = own.begin(n); r < own.end(n); ++r) tile.runs[r] = forward_run(p.lanes, entries[first + r], p.h_init);
+      own.sync();
+      tile.run(own, n);
+    });
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
+  if (p.dtype == BF16) return p.cell == LSTM ? run_forward<bf16, true>(p, entries, lanes) : run_forward<bf16, false>(p, entries, lanes);
+  return p.cell == LSTM ? run_forward<float, true>(p, entries, lanes) : run_forward<float, false>(p, entries, lanes);
+}
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn

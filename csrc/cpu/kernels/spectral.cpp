@@ -1,0 +1,302 @@
+// Blocks are n x 16 row-major, so that a row of a block is one to four vectors and every product with W a sum of broadcasts.
+// All matrices advance together through a few phases; the work items of a phase are (matrix, chunk of rows), and the chunks do not
+// depend on the number of threads: neither do the sums.
+#include "stable_rnn/spectral.h"
+
+#include <cmath>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+#include "small.h"
+#include "stable_rnn/params.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+namespace {
+
+static_assert(K == SPECTRAL_BLOCK, "small.h is written for the block size");
+
+constexpr int PARTS = K / width;  // vectors in a row of a block
+#if defined(__AVX512F__)
+constexpr int GROUP = 8;          // rows of W at a time: as many accumulators as there are registers for
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int GROUP = 6;
+#else
+constexpr int GROUP = 3;
+#endif
+constexpr int64_t CHUNK = 64, MOST_CHUNKS = 16;
+
+inline uint64_t mixed(uint64_t x) {  // the finalizer of splitmix64
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// sum[r] += w[r * stride] * x, where x and every sum are rows of blocks.
+STABLE_RNN_INLINE void accumulate(Vec (&sum)[GROUP][PARTS], const float* w, int64_t stride, const float* x) {
+  Vec v[PARTS];
+  for (int p = 0; p < PARTS; ++p) v[p] = load(x + p * width);
+  for (int r = 0; r < GROUP; ++r) {
+    const Vec weight(w[r * stride]);
+    for (int p = 0; p < PARTS; ++p) sum[r][p] = fma(weight, v[p], sum[r][p]);
+  }
+}
+
+struct Job {
+  SpectralMatrix a;
+  double bound;                // in units of `unit` once that is known
+  double unit = 1;             // a power of two that keeps the powers of W / unit in range, and is in range itself
+  int64_t chunk, chunks;       // rows in a chunk, number of chunks
+  std::vector<float> X, XT;    // [n, K], [K, n]
+  std::vector<float> Y;        // [m, K]
+  std::vector<float> parts;    // [chunks, n, K] summands of W^T Y
+  std::vector<float> rows;     // [chunks, GROUP, n] rows of W / unit at work
+  std::vector<double> grams;   // [chunks, K, K] summands of Y^T Y
+  std::vector<float> largest;  // [chunks] largest |W|, NaN where there is one
+  float C[K][K] = {};          // the update is W -= (Y C) X^T
+  double factor = 1;           // or W *= factor
+  bool outside = false;
+
+  Job(const SpectralMatrix& matrix, double limit) : a(matrix), bound(limit) {
+    chunk = (a.rows + MOST_CHUNKS - 1) / MOST_CHUNKS;
+    chunk = chunk < CHUNK ? CHUNK : chunk;
+    chunks = (a.rows + chunk - 1) / chunk;
+    X.resize(a.cols * K);
+    XT.resize(a.cols * K);
+    Y.resize(a.rows * K);
+    parts.resize(chunks * a.cols * K);
+    rows.resize(chunks * a.cols * GROUP);
+    grams.resize(chunks * K * K);
+    largest.resize(chunks);
+  }
+
+  int64_t first(int64_t c) const { return c * chunk; }
+  int64_t last(int64_t c) const { return (c + 1) * chunk < a.rows ? (c + 1) * chunk : a.rows; }
+  template <class T>
+  T* at(int64_t i) const { return reinterpret_cast<T*>(a.w) + i * a.stride; }
+
+  // Rows i .. i+GROUP of W as far as there are, then zeros; times a factor.
+  template <class T>
+  float* read(int64_t c, int64_t i, float factor) {
+    float* out = rows.data() + c * a.cols * GROUP;
+    for (int64_t r = 0; r < GROUP; ++r)
+      for (int64_t j = 0; j < a.cols; j += width)
+        store(out + r * a.cols + j, i + r < last(c) ? load(at<T>(i + r) + j, a.cols - j) * Vec(factor) : Vec(0.f), a.cols - j);
+    return out;
+  }
+
+  template <class T>
+  void write(int64_t c, int64_t i, float factor) {
+    const float* in = rows.data() + c * a.cols * GROUP;
+    for (int64_t r = 0; r < GROUP && i + r < last(c); ++r)
+      for (int64_t j = 0; j < a.cols; j += width)
+        store(at<T>(i + r) + j, load(in + r * a.cols + j, a.cols - j) * Vec(factor), a.cols - j);
+  }
+
+  float* read(int64_t c, int64_t i, float factor) {
+    return a.dtype == BF16 ? read<bf16>(c, i, factor) : read<float>(c, i, factor);
+  }
+  void write(int64_t c, int64_t i, float factor) {
+    a.dtype == BF16 ? write<bf16>(c, i, factor) : write<float>(c, i, factor);
+  }
+
+  // The largest |W| of a chunk; infinity, or NaN, where there is one.
+  void measure(int64_t c) {
+    Vec most(0.f), invalid(0.f);
+    for (int64_t i = first(c); i < last(c); i += GROUP) {
+      const float* w = read(c, i, 1);
+      for (int64_t j = 0; j < GROUP * a.cols; j += width) {
+        const Vec x = load(w + j, GROUP * a.cols - j);
+        most = at_least(most, at_least(x, Vec(0.f) - x));
+        invalid = fma(x, Vec(0.f), invalid);
+      }
+    }
+    float values[width], check[width];
+    store(values, most);
+    store(check, invalid);
+    for (int k = 0; k < width; ++k) {
+      largest[c] = values[k] > largest[c] ? values[k] : largest[c];
+      if (check[k] != 0) largest[c] = NAN;
+    }
+  }
+
+  // The unit, the block with its fresh vectors. False if W is not finite.
+  bool begin(uint64_t seed, int64_t fresh) {
+    float most = 0;
+    for (float x : largest) {
+      if (!std::isfinite(x)) return false;
+      most = x > most ? x : most;
+    }
+    int exponent = 0;
+    std::frexp(most, &exponent);
+    unit = std::ldexp(1.0, exponent < -100 ? -100 : exponent > 100 ? 100 : exponent);
+    bound /= unit;
+    const float* block = reinterpret_cast<const float*>(a.block);
+    fresh = fresh < a.width ? fresh : a.width;
+    for (int64_t j = 0; j < a.cols; ++j)
+      for (int64_t c = 0; c < K; ++c) {
+        const uint64_t random = mixed(mixed(seed) + static_cast<uint64_t>(j * K + c));
+        X[j * K + c] = c >= a.width ? 0
+                       : c < a.width - fresh ? block[j * a.width + c]
+                                             : (static_cast<int64_t>(random) >> 11) * 0x1p-52f;  // uniform in (-1, 1)
+      }
+    return true;
+  }
+
+  // Y = W X for the rows of a chunk; then the chunk's summand of W^T Y, or of Y^T Y, while the rows are at hand.
+  void multiply(int64_t c, bool gram) {
+    const int64_t n = a.cols;
+    float* part = parts.data() + c * n * K;
+    if (!gram) std::memset(part, 0, n * K * sizeof(float));
+    for (int64_t i = first(c); i < last(c); i += GROUP) {
+      const float* w = read(c, i, 1 / unit);
+      Vec y[GROUP][PARTS];
+      for (auto& line : y)
+        for (Vec& v : line) v = Vec(0.f);
+      for (int64_t j = 0; j < n; ++j) accumulate(y, w + j, n, &X[j * K]);
+      for (int64_t r = 0; r < GROUP && i + r < last(c); ++r)
+        for (int p = 0; p < PARTS; ++p) store(&Y[(i + r) * K + p * width], y[r][p]);
+      if (gram) continue;
+      for (int64_t j = 0; j < n; ++j)
+        for (int p = 0; p < PARTS; ++p) {
+          Vec z = load(part + j * K + p * width);
+          for (int r = 0; r < GROUP; ++r) z = fma(Vec(w[r * n + j]), y[r][p], z);
+          store(part + j * K + p * width, z);
+        }
+    }
+    if (gram) add_gram(Y.data(), first(c), last(c), reinterpret_cast<Small&>(grams[c * K * K]));
+  }
+
+  static void add_gram(const float* block, int64_t from, int64_t to, Small& G) {
+    std::memset(G, 0, sizeof(Small));
+    for (int64_t i = from; i < to; ++i) {
+      double y[K];
+      for (int c = 0; c < K; ++c) y[c] = block[i * K + c];
+      for (int r = 0; r < K; ++r)
+        for (int c = 0; c < K; ++c) G[r][c] += y[r] * y[c];
+    }
+  }
+
+  static void rotate(float* block, int64_t n, const Small& T) {  // block <- block T
+    float narrowed[K][K];
+    for (int r = 0; r < K; ++r)
+      for (int c = 0; c < K; ++c) narrowed[r][c] = T[r][c];
+    for (int64_t j = 0; j < n; ++j) {
+      Vec sum[PARTS];
+      for (Vec& v : sum) v = Vec(0.f);
+      for (int r = 0; r < K; ++r)
+        for (int p = 0; p < PARTS; ++p) sum[p] = fma(Vec(block[j * K + r]), load(narrowed[r] + p * width), sum[p]);
+      for (int p = 0; p < PARTS; ++p) store(block + j * K + p * width, sum[p]);
+    }
+  }
+
+  // X = orthonormal basis of the columns of W^T Y: Cholesky of the Gram matrix, twice.
+  void orthonormalize() {
+    const int64_t n = a.cols;
+    for (int64_t j = 0; j < n * K; j += width) {
+      Vec sum(0.f);
+      for (int64_t c = 0; c < chunks; ++c) sum = sum + load(&parts[c * n * K + j]);
+      store(&X[j], sum);
+    }
+    Small G, T;
+    for (int pass = 0; pass < 2; ++pass) {
+      add_gram(X.data(), 0, n, G);
+      orthogonalizer(G, T);
+      rotate(X.data(), n, T);
+    }
+  }
+
+  // Rayleigh-Ritz in the block: the singular values of W X and what to subtract. Returns the estimate of the norm afterwards.
+  double decide(bool scale) {
+    const int64_t n = a.cols;
+    Small G = {}, E;
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int i = 0; i < K * K; ++i) (&G[0][0])[i] += grams[c * K * K + i];
+    double values[K];
+    eigen(G, values, E);
+    const double norm = std::sqrt(values[0]);
+    outside = norm > bound;
+    if (outside && scale) factor = bound / norm;
+    if (outside && !scale) {
+      for (int k = 0; k < K; ++k) {
+        const double s = std::sqrt(values[k]), excess = s > bound ? 1 - bound / s : 0;
+        for (int r = 0; r < K; ++r)
+          for (int c = 0; c < K; ++c) C[r][c] += E[r][k] * excess * E[c][k];
+      }
+      for (int64_t j = 0; j < n; ++j)
+        for (int c = 0; c < K; ++c) XT[c * n + j] = X[j * K + c];
+    }
+    rotate(X.data(), n, E);
+    float* block = reinterpret_cast<float*>(a.block);
+    for (int64_t j = 0; j < n; ++j) std::memcpy(block + j * a.width, &X[j * K], a.width * sizeof(float));
+    return unit * (outside ? bound : norm);
+  }
+
+  // W *= factor, or W -= (Y C) X^T, for the rows of a chunk.
+  void update(int64_t c, bool scale) {
+    for (int64_t i = first(c); i < last(c); i += GROUP) {
+      float* w = read(c, i, (scale ? factor : 1) / unit);
+      if (!scale) subtract(w, i, last(c) - i < GROUP ? last(c) - i : GROUP);
+      write(c, i, unit);
+    }
+  }
+
+  void subtract(float* w, int64_t i, int64_t some) const {
+    const int64_t n = a.cols;
+    float t[GROUP][K] = {};  // rows of Y C
+    for (int64_t r = 0; r < some; ++r)
+      for (int k = 0; k < K; ++k)
+        for (int c = 0; c < K; ++c) t[r][c] += Y[(i + r) * K + k] * C[k][c];
+    for (int64_t j = 0; j < n; j += width) {
+      Vec sum[GROUP];
+      for (Vec& v : sum) v = Vec(0.f);
+      for (int k = 0; k < K; ++k) {
+        const Vec x = load(&XT[k * n + j], n - j);
+        for (int r = 0; r < GROUP; ++r) sum[r] = fma(Vec(t[r][k]), x, sum[r]);
+      }
+      for (int r = 0; r < GROUP; ++r) store(w + r * n + j, load(w + r * n + j, n - j) - sum[r], n - j);
+    }
+  }
+};
+
+}  // namespace
+
+void spectral_step(const SpectralParams& p) {
+  struct Item { int64_t job, chunk; };
+  std::vector<Job> jobs;
+  std::vector<Item> items;
+  jobs.reserve(p.count);
+  for (int64_t i = 0; i < p.count; ++i) {
+    jobs.emplace_back(p.matrices[i], p.bounds[i]);
+    for (int64_t c = 0; c < jobs[i].chunks; ++c) items.push_back({i, c});
+  }
+  bool finite = true;
+  parallel(p.threads, [&](const Team& team) {
+    auto each_item = [&](auto&& work) {
+      for (size_t i = team.begin(items.size()); i < size_t(team.end(items.size())); ++i) work(jobs[items[i].job], items[i].chunk);
+      team.sync();
+    };
+    auto each_job = [&](auto&& work) {
+      for (int64_t i = team.begin(p.count); i < team.end(p.count); ++i) work(jobs[i], i);
+      team.sync();
+    };
+    each_item([](Job& job, int64_t c) { job.measure(c); });
+    each_job([&](Job& job, int64_t i) {
+      if (job.begin(p.seed + i, p.fresh)) return;
+      p.norms[i] = NAN;
+      __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+    });
+    if (!finite) return;
+    for (int step = 0; step < p.iterations; ++step) {
+      each_item([](Job& job, int64_t c) { job.multiply(c, false); });
+      each_job([](Job& job, int64_t) { job.orthonormalize(); });
+    }
+    each_item([](Job& job, int64_t c) { job.multiply(c, true); });
+    each_job([&](Job& job, int64_t i) { p.norms[i] = job.decide(p.scale); });
+    each_item([&](Job& job, int64_t c) { if (job.outside) job.update(c, p.scale); });
+  });
+}
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn

@@ -1,0 +1,155 @@
+// Vec: `width` floats of the instruction set that this translation unit is compiled for, by GCC/Clang vector extensions.
+// Loads and stores of the two storage types, whole or the first n elements; NaN passes through every operation.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "isa.h"
+
+#define STABLE_RNN_INLINE inline __attribute__((always_inline))
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+struct Vec {
+  typedef float Floats __attribute__((vector_size(width * 4)));
+  typedef int32_t Ints __attribute__((vector_size(width * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(width * 2)));
+  Floats v;
+
+  Vec() = default;
+  STABLE_RNN_INLINE Vec(Floats x) : v(x) {}
+  STABLE_RNN_INLINE explicit Vec(float x) : v(x - Floats{}) {}   // x - 0 keeps the sign of zero
+};
+
+STABLE_RNN_INLINE Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+STABLE_RNN_INLINE Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+STABLE_RNN_INLINE Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+STABLE_RNN_INLINE Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+
+// a * b + c, rounded once where the machine can (x86 before 2013 cannot).
+STABLE_RNN_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c.v, a.v, b.v);
+#else
+  return a.v * b.v + c.v;
+#endif
+}
+
+STABLE_RNN_INLINE Vec at_least(Vec x, Vec low) { return x.v < low.v ? low.v : x.v; }
+STABLE_RNN_INLINE Vec at_most(Vec x, Vec high) { return high.v < x.v ? high.v : x.v; }
+STABLE_RNN_INLINE Vec select_le(Vec a, Vec b, Vec yes, Vec no) { return a.v <= b.v ? yes.v : no.v; }
+
+// 2^n for the n in the low bits of t (see cell.h): those bits go to the exponent, over that of 1.
+STABLE_RNN_INLINE Vec power_of_two(Vec t) {
+  return (Vec::Floats)(((Vec::Ints)t.v << 23) + 0x3f800000);
+}
+
+STABLE_RNN_INLINE Vec load(const float* p) {
+  Vec x;
+  std::memcpy(&x.v, p, sizeof x.v);
+  return x;
+}
+STABLE_RNN_INLINE void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof x.v); }
+
+STABLE_RNN_INLINE Vec widen(Vec::Halves h) { return (Vec::Floats)(__builtin_convertvector(h, Vec::Ints) << 16); }
+STABLE_RNN_INLINE Vec::Halves narrow(Vec x) {   // to nearest, ties to even; a NaN stays one
+  const Vec::Ints bits = (Vec::Ints)x.v;
+  const Vec::Ints nearest = bits + 0x7fff + ((bits >> 16) & 1);
+  const Vec::Ints kept = x.v == x.v ? nearest : bits | 0x400000;
+  return __builtin_convertvector(kept >> 16, Vec::Halves);
+}
+
+STABLE_RNN_INLINE Vec load(const bf16* p) {
+  Vec::Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+STABLE_RNN_INLINE void store(bf16* p, Vec x) {
+  const Vec::Halves h = narrow(x);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n of them (n <= 0: none); the rest reads as zero and is not touched in memory.
+template <class T>
+STABLE_RNN_INLINE Vec load(const T* p, int64_t n) {
+  if (n >= width) return load(p);
+#if defined(__AVX512F__)
+  const uint32_t mask = n <= 0 ? 0 : (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
+  else return widen((Vec::Halves)_mm256_maskz_loadu_epi16(mask, p));
+#else
+  T part[width] = {};
+  for (int64_t k = 0; k < n; ++k) part[k] = p[k];
+  return load(part);
+#endif
+}
+template <class T>
+STABLE_RNN_INLINE void store(T* p, Vec x, int64_t n) {
+  if (n >= width) return store(p, x);
+#if defined(__AVX512F__)
+  const uint32_t mask = n <= 0 ? 0 : (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, mask, x.v);
+  else _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(x));
+#else
+  T part[width];
+  store(part, x);
+  for (int64_t k = 0; k < n; ++k) p[k] = part[k];
+#endif
+}
+
+// What x becomes when it is written as T and read again.
+template <class T>
+STABLE_RNN_INLINE Vec rounded(Vec x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else return widen(narrow(x));
+}
+
+// Elements of a (those with the bit s of their index clear) and of b, interleaved in blocks of s: the lower or the upper ones.
+template <int s, bool upper, int... j>
+STABLE_RNN_INLINE Vec interleave(Vec a, Vec b, std::integer_sequence<int, j...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a.v, b.v, (j & s ? width + j - (upper ? 0 : s) : j + (upper ? s : 0))...);
+#else
+  return __builtin_shuffle(a.v, b.v, Vec::Ints{(j & s ? width + j - (upper ? 0 : s) : j + (upper ? s : 0))...});
+#endif
+}
+
+// Rows become columns: x[i][j] <-> x[j][i], in log2(width) rounds that exchange the off-diagonal blocks of size s.
+template <int s = width / 2>
+STABLE_RNN_INLINE void transpose(Vec* x) {
+  constexpr std::make_integer_sequence<int, width> all{};
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i)
+    if (!(i & s)) {
+      const Vec a = x[i], b = x[i + s];
+      x[i] = interleave<s, false>(a, b, all);
+      x[i + s] = interleave<s, true>(a, b, all);
+    }
+  if constexpr (s > 1) transpose<s / 2>(x);
+}
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn

@@ -1,0 +1,76 @@
+// How lanes become tiles and tiles meet threads, and the memory that tiles work in.
+#pragma once
+#include <cstdlib>
+
+#include "gemm.h"
+#include "lanes.h"
+#include "parallel.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+
+// Many lanes: every thread runs tiles of its own. Few: all threads share the hidden units of one tile and meet after each step.
+struct Tiling {
+  int threads;
+  bool together;
+  int64_t rows, count;   // of a tile (the last may have fewer), tiles
+
+  Tiling(int wanted, int64_t lanes, int64_t flops_per_step) : threads(wanted < 1 ? 1 : wanted) {
+    constexpr int64_t worth_a_barrier = 60000;    // multiply-adds of a step, all lanes together
+    constexpr int64_t most_rows = 16 * block_rows, own_rows = 2 * block_rows;
+    together = threads > 1 && lanes < own_rows * threads;
+    if (together && lanes * flops_per_step < worth_a_barrier) threads = 1, together = false;
+    const int64_t share = together ? lanes : ceil_div(lanes, threads);   // evenly: no thread waits long for the last tile
+    rows = share ? ceil_div(share, ceil_div(share, most_rows)) : 1;
+    count = ceil_div(lanes, rows);
+  }
+  int panel_threads() const { return together ? threads : 1; }
+  int64_t teams() const { return together ? 1 : threads; }
+};
+
+// Memory for a call: one block, handed out in pieces that start on cache lines.
+class Workspace {
+ public:
+  Workspace() = default;
+  explicit Workspace(char* borrowed) : next_(borrowed) {}   // on a cache line
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { std::free(block_); }
+
+  bool allocate(int64_t bytes) {
+    block_ = static_cast<char*>(std::malloc(bytes + line));
+    next_ = block_ + (line - reinterpret_cast<uintptr_t>(block_) % line);
+    return block_ != nullptr;
+  }
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += bytes<T>(n);
+    return piece;
+  }
+  template <class T>
+  static int64_t bytes(int64_t n) {
+    return round_up(n * int64_t(sizeof(T)), line);
+  }
+
+ private:
+  static constexpr int64_t line = 64;
+  char* block_ = nullptr;
+  char* next_ = nullptr;
+};
+
+// Floats from one row of a tile's state to the next: room for whole vectors, and rows do not all fall on the same cache sets.
+constexpr int64_t state_stride(int64_t n) { return round_up(n, 16) + 16; }
+
+// run(team, tile, first, n, slot) for each tile of lanes [first, first + n), with slot < tiling.teams() naming its memory.
+template <class RunTile>
+STABLE_RNN_INLINE void for_each_tile(const Team& team, const Tiling& tiling, int64_t lanes, Counter& counter, const RunTile& run) {
+  const auto rows = [&](int64_t tile) { return lanes - tile * tiling.rows < tiling.rows ? lanes - tile * tiling.rows : tiling.rows; };
+  if (tiling.together)
+    for (int64_t tile = 0; tile < tiling.count; ++tile) run(team, tile * tiling.rows, rows(tile), 0);
+  else
+    for (int64_t tile; (tile = counter.next()) < tiling.count;) run(Team{}, tile * tiling.rows, rows(tile), team.rank);
+}
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn
