@@ -59,8 +59,7 @@ def up(x: Tensor, terms: int) -> Tensor:
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Upper bound of |matrix| @ vector, vector >= 0 and possibly infinite (0 * inf = 0): (m, n), (n,) -> (m,)."""
-    matrix = matrix.abs()
+    """Upper bound of matrix @ vector, both >= 0, the vector possibly infinite (0 * inf = 0): (m, n), (n,) -> (m,)."""
     if torch.isfinite(vector).all():
         return up(matrix @ vector, matrix.shape[1])
     return up(torch.where(matrix == 0, 0.0, matrix * vector).sum(1), matrix.shape[1])
@@ -73,7 +72,7 @@ def length(vector: Tensor) -> float:
 
 def drive_of_bound(w: LayerWeights, x: Tensor, x_norm: float, gain: float) -> Drive:
     """For all inputs with |x_t| <= x (I,) and ||x_t||_2 <= x_norm; gain >= ||W_ih||_2."""
-    reach = times(w.w_ih, x)
+    reach = times(w.abs_ih, x)
     pad = (reach + w.bias.abs()) * 2.0**-50
     low, high = w.bias - reach - pad, w.bias + reach + pad
     largest = torch.maximum(-low, high)
@@ -89,7 +88,7 @@ def drive_of_data(w: LayerWeights, data: Tensor) -> Drive:
         u = torch.addmm(w.bias, rows, w.w_ih.mT)  # (n, G*H)
         low, high = torch.minimum(low, u.amin(0)), torch.maximum(high, u.amax(0))
         norm = max(norm, float(torch.linalg.vector_norm(u, dim=1).max()))
-    pad = (times(w.w_ih, data.abs().amax(0)) + w.bias.abs()) * ((data.shape[1] + 8) * 2.0**-51)
+    pad = (times(w.abs_ih, data.abs().amax(0)) + w.bias.abs()) * ((data.shape[1] + 8) * 2.0**-51)
     return Drive(low - pad, high + pad, (norm + length(pad)) * (1 + 2.0**-40))
 
 
@@ -99,16 +98,16 @@ def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
     h = torch.full_like(largest, 1.0 if w.cell == "rnn_tanh" else math.inf)
     if w.cell == "rnn_tanh":
         for _ in range(ROUNDS):
-            h = torch.minimum(h, torch.tanh(largest + times(w.w_hh, h)) * GATE)
+            h = torch.minimum(h, torch.tanh(largest + times(w.abs_hh, h)) * GATE)
     return RnnBounds(largest, drive.norm, h)
 
 
 def lstm_bounds(w: LayerWeights, drive: Drive, cap: float) -> LstmBounds:
     """Each round is valid for all times, since it starts from a bound of |h| that is (at first |o tanh c| <= 1), and sharpens it."""
-    project = (lambda m: m) if w.w_hr is None else (lambda m: times(w.w_hr, m))
+    project = (lambda m: m) if w.w_hr is None else (lambda m: times(w.abs_hr, m))
     h = project(torch.ones(w.hidden, dtype=torch.float64))
     for _ in range(ROUNDS):
-        reach = times(w.w_hh, h)
+        reach = times(w.abs_hh, h)
         pad = (torch.maximum(-drive.low, drive.high) + reach) * 2.0**-50
         low, high = (drive.low - reach - pad).chunk(4), (drive.high + reach + pad).chunk(4)
         i, f, o = (torch.sigmoid(high[gate]) * GATE for gate in (0, 1, 3))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
-from .contraction import Contraction, lstm_contractions, norm2, relu_bound, rnn_contractions
+from .contraction import Contraction, lstm_contractions, norm2, power, relu_bound, rnn_contractions, series
 from .rounding import local_error
 from .weights import LayerWeights, read_module, read_state_dict
 
@@ -37,7 +37,7 @@ class LayerCertificate:
     bound: float
     bound2: float
     contractions: tuple[Contraction, ...] = field(repr=False)
-    sizes: tuple[int, int] = field(repr=False)  # inputs, hidden units
+    sizes: tuple[int, int] = field(repr=False)  # of the input and of h
     cell_bound: float = field(repr=False)  # largest |c|
 
     @property
@@ -105,7 +105,7 @@ class Certificate:
             found = []
             for layer in level:
                 dc, dh = local_error(layer, dtype)
-                each = (c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * _series(c.rate) for c in layer.contractions)
+                each = (c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * series(c.rate) for c in layer.contractions)
                 found.append(min(v * c.out[0] for v, c in zip(each, layer.contractions)))
             worst = max(found)
         return 2 * worst
@@ -116,7 +116,7 @@ class Certificate:
 
         def built_up(layer: LayerCertificate, c: Contraction, eps: float) -> float:
             v = math.hypot(c.units[0] * jump * max(1.0, layer.cell_bound), c.units[1] * jump * max(1.0, layer.bound))
-            return v * _series(c.rate**chunk if c.rate < 1 else 1.0) + c.carried(eps)
+            return v * series(power(c.rate, chunk)) + c.carried(eps)
 
         return self._through(built_up, with_layer=True) * (1 + 2.0**-40)
 
@@ -149,7 +149,8 @@ class Certificate:
         if len(self.layers) > 1 or self.layers[0].forget is not None:
             for layer in self.layers:
                 forget = "" if layer.forget is None else f", forget gate <= {layer.forget:.4g}"
-                lines.append(f"  {layer.name or 'cell'}: rate {_figure(layer.rate)} ({_kind(layer.norm)}){forget}, |h| <= {layer.bound:.3g}")
+                rate = f"rate {_figure(layer.rate)} ({_kind(layer.norm)})"
+                lines.append(f"  {layer.name or 'cell'}: {rate}{forget}, |h| <= {layer.bound:.3g}")
         for eps in (1e-3, 1e-6):
             try:
                 lines.append(f"window for an error of {eps:g}: {self.window(eps)} steps")
@@ -158,11 +159,6 @@ class Certificate:
                 break
         lines.append(f"assumes {self.inputs}, a zero initial state, eval mode, exact arithmetic")
         return "\n".join(lines)
-
-
-def _series(rate: float) -> float:
-    """1 + rate + rate^2 + ..."""
-    return 1 / (1 - rate) if rate < 1 else math.inf
 
 
 def _times(v: float, factor: float) -> float:
@@ -234,24 +230,24 @@ def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None 
 
 
 def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: float | None,
-                      upper: bool = False) -> tuple[LayerCertificate, Tensor]:
+                      norms: tuple[str, ...] = ("2", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
     """One layer and direction, and the bound of |h| per unit (P,)."""
-    gain = norm2(w.w_ih)
+    gain = norm2(w.w_ih) if data is None or upper else 0.0
     drive = drive_of_bound(w, x, x2, gain) if data is None else drive_of_data(w, data)
     if w.cell == "lstm":
         b = lstm_bounds(w, drive, cap)
-        found = lstm_contractions(w, b, upper, target)
+        found = lstm_contractions(w, b, norms, upper, target)
         h, forget, cell_bound = b.h, float(b.f.max()), float(b.c.max())
         h2 = length(h)
     else:
         b = rnn_bounds(w, drive)
-        found = rnn_contractions(w, b, gain)
+        found = rnn_contractions(w, b, norms, gain)
         h, forget, cell_bound = b.h, None, 0.0
         if w.cell == "rnn_relu":
-            h = relu_bound(w, found)
-        h2 = min(length(h), found[0].start)
+            h = relu_bound(found, w.hidden)
+        h2 = min(length(h), *(c.start * c.out[1] for c in found))
     best = min(found, key=lambda c: c.rate)
-    sizes = w.w_ih.shape[1], w.hidden
+    sizes = w.w_ih.shape[1], w.w_hh.shape[1]
     layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, forget, float(h.max()), h2, tuple(found), sizes, cell_bound)
     return layer, h
 

@@ -47,8 +47,18 @@ class Contraction:
         if eps == 0 or self.gain == 0:
             return 0.0
         if self.rate < 1:
-            return self.gain * eps * min(k, _upwards(1 / (1 - self.rate)))
+            return self.gain * eps * min(k, series(self.rate))
         return self.gain * eps * k * power(self.rate, k) if k < math.inf else math.inf
+
+
+def series(rate: float) -> float:
+    """Upper bound of 1 + rate + rate^2 + ..."""
+    return (1 + 2.0**-45) / (1 - rate) if rate < 1 else math.inf
+
+
+def _piled_up(push: float, rate: float) -> float:
+    """Upper bound of what a push at every step builds up from zero."""
+    return push * series(rate) if push else 0.0
 
 
 def power(rate: float, k: int) -> float:
@@ -71,40 +81,42 @@ def norm2(matrix: Tensor) -> float:
 # ---- the tanh and relu RNN
 
 
-def rnn_contractions(w: LayerWeights, b: RnnBounds, gain: float) -> list[Contraction]:
+def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float) -> list[Contraction]:
     """In the 2-norm ||W_hh||_2; in the max-norm absolute row sums, plain and with weights v near the Perron vector of |W_hh|.
 
     gain >= ||W_ih||_2."""
-    rate = norm2(w.w_hh)
-    start = length(b.h)
-    if rate < 1:
-        start = min(start, _upwards(b.norm / (1 - rate)))
-    found = [Contraction("2", rate, gain, start, (1.0, 1.0), (0.0, math.sqrt(w.hidden)), (0.0, 1.0))]
-    ones, drive = torch.ones_like(b.drive), times(w.w_ih, torch.ones_like(w.w_ih[0]))
-    for v in (ones, _perron(lambda v: times(w.w_hh, v), ones)):
-        rate = _upwards(float((times(w.w_hh, v) / v).max()))
-        start = float((b.h / v).max())
-        if rate < 1:
-            start = min(start, _upwards(float((b.drive / v).max()) / (1 - rate)))
-        per_unit = (0.0, _upwards(float((1 / v).max())))
-        out = float(v.max()), length(v)
-        found.append(Contraction("inf", rate, _upwards(float((drive / v).max())), _upwards(start), out, per_unit, per_unit))
+    found = []
+    if "2" in norms:
+        rate = norm2(w.w_hh)
+        start = min(length(b.h), _upwards(_piled_up(b.norm, rate)))
+        found.append(Contraction("2", rate, gain, start, (1.0, 1.0), (0.0, math.sqrt(w.hidden)), (0.0, 1.0)))
+    if "inf" in norms:
+        ones, drive = torch.ones_like(b.drive), times(w.abs_ih, torch.ones_like(w.w_ih[0]))
+        for v in (ones, _perron(lambda v: times(w.abs_hh, v), ones)):
+            rate = _upwards(float((times(w.abs_hh, v) / v).max()))
+            start = _upwards(min(float((b.h / v).max()), _piled_up(float((b.drive / v).max()), rate)))
+            per_unit = 0.0, _upwards(float((1 / v).max()))
+            gain_inf, out = _upwards(float((drive / v).max())), (float(v.max()), length(v))
+            found.append(Contraction("inf", rate, gain_inf, start, out, per_unit, per_unit))
     return found
 
 
-def relu_bound(w: LayerWeights, b: RnnBounds, found: list[Contraction]) -> Tensor:
-    """|h| (H,) of a relu layer: what its inputs can build up in each contraction's norm, from zero."""
-    return torch.stack([torch.full_like(b.h, c.start * c.out[0]) for c in found]).amin(0)
+def relu_bound(found: list[Contraction], hidden: int) -> Tensor:
+    """|h| (H,) of a relu layer: `start` of each contraction is what its inputs can build up from zero."""
+    return torch.full((hidden,), min(c.start * c.out[0] for c in found), dtype=torch.float64)
 
 
 def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR) -> Tensor:
     """Positive weights v that nearly minimize max_j step(v)_j / v_j; `floor` of `start` in it keeps every weight away from 0."""
     v = start / start.max()
+    best = math.inf
     for _ in range(STEPS):
         after = step(v)
-        if not after.any():
+        rate = float((after / v).max())
+        if not 0 < rate < (1 - 1e-4) * best:  # it never rises
             break
-        v = after / after.max() + v  # with v itself, so that a cycle converges too
+        best = rate
+        v = after / rate + v  # with v itself, so that a cycle converges too
         v = v / v.max()
     return v + floor * start / start.max()
 
@@ -112,12 +124,13 @@ def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOO
 # ---- the LSTM
 
 
-def lstm_contractions(w: LayerWeights, b: LstmBounds, upper: bool, target: float | None) -> list[Contraction]:
-    """One in the 2-norm, two in the max-norm. `upper`: inputs may differ, so gains matter. `target`: a rate worth trying first."""
-    if not (b.f < 1).all():  # sigmoid rounds to 1: nothing can be said
+def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: float | None) -> list[Contraction]:
+    """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate worth trying."""
+    if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
         return [Contraction("2", math.inf, math.inf, math.inf, nothing, nothing, nothing)]
-    return [_lstm_two(w, b, upper, target), *_lstm_inf(w, b)]
+    found = [_lstm_two(w, b, upper, target)] if "2" in norms else []
+    return [*found, *_lstm_inf(w, b)] if "inf" in norms else found
 
 
 def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
@@ -125,11 +138,11 @@ def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float 
     room = kappa * b.o / (1 - b.f / rate)
     rest = (1 - share) ** -0.5 if isinstance(share, float) else (1 - share).rsqrt()
     own = share**-0.5 if isinstance(share, float) else share.rsqrt()
-    scales = [room * b.si * _joint(b.z) * rest, room * b.sf * b.c * own, room * b.i * rest, kappa * b.so * _joint(b.t)]
+    scales = [room * b.si * joint(b.z) * rest, room * b.sf * b.c * own, room * b.i * rest, kappa * b.so * joint(b.t)]
     return torch.cat([s.expand_as(b.o) for s in scales]) * (1 + 2.0**-45)
 
 
-def _joint(t: Tensor) -> Tensor:
+def joint(t: Tensor) -> Tensor:
     """a(t) of |d(sigmoid(x) tanh(y))| <= hypot(a slope |dx|, s |dy|) where |tanh y| <= t, sigmoid(x) <= s."""
     return (2 - t * t).rsqrt()
 
@@ -192,34 +205,38 @@ def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float
 
 def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
     """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all."""
-    ones = torch.ones_like(b.h)
-    rows_in = times(w.w_ih, torch.ones_like(w.w_ih[0]))
+    after = _lstm_step(w, b)
 
     def step(v: Tensor) -> Tensor:
-        return torch.cat(_lstm_step(w, b, v[: w.hidden], times(w.w_hh, v[w.hidden :])))
+        return torch.cat(after(v[: w.hidden], times(w.abs_hh, v[w.hidden :])))
 
-    def even(v: Tensor) -> Tensor:
-        after = step(v)
-        return torch.cat([part.max().expand_as(part) for part in (after[: w.hidden], after[w.hidden :])])
+    def even(v: Tensor) -> Tensor:  # v (2,): the weight of all cells, and of all outputs
+        return torch.stack([part.max() for part in after(v[0].expand_as(b.o), rows * v[1])])
 
-    plain = _perron(even, torch.cat([torch.ones_like(b.o), ones]), floor=1e-6)
+    rows, rows_in = (times(m, torch.ones_like(m[0])) for m in (w.abs_hh, w.abs_ih))
+    two = _perron(even, torch.ones(2, dtype=torch.float64), floor=0.0).clamp(min=1e-9)
+    plain = torch.cat([two[0].expand_as(b.o), two[1].expand_as(b.h)])
     for v in (plain, _perron(step, plain)):
         vc, vh = v[: w.hidden], v[w.hidden :]
         rate = _upwards(float((step(v) / v).max()))
-        gain = _upwards(float((torch.cat(_lstm_step(w, b, torch.zeros_like(vc), rows_in)) / v).max()))
+        gain = _upwards(float((torch.cat(after(torch.zeros_like(vc), rows_in)) / v).max()))
         start = _upwards(float((torch.cat([b.c, b.h]) / v).max()))
         per_unit = _upwards(float((1 / vc).max())), _upwards(float((1 / vh).max()))
         yield Contraction("inf", rate, gain, start, (float(vh.max()), length(vh)), per_unit, per_unit)
 
 
-def _lstm_step(w: LayerWeights, b: LstmBounds, dc: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of |dc|, |dh| after a step, from |dc| (H,) and the bound `drive` (4H,) of the pre-activations' differences."""
-    xi, xf, xz, xo = drive.chunk(4)
-    dc = b.f * dc + b.sf * b.c * xf + _product(b.si * xi, b.i * xz, b.z)
-    dm = _product(b.so * xo, b.o * dc, b.t)
-    return up(dc, 16), up(dm, 32) if w.w_hr is None else times(w.w_hr, up(dm, 32))
+def _lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Bounds of |dc| (H,), |dh| (P,) after a step, from |dc| and the bound `drive` (4H,) of the pre-activations' differences.
 
+    A product gate * tanh changes by at most hypot(x, y) and at most x' + y, see README.md."""
+    xf, xi, xi_sum, xo, xo_sum = b.sf * b.c, b.si * joint(b.z), b.si * b.z, b.so * joint(b.t), b.so * b.t
 
-def _product(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
-    """Bound of a gate's change x (slope times difference) times tanh <= t, together with the tanh's change y (already gated)."""
-    return torch.minimum(torch.hypot(_joint(t) * x, y), t * x + y)
+    def after(dc: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
+        di, df, dz, do = drive.chunk(4)
+        y = b.i * dz
+        dc = up(b.f * dc + xf * df + torch.minimum(torch.hypot(xi * di, y), xi_sum * di + y), 16)
+        y = b.o * dc
+        dm = up(torch.minimum(torch.hypot(xo * do, y), xo_sum * do + y), 16)
+        return dc, dm if w.abs_hr is None else times(w.abs_hr, dm)
+
+    return after

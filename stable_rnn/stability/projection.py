@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.spectral import SpectralState, row_project_, spectral_project_
 from .bounds import LstmBounds, length, times
-from .certificate import LayerCertificate, layer_certificate
+from .certificate import layer_certificate
 from .contraction import FORGET_SHARE, gate_scales
 from .weights import Names, cell_of, layer_names, read
 
@@ -47,6 +47,7 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
 
 def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
     levels = layer_names(module)
+    norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
     bound = stability.input_limit(cell)
     x = torch.full((getattr(module, levels[0][0]["weight_ih"]).shape[1],), bound, dtype=torch.float64)
     x2 = length(x) if math.isfinite(bound) else math.inf
@@ -56,20 +57,15 @@ def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
             margin = 1e-6
             while True:
                 w = read(lambda name: getattr(module, name, None), names, cell)
-                made_now = layer_certificate(w, x, x2, None, stability.cap, stability.rate)
-                if _inside(made_now[0], stability):
+                layer, h = layer_certificate(w, x, x2, None, stability.cap, stability.rate, norms)
+                if layer.rate <= stability.rate:
                     break
                 _into_balls(_balls(module, names, stability, cell, margin), True, SpectralState())
                 _into_rows(module, names, stability, cell, margin, x)
                 margin *= 8
-            made.append(made_now)
+            made.append((layer, h))
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
-
-
-def _inside(layer: LayerCertificate, stability: Certified) -> bool:
-    norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
-    return any(c.rate <= stability.rate for c in layer.contractions if c.norm in norms)
 
 
 def _step(module: nn.Module, stability: Certified, cell: str) -> None:
@@ -149,7 +145,7 @@ def _lower_forget(module: nn.Module, names: Names, forget: float, margin: float,
     """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts."""
     w_ih, w_hh = (getattr(module, names[kind]).detach().chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
     biases = [b.detach().chunk(4)[1] for b in (getattr(module, names[kind], None) for kind in ("bias_ih", "bias_hh")) if b is not None]
-    rows = times(w_ih.double(), x) + times(w_hh.double(), _state_bound(module, names))
+    rows = times(w_ih.double().abs(), x) + times(w_hh.double().abs(), _state_bound(module, names))
     bias = sum((b.double() for b in biases), torch.zeros_like(rows))
     limit = math.log(forget / (1 - forget)) * (1 - margin)
     scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias) / rows).clamp(max=1.0)
@@ -165,4 +161,4 @@ def _state_bound(module: nn.Module, names: Names) -> Tensor:
     if w_hr is None:
         w_hh = getattr(module, names["weight_hh"])
         return w_hh.new_ones(w_hh.shape[1], dtype=torch.float64)
-    return times(w_hr.detach().double(), w_hr.new_ones(w_hr.shape[1], dtype=torch.float64))
+    return times(w_hr.detach().double().abs(), w_hr.new_ones(w_hr.shape[1], dtype=torch.float64))

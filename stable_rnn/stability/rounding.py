@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 def local_error(layer: LayerCertificate, dtype: torch.dtype) -> tuple[float, float]:
     """About the largest rounding error that a step in `dtype` makes in an entry of c and of h.
 
-    Products accumulate in float32 (float64 for float64), of length I + P; their error grows like the square root of the length, for
-    partial sums of about the size of the result or of 1. Stored values are rounded to `dtype`."""
+    A pre-activation is a sum of I + P products, accumulated in float32 (float64 for float64): its error grows like the square root of
+    the length, relative to the result or to 1. What is stored (pre-activations, gates, c, h) is rounded to `dtype`; a relative error
+    of a pre-activation x moves tanh(x) by at most half of it, since |x| (1 - tanh(x)^2) < 1/2."""
     unit = torch.finfo(dtype).eps / 2
     accumulate = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    inputs, hidden = layer.sizes
-    drive = 3 * unit + math.sqrt(inputs + hidden) * accumulate
+    inputs, outputs = layer.sizes
+    drive = unit + math.sqrt(inputs + outputs) / 2 * accumulate
     if layer.cell != "lstm":
-        return 0.0, drive + 2 * unit * max(1.0, layer.bound)
-    dc = drive * (layer.cell_bound / 4 + 1.25) + 3 * unit * layer.cell_bound
-    return dc, dc + drive / 4 + 2 * unit
+        return 0.0, (drive + unit) * max(1.0, layer.bound)
+    dc = drive * (layer.cell_bound / 4 + 1.25) + unit * (2 * layer.cell_bound + 1)
+    return dc, dc + drive / 4 + unit

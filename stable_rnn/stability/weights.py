@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,18 @@ class LayerWeights:
     w_hh: Tensor
     bias: Tensor
     w_hr: Tensor | None
+
+    @cached_property
+    def abs_ih(self) -> Tensor:
+        return self.w_ih.abs()
+
+    @cached_property
+    def abs_hh(self) -> Tensor:
+        return self.w_hh.abs()
+
+    @cached_property
+    def abs_hr(self) -> Tensor | None:
+        return None if self.w_hr is None else self.w_hr.abs()
 
     @property
     def hidden(self) -> int:
