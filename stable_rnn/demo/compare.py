@@ -103,9 +103,9 @@ def overlapping(plain: nn.LSTM, x: Tensor, plan: Chunked) -> Tensor:
     writes = torch.arange(0, steps, plan.chunk)
     starts = (writes - plan.warmup).clamp(0, steps - reach)  # (L,)
     y = plain(x[starts + torch.arange(reach)[:, None], 0])[0]  # (C + w, L, H)
-    time = torch.arange(steps)
-    lane = time // plan.chunk
-    return y[time - starts[lane], lane][:, None]
+    t = torch.arange(steps)
+    lane = t // plan.chunk
+    return y[t - starts[lane], lane][:, None]
 
 
 def bits(model: CharModel, ids: Tensor) -> float:
