@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
 from .contraction import Contraction, lstm_contractions, norm2, power, relu_bound, rnn_contractions, series
 from .rounding import local_error
-from .weights import LayerWeights, read_module, read_state_dict
+from .weights import LayerWeights, on_cpu, read_module, read_state_dict
 
 MAX_WINDOW = 2**40
 
@@ -193,7 +193,7 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     data = None if input is None else _rows(input, lengths, width, getattr(module, "batch_first", False))
     if stability is not None:
         bound = stability.input_limit(levels[0][0].cell) if input_bound is None else input_bound
-        return certify(levels, _checked_bound(bound), data, stability.cap, stability.rate)
+        return certify(levels, _checked_bound(bound), data, stability.cap, stability.target)
     return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
 
 
@@ -205,11 +205,17 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
     stacks, gru = read_state_dict(state_dict)
     for prefix in gru:
         warnings.warn(f"certificate: {prefix or 'the model'} looks like a GRU, which has no certificate here; skipped", stacklevel=2)
-    return {prefix: certify(levels, _checked_bound(input_bound)) for prefix, levels in stacks.items()}
+    found = {}
+    for prefix, levels in stacks.items():
+        made = certify(levels, _checked_bound(input_bound))
+        taken = "tanh cells" if levels[0][0].cell == "rnn_tanh" else "no clamp of the forget gate"
+        found[prefix] = replace(made, inputs=f"{made.inputs}, {taken}")
+    return found
 
 
+@on_cpu
 def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None = None, cap: float = 1.0,
-            target: float | None = None) -> Certificate:
+            target: tuple[float, float] | None = None) -> Certificate:
     """The certificate of a stack. data (N, I): all inputs there are; else |x_t| <= bound."""
     width = levels[0][0].w_ih.shape[1]
     x = torch.full((width,), float(bound), dtype=torch.float64)  # |inputs| of the level
@@ -224,12 +230,10 @@ def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None 
     inputs = f"|inputs| <= {bound:g}" if data is None else f"the {len(data)} given inputs"
     if math.isinf(bound) and data is None:
         inputs = "inputs of any size"
-    if worst.cell == "rnn_tanh":
-        inputs += ", tanh cells"
     return Certificate(worst.rate < 1, worst.rate, worst.norm, inputs, tuple(found))
 
 
-def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: float | None,
+def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: tuple[float, float] | None,
                       norms: tuple[str, ...] = ("2", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
     """One layer and direction, and the bound of |h| per unit (P,)."""
     gain = norm2(w.w_ih) if data is None or upper else 0.0

@@ -13,7 +13,7 @@ from ..ops.spectral import spectral_norm_bound
 from .bounds import LstmBounds, RnnBounds, length, times, up
 from .weights import LayerWeights
 
-FORGET_SHARE = 0.3  # of the room for the gates f, i, g that falls to f
+SHARE = 0.3  # of the room for the gates f, i, g that falls to f, unless a stable set says otherwise
 STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
 FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
 
@@ -40,7 +40,8 @@ class Contraction:
 
     def after(self, k: int, eps: float) -> float:
         """Bound of V after k steps from `start` with inputs that differ by at most eps."""
-        return _upwards(power(self.rate, k) * self.start + self.carried(eps, k))
+        left = power(self.rate, k) * self.start if self.start else 0.0
+        return _upwards(left + self.carried(eps, k))
 
     def carried(self, eps: float, k: float = math.inf) -> float:
         """Bound of V that input differences of at most eps can build up in k steps from no difference."""
@@ -124,8 +125,8 @@ def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOO
 # ---- the LSTM
 
 
-def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: float | None) -> list[Contraction]:
-    """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate worth trying."""
+def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: tuple[float, float] | None) -> list[Contraction]:
+    """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate and a share worth trying."""
     if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
         return [Contraction("2", math.inf, math.inf, math.inf, nothing, nothing, nothing)]
@@ -135,7 +136,7 @@ def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], up
 
 def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
     """The row scales D (4H,) for which ||D W_hh||_2 <= rate makes the layer contract at `rate`; kappa >= ||W_hr||_2. README.md."""
-    room = kappa * b.o / (1 - b.f / rate)
+    room = kappa * b.o * (rate / (rate - b.f))
     rest = (1 - share) ** -0.5 if isinstance(share, float) else (1 - share).rsqrt()
     own = share**-0.5 if isinstance(share, float) else share.rsqrt()
     scales = [room * b.si * joint(b.z) * rest, room * b.sf * b.c * own, room * b.i * rest, kappa * b.so * joint(b.t)]
@@ -147,29 +148,27 @@ def joint(t: Tensor) -> Tensor:
     return (2 - t * t).rsqrt()
 
 
-def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: float | None) -> Contraction:
+def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, float] | None) -> Contraction:
     """The least rate found with ||D(rate) W_hh||_2 <= rate, for two ways to share the room between f and the other gates."""
     kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
     rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
     forget, others = b.sf * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
-    even = torch.full_like(b.o, FORGET_SHARE)
-    own = (forget / (forget + others)).nan_to_num(FORGET_SHARE).clamp(0.02, 0.98)
+    own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
+    even = torch.full_like(own, SHARE if target is None else target[1])
     rate, share = min(((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0])
     found = [_lstm_two_at(w, b, rate, share, kappa, upper)]
     if found[0].rate > rate:  # the estimate was short
         found.append(_lstm_two_at(w, b, (rate + found[0].rate) / 2, share, kappa, upper))
-    best = min(found, key=lambda c: c.rate)
-    if target is not None and best.rate > target > float(b.f.max()):
-        best = min(best, _lstm_two_at(w, b, target, even, kappa, upper), key=lambda c: c.rate)
-    return best
+    if target is not None and min(c.rate for c in found) > target[0] > float(b.f.max()):
+        found.append(_lstm_two_at(w, b, target[0], even, kappa, upper))
+    return min(found, key=lambda c: c.rate)
 
 
 def _lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
     """With the weights V^2 = sum_j weight_j dc_j^2 + ||dh||^2 that belong to `rate`; what is proven for them may be a little more."""
     scales = gate_scales(b, rate, share, kappa)
-    ratio = b.f / rate
-    weight = (kappa * b.o) ** 2 * ratio / (1 - ratio) * (1 + 2.0**-45)
-    fresh = torch.sqrt(1 - ratio).repeat(3)  # a difference of the inputs meets no difference of the cell
+    weight = (kappa * b.o) ** 2 * (b.f / (rate - b.f)) * (1 + 2.0**-45)
+    fresh = torch.sqrt((rate - b.f) / rate).repeat(3)  # a difference of the inputs meets no difference of the cell
     scales_in = torch.cat([scales[: 3 * w.hidden] * fresh, scales[3 * w.hidden :]]) * (1 + 2.0**-45)
     proven = _upwards(norm2(scales[:, None] * w.w_hh))
     gain = _upwards(norm2(scales_in[:, None] * w.w_ih)) if upper else 0.0

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from ..ops.spectral import SpectralState, row_project_, spectral_project_
 from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
-from .contraction import FORGET_SHARE, gate_scales
-from .weights import Names, cell_of, layer_names, read
+from .contraction import gate_scales
+from .weights import Names, cell_of, layer_names, on_cpu, read
 
 if TYPE_CHECKING:
     from .sets import Certified
 
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
+FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 
 # The subspaces that the spectral projection carries from step to step; no part of a module, so that state dicts, copies and pickles
 # don't hold them.
@@ -45,6 +46,7 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     (_certified if certify else _step)(module, stability, cell)
 
 
+@on_cpu
 def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
     levels = layer_names(module)
     norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
@@ -54,15 +56,16 @@ def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
     for level in levels:
         made = []
         for names in level:
-            margin = 1e-6
-            while True:
+            for attempt in range(ATTEMPTS):
                 w = read(lambda name: getattr(module, name, None), names, cell)
-                layer, h = layer_certificate(w, x, x2, None, stability.cap, stability.rate, norms)
+                layer, h = layer_certificate(w, x, x2, None, stability.cap, stability.target, norms)
                 if layer.rate <= stability.rate:
                     break
+                margin = FIRST_MARGIN * 8**attempt
                 _into_balls(_balls(module, names, stability, cell, margin), True, SpectralState())
                 _into_rows(module, names, stability, cell, margin, x)
-                margin *= 8
+            else:
+                raise RuntimeError(f"project_: {names['weight_hh']} does not reach the set; is it computed from other parameters?")
             made.append((layer, h))
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
@@ -71,13 +74,13 @@ def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
 def _step(module: nn.Module, stability: Certified, cell: str) -> None:
     state = _warm.setdefault(module, SpectralState())
     levels = layer_names(module)
-    _into_balls([ball for level in levels for names in level for ball in _balls(module, names, stability, cell, 1e-6)], False, state)
+    balls = [ball for level in levels for names in level for ball in _balls(module, names, stability, cell, FIRST_MARGIN)]
+    _into_balls(balls, False, state)
     for number, level in enumerate(levels):
         for names in level:
-            w_ih = getattr(module, names["weight_ih"])
             if number == 0:
-                x = w_ih.new_full((w_ih.shape[1],), stability.input_bound, dtype=torch.float64)
-            _into_rows(module, names, stability, cell, 1e-6, x)
+                x = torch.full_like(_wide(getattr(module, names["weight_ih"])[0]), stability.input_bound)
+            _into_rows(module, names, stability, cell, FIRST_MARGIN, x)
         x = torch.cat([_state_bound(module, names) for names in level])
 
 
@@ -92,7 +95,7 @@ def _balls(module: nn.Module, names: Names, stability: Certified, cell: str, mar
     if cell != "lstm":
         return [(w_hh, None, stability.rate)]
     hidden = w_hh.shape[0] // 4
-    scales = gate_scales(_any_gates(hidden, stability.forget), stability.rate, FORGET_SHARE)
+    scales = gate_scales(_any_gates(hidden, stability.forget), *stability.target)
     balls = [(w_hh, scales.to(w_hh.device)[:, None], stability.rate * (1 - margin))]
     return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
@@ -129,9 +132,9 @@ def _into_rows(module: nn.Module, names: Names, stability: Certified, cell: str,
     if stability.norm == "inf" and cell != "lstm":
         row_project_(w_hh, rate)
     elif stability.norm == "inf":
-        room = (rate - stability.forget) * CELL_WEIGHT
-        rest = (1 - FORGET_SHARE) * room
-        limits = (4 * math.sin(INPUT_ANGLE) * rest, 4 * (1 - stability.forget) * FORGET_SHARE * room, math.cos(INPUT_ANGLE) * rest,
+        room, share = (rate - stability.forget) * CELL_WEIGHT, stability.target[1]
+        rest = (1 - share) * room
+        limits = (4 * math.sin(INPUT_ANGLE) * rest, 4 * (1 - stability.forget) * share * room, math.cos(INPUT_ANGLE) * rest,
                   4 * rate * math.sqrt(1 - CELL_WEIGHT**2))
         for gate, limit in zip(w_hh.chunk(4), limits):
             row_project_(gate, limit)
@@ -145,8 +148,8 @@ def _lower_forget(module: nn.Module, names: Names, forget: float, margin: float,
     """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts."""
     w_ih, w_hh = (getattr(module, names[kind]).detach().chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
     biases = [b.detach().chunk(4)[1] for b in (getattr(module, names[kind], None) for kind in ("bias_ih", "bias_hh")) if b is not None]
-    rows = times(w_ih.double().abs(), x) + times(w_hh.double().abs(), _state_bound(module, names))
-    bias = sum((b.double() for b in biases), torch.zeros_like(rows))
+    rows = times(_wide(w_ih).abs(), x.to(_wide(w_ih))) + times(_wide(w_hh).abs(), _state_bound(module, names))
+    bias = sum((_wide(b) for b in biases), torch.zeros_like(rows))
     limit = math.log(forget / (1 - forget)) * (1 - margin)
     scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias) / rows).clamp(max=1.0)
     for w in (w_ih, w_hh):
@@ -156,9 +159,13 @@ def _lower_forget(module: nn.Module, names: Names, forget: float, margin: float,
 
 
 def _state_bound(module: nn.Module, names: Names) -> Tensor:
-    """|h| (P,) of an LSTM layer whatever its weights but W_hr, in float64."""
-    w_hr = getattr(module, names["weight_hr"], None)
+    """|h| (P,) of an LSTM layer whatever its weights but W_hr."""
+    w_hh, w_hr = getattr(module, names["weight_hh"]), getattr(module, names["weight_hr"], None)
     if w_hr is None:
-        w_hh = getattr(module, names["weight_hh"])
-        return w_hh.new_ones(w_hh.shape[1], dtype=torch.float64)
-    return times(w_hr.detach().double().abs(), w_hr.new_ones(w_hr.shape[1], dtype=torch.float64))
+        return torch.ones_like(_wide(w_hh[0]))
+    return times(_wide(w_hr).abs(), torch.ones_like(_wide(w_hr[0])))
+
+
+def _wide(w: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return w.detach().to(torch.float32 if w.device.type == "mps" else torch.float64)

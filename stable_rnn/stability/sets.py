@@ -17,9 +17,14 @@ NORMS = ("2", "inf", "auto")
 
 
 class Stability:
-    """Base of the stable sets. `rate`: what a module in the set is certified for, or None if the set promises nothing."""
+    """Base of the stable sets.
+
+    rate    what a module in the set is certified for, or None if the set promises nothing
+    target  a rate and a share of the forget gate (`gate_scales`) that a certificate should try, or None
+    """
 
     rate: float | None = None
+    target: tuple[float, float] | None = None
 
     @property
     def cap(self) -> float:
@@ -108,7 +113,7 @@ class Certified(Stability):
             raise TypeError(f"Certified: cap must be True or False, got {cap!r}; the clamp's height is forget=")
         least = 0.0 if cap else 0.5
         if forget is None:
-            forget = min(0.6 if cap else 0.55, (least + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
+            forget = min(0.6, 0.7 * rate) if cap else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
         else:
             _check_number("Certified: forget", forget)
             if not least < forget < rate:
@@ -120,6 +125,11 @@ class Certified(Stability):
     @property
     def cap(self) -> float:
         return self.forget if self.clamped else 1.0
+
+    @property
+    def target(self) -> tuple[float, float]:
+        # measured on text: where the weights bound the forget gate, its recurrent part is small anyway
+        return self.rate, 0.3 if self.clamped else 0.05
 
     def input_limit(self, cell: str) -> float:
         return math.inf if self.clamped and cell == "lstm" else self.input_bound

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 
 import torch
 from torch import Tensor, nn
 
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+def on_cpu(function: Callable) -> Callable:
+    """New tensors of the function are made on the CPU, whatever torch's default device is."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)
