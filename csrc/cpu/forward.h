@@ -89,13 +89,6 @@ struct ForwardTile {
       begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr, c_init ? c_init + run.entry * hidden : nullptr);
   }
 
-  // Panels are taken in turn upwards and downwards: what the cache still holds from the end of one step begins the next.
-  template <class Body>
-  STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_t s, const Body& body) {
-    const int64_t begin = team.begin(panels.count), end = team.end(panels.count);
-    for (int64_t i = begin; i < end; ++i) body(s % 2 ? begin + end - 1 - i : i);
-  }
-
   void step(const Team& team, int64_t s, int64_t active, const float* state) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t unit = weights.gates.first(p) * width;
@@ -142,13 +135,6 @@ struct ForwardTile {
     h = rounded<T>(h);
     store(h_next + r * h_stride + unit, h);
     sink.hidden(r, runs[r], s, unit, out - unit, h_now + r * h_stride + unit, h);
-  }
-
- public:
-  // A row of n state values from the caller's, or else from `init`, or else zeros.
-  static void begin_state(float* state, int64_t n, const T* given, const float* init) {
-    for (int64_t u = 0; u < n; u += width)
-      store(state + u, given ? load(given + u, n - u) : init ? load(init + u, n - u) : Vec(0.f));
   }
 };
 

@@ -26,7 +26,7 @@ STABLE_RNN_STATIC int64_t row_of(const Lanes& lanes, int64_t b, int64_t t) {
   return base + t * lanes.step;
 }
 
-// Needs stride and warmup of at most `steps`. No steps where the row ends before the lane.
+// No steps where the row ends before the lane.
 STABLE_RNN_STATIC Run forward_run(const Lanes& lanes, int64_t entry, bool from_init) {
   Run run{};
   run.entry = entry;
@@ -64,8 +64,15 @@ STABLE_RNN_STATIC Run backward_run(const Lanes& lanes, int64_t entry, bool from_
   return run;
 }
 
+// A window, which runs forward and back: only from time 0 is there an adjoint to carry on to the start.
+STABLE_RNN_STATIC Run window_run(const Lanes& lanes, int64_t id, bool) {
+  Run run = forward_run(lanes, id, false);
+  run.stages = run.steps + run.given;
+  return run;
+}
+
 STABLE_RNN_STATIC int64_t lanes_per_row(const Lanes& lanes) {
-  return lanes.steps ? (lanes.steps + lanes.stride - 1) / lanes.stride : 0;
+  return lanes.steps ? (lanes.steps - 1) / lanes.stride + 1 : 0;
 }
 
 // The entries that have steps, longest first and otherwise in order, so that the lanes of a tile still running are always its first.

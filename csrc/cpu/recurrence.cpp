@@ -29,14 +29,6 @@ const char* check_recurrence(const Params& p) {
   return nullptr;
 }
 
-// No stride or warm-up needs to be longer than the time there is: so nothing overflows.
-template <class Params>
-void shorten(Params& p) {
-  const int64_t most = p.lanes.steps > 0 ? p.lanes.steps : 1;
-  if (p.lanes.stride > most) p.lanes.stride = most;
-  if (p.lanes.warmup > most) p.lanes.warmup = most;
-}
-
 void copy_row(void* to, const void* from, int64_t b, int64_t bytes) {
   if (!to) return;
   if (from) std::memcpy(static_cast<char*>(to) + b * bytes, static_cast<const char*>(from) + b * bytes, bytes);
@@ -47,10 +39,8 @@ int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : 
 
 }  // namespace
 
-const char* recurrence_forward_cpu(const ForwardParams& params) {
-  if (const char* problem = check_recurrence(params)) return problem;
-  ForwardParams p = params;
-  shorten(p);
+const char* recurrence_forward_cpu(const ForwardParams& p) {
+  if (const char* problem = check_recurrence(p)) return problem;
   for (int64_t b = 0; b < p.lanes.batch; ++b)
     if (length_of(p.lanes, b) == 0) {
       copy_row(p.h_n, p.h0, b, p.out * size_of(p.dtype));
@@ -61,8 +51,31 @@ const char* recurrence_forward_cpu(const ForwardParams& params) {
   return entries.empty() ? nullptr : STABLE_RNN_DISPATCH(forward(p, entries.data(), int64_t(entries.size())));
 }
 
-const char* recurrence_backward_cpu(const BackwardParams&) { return "not written yet"; }
-const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&) { return "not written yet"; }
-const char* cell_step_cpu(const CellStepParams&) { return "not written yet"; }
+const char* recurrence_backward_cpu(const BackwardParams& p) {
+  if (const char* problem = check_recurrence(p)) return problem;
+  for (int64_t b = 0; b < p.lanes.batch; ++b)
+    if (length_of(p.lanes, b) == 0) {
+      copy_row(p.dh0, p.dh_n, b, p.out * size_of(p.dtype));
+      if (p.cell == LSTM) copy_row(p.dc0, p.dc_n, b, p.hidden * size_of(p.dtype));
+    }
+  if (p.hidden == 0) return nullptr;
+  const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), backward_run, p.dh_init != nullptr);
+  return entries.empty() ? nullptr : STABLE_RNN_DISPATCH(backward(p, entries.data(), int64_t(entries.size())));
+}
+
+const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams& p) {
+  if (const char* problem = check_recurrence(p)) return problem;
+  if (p.lanes.stride != 1 || p.lanes.select) return "windows need stride 1 and no selection";
+  if (p.first < 0 || p.last > entries_of(p.lanes)) return "first and last must lie within the lanes";
+  if (p.hidden == 0 || p.first >= p.last) return nullptr;
+  const auto entries = longest_first(p.lanes, p.first, p.last, window_run, false);
+  return STABLE_RNN_DISPATCH(windowed_backward(p, entries.data(), int64_t(entries.size())));
+}
+
+const char* cell_step_cpu(const CellStepParams& p) {
+  if (const char* problem = check(p)) return problem;
+  if (p.batch < 0 || p.input < 0) return "batch and input must not be negative";
+  return p.hidden == 0 || p.batch == 0 ? nullptr : STABLE_RNN_DISPATCH(cell_step(p));
+}
 
 }  // namespace stable_rnn

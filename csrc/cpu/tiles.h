@@ -62,7 +62,22 @@ class Workspace {
 // Floats from one row of a tile's state to the next: room for whole vectors, and rows do not all fall on the same cache sets.
 constexpr int64_t state_stride(int64_t n) { return round_up(n, 16) + 16; }
 
-// run(team, tile, first, n, slot) for each tile of lanes [first, first + n), with slot < tiling.teams() naming its memory.
+// A row of n state values from the caller's, or else from `init`, or else zeros.
+template <class T>
+STABLE_RNN_INLINE void begin_state(float* state, int64_t n, const T* given, const float* init) {
+  for (int64_t u = 0; u < n; u += width)
+    store(state + u, given ? load(given + u, n - u) : init ? load(init + u, n - u) : Vec(0.f));
+}
+
+// body(p) for this thread's panels, at step s: in turn upwards and downwards, so that what the cache still holds from the end of one
+// step begins the next.
+template <class Body>
+STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_t s, const Body& body) {
+  const int64_t begin = team.begin(panels.count), end = team.end(panels.count);
+  for (int64_t i = begin; i < end; ++i) body(s % 2 ? begin + end - 1 - i : i);
+}
+
+// run(team, first, n, slot) for each tile of lanes [first, first + n), with slot < tiling.teams() naming its memory.
 template <class RunTile>
 STABLE_RNN_INLINE void for_each_tile(const Team& team, const Tiling& tiling, int64_t lanes, Counter& counter, const RunTile& run) {
   const auto rows = [&](int64_t tile) { return lanes - tile * tiling.rows < tiling.rows ? lanes - tile * tiling.rows : tiling.rows; };

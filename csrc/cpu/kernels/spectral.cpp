@@ -165,16 +165,29 @@ struct Job {
           store(part + j * K + p * width, z);
         }
     }
-    if (gram) add_gram(Y.data(), first(c), last(c), reinterpret_cast<Small&>(grams[c * K * K]));
+    if (gram) add_gram(&Y[first(c) * K], last(c) - first(c), reinterpret_cast<Small&>(grams[c * K * K]));
   }
 
-  static void add_gram(const float* block, int64_t from, int64_t to, Small& G) {
-    std::memset(G, 0, sizeof(Small));
-    for (int64_t i = from; i < to; ++i) {
-      double y[K];
-      for (int c = 0; c < K; ++c) y[c] = block[i * K + c];
-      for (int r = 0; r < K; ++r)
-        for (int c = 0; c < K; ++c) G[r][c] += y[r] * y[c];
+  // G += B^T B for `count` rows of a block, in doubles.
+  static void add_gram(const float* block, int64_t count, Small& G) {
+    constexpr int lanes = width / 2, vectors = K / lanes, at_once = 4;  // rows of G whose sums stay in registers
+    typedef double Doubles __attribute__((vector_size(width * 4)));
+    double wide[CHUNK][K];
+    for (; count > 0; block += CHUNK * K, count -= CHUNK) {
+      const int64_t some = count < CHUNK ? count : CHUNK;
+      for (int64_t i = 0; i < some; ++i)
+        for (int c = 0; c < K; ++c) wide[i][c] = block[i * K + c];
+      for (int r = 0; r < K; r += at_once) {
+        Doubles sum[at_once][vectors];
+        std::memcpy(sum, G[r], sizeof sum);
+        for (int64_t i = 0; i < some; ++i) {
+          Doubles y[vectors];
+          std::memcpy(y, wide[i], sizeof y);
+          for (int q = 0; q < at_once; ++q)
+            for (int v = 0; v < vectors; ++v) sum[q][v] += wide[i][r + q] * y[v];
+        }
+        std::memcpy(G[r], sum, sizeof sum);
+      }
     }
   }
 
@@ -199,9 +212,9 @@ struct Job {
       for (int64_t c = 0; c < chunks; ++c) sum = sum + load(&parts[c * n * K + j]);
       store(&X[j], sum);
     }
-    Small G, T;
     for (int pass = 0; pass < 2; ++pass) {
-      add_gram(X.data(), 0, n, G);
+      Small G = {}, T;
+      add_gram(X.data(), n, G);
       orthogonalizer(G, T);
       rotate(X.data(), n, T);
     }
@@ -212,7 +225,8 @@ struct Job {
     const int64_t n = a.cols;
     Small G = {}, E;
     for (int64_t c = 0; c < chunks; ++c)
-      for (int i = 0; i < K * K; ++i) (&G[0][0])[i] += grams[c * K * K + i];
+      for (int i = 0; i < K; ++i)
+        for (int j = 0; j < K; ++j) G[i][j] += grams[(c * K + i) * K + j];
     double values[K];
     eigen(G, values, E);
     const double norm = std::sqrt(values[0]);

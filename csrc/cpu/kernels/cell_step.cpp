@@ -1,0 +1,82 @@
+// One step of a plain cell, for streaming. Each weight is used once per row, so panels are packed a slice at a time on the stack and
+// nothing is allocated; the sums are those of the recurrence, bit by bit.
+#include "kernels.h"
+#include "parallel.h"
+#include "stable_rnn/cell.h"
+#include "gemm.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+namespace {
+
+constexpr int64_t slice = 64;                   // of k
+constexpr int most_rows = 4 * block_rows;       // of the batch at a time
+
+// acc[r][v] = sum over k of a[r][k] * w[v][lane][k], for rows of w that start at w + v * gate.
+template <class T, int vectors>
+void products(const T* a, int64_t k, int rows, const T* w, int64_t gate, int64_t valid, Vec* acc) {
+  alignas(64) float panel[slice * vectors * width], state[most_rows * slice];
+  for (int i = 0; i < rows * vectors; ++i) acc[i] = Vec(0.f);
+  for (int64_t from = 0; from < k && a; from += slice) {
+    const int64_t part = k - from < slice ? k - from : slice;
+    for (int v = 0; v < vectors; ++v) pack_transposed(w + v * gate + from, k, valid, part, panel + v * width, vectors * width);
+    for (int r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < part; j += width) store(state + r * slice + j, load(a + r * k + from + j, part - j));
+    for (int r = 0; r < rows; r += block_rows)
+      multiply_rows<vectors>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel, part, acc + r * vectors);
+  }
+}
+
+// Units [unit, unit + width) of rows [first, first + rows).
+template <class T, bool lstm>
+void units(const CellStepParams& p, int64_t unit, int64_t first, int rows) {
+  constexpr int gates = lstm ? 4 : 1;
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  const int64_t n = p.hidden - unit, gate = p.hidden;
+  Vec x[most_rows * gates], z[most_rows * gates];
+  products<T, gates>(in(p.x) + first * p.input, p.input, rows, in(p.w_ih) + unit * p.input, gate * p.input, n, x);
+  products<T, gates>(p.h ? in(p.h) + first * p.hidden : nullptr, p.hidden, rows, in(p.w_hh) + unit * p.hidden, gate * p.hidden, n, z);
+  for (int r = 0; r < rows; ++r) {
+    Vec* sums = z + r * gates;
+    for (int g = 0; g < gates; ++g) {
+      Vec xp = x[r * gates + g];
+      if (p.b_ih) xp = xp + load(in(p.b_ih) + g * gate + unit, n);
+      if (p.b_hh) xp = xp + load(in(p.b_hh) + g * gate + unit, n);
+      sums[g] = sums[g] + rounded<T>(xp);
+    }
+    const int64_t at = (first + r) * p.hidden + unit;
+    Vec h;
+    if constexpr (lstm) {
+      const LstmStep<Vec> now = lstm_step(sums[0], sums[1], sums[2], sums[3], p.c ? load(in(p.c) + at, n) : Vec(0.f), p.cap);
+      store(static_cast<T*>(p.c_out) + at, now.c, n);
+      h = now.m;
+    } else {
+      h = rnn_step(sums[0], p.cell == RNN_RELU);
+    }
+    store(static_cast<T*>(p.h_out) + at, h, n);
+  }
+}
+
+template <class T, bool lstm>
+const char* run_cell_step(const CellStepParams& p) {
+  constexpr int64_t worth_threads = 4000000;   // multiply-adds
+  const int64_t vectors = ceil_div(p.hidden, width), passes = ceil_div(p.batch, most_rows);
+  const bool large = p.batch * p.hidden * (p.input + p.hidden) * (lstm ? 4 : 1) >= worth_threads;
+  parallel(large ? p.threads : 1, [&](const Team& team) {
+    for (int64_t i = team.begin(vectors * passes); i < team.end(vectors * passes); ++i) {
+      const int64_t first = i % passes * most_rows, rest = p.batch - first;
+      units<T, lstm>(p, i / passes * width, first, int(rest < most_rows ? rest : most_rows));
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* cell_step(const CellStepParams& p) {
+  if (p.dtype == BF16) return p.cell == LSTM ? run_cell_step<bf16, true>(p) : run_cell_step<bf16, false>(p);
+  return p.cell == LSTM ? run_cell_step<float, true>(p) : run_cell_step<float, false>(p);
+}
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn
