@@ -1,4 +1,4 @@
-"""A long text under every plan: time, measured error and its bound."""
+"""A long text in every way there is to run it: time, measured error and its bound."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..plans import Plan
 from .train import CharModel
 
 WINDOWS = [2**n for n in range(9)]  # measured; the bound is followed further, until it is small
-SMALL, FAR = 1e-8, 2**13
 WINDOW_STEPS = 4096  # of the text: a window of 256 costs 256 steps for each output
+SMALL, FAR = 1e-8, 2**13
 ROUNDS = 5
 OVERLAP = Chunked(256, 32)
 
@@ -36,12 +36,62 @@ class Row:
     """What a way gave. `error` is the largest over all outputs of the layer, against `Recurrent()` with the same weights."""
 
     way: str
-    bits: float | None  # per character; None, like the errors, where the way computes another function
+    bits: float | None = None  # per character; None, like the errors, where the way computes another function
+    error: float | None = None
+    bound: float | None = None  # of the error in exact arithmetic
+    bound_float32: float | None = None  # the same plus the rounding term
+    note: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Point:
+    """`Windowed(k)` against `Recurrent()`; fields as in `Row`. Not measured where k is large."""
+
+    k: int
     error: float | None
-    bound: float | None  # of the error in exact arithmetic
-    bound_float32: float | None  # the same plus the rounding term
-    seconds: float
-    note: str
+    bound: float | None
+    bound_float32: float | None
+
+
+@dataclass
+class Result:
+    """One model: its certificate holds for every text over the alphabet."""
+
+    name: str
+    bits: float  # per character, run through from the start
+    certificate: Certificate
+    ways: list[Row]
+    windows: list[Point]
+
+
+@dataclass
+class Speed:
+    model: str
+    lengths: list[int]
+    seconds: dict[str, list[float]]  # of each way, at each length
+
+
+def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], bar: Callable[[str, int], Callable[[], None]]) -> Result:
+    """Run ids (T + 1,) in every way. `bar(what, total)` gives what advances a progress bar."""
+    layer, x = stable_layer(model), model.inputs(ids[:-1, None])
+    alphabet = torch.arange(model.embedding.num_embeddings)[:, None]
+    certificate = layer.certificate(model.inputs(alphabet))  # no other inputs can occur
+    truth = under(layer, x, Recurrent())
+    found = ways(layer, plans)
+    rows = [row(way, layer, certificate, way.run(x), truth, lambda y: model.bits(ids, y)) for way in found]
+    for one, seconds in zip(rows, in_turns(found, x, bar(f"run {name}", turns(plans)))):
+        one.seconds = seconds
+    windows = window_errors(layer, certificate, x[:WINDOW_STEPS], bar(f"windows of {name}", len(WINDOWS)))
+    return Result(name, model.bits(ids, truth), certificate, rows, windows)
+
+
+def speed(name: str, model: CharModel, ids: Tensor, plans: list[Plan], lengths: list[int], bar: Callable) -> Speed:
+    """Seconds of each way at each length of ids (T + 1,)."""
+    x, found = model.inputs(ids[:-1, None]), ways(stable_layer(model), plans)
+    advance = bar(f"speed of {name}", turns(plans) * len(lengths))
+    table = [in_turns(found, x[:length], advance) for length in lengths]
+    return Speed(name, lengths, {way.name: list(seconds) for way, *seconds in zip(found, *table)})
 
 
 def stable_layer(model: CharModel) -> StableLSTM:
@@ -53,26 +103,21 @@ def stable_layer(model: CharModel) -> StableLSTM:
     return layer.eval().requires_grad_(False)
 
 
-def certify(model: CharModel) -> Certificate:
-    """For every text over the alphabet: all the inputs that there can be are the rows of the embedding."""
-    alphabet = torch.arange(model.embedding.num_embeddings)[:, None]
-    return stable_layer(model).certificate(model.inputs(alphabet))
-
-
 def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
-    """torch's nn.LSTM, its strongest use for long text (overlapping chunks as a batch), then the plans."""
+    """torch's nn.LSTM, its strongest use for a long text (overlapping chunks as a batch), then the plans."""
     plain = layer.to_torch(allow_change=True)
     overlap = next((plan for plan in plans if isinstance(plan, Chunked)), OVERLAP)
+    name = f"nn.LSTM, {overlap.chunk}+{overlap.warmup} overlapping chunks"
     return [
         Way("nn.LSTM", lambda x: plain(x)[0], None),
-        Way(
-            f"nn.LSTM, {overlap.chunk}+{overlap.warmup} overlapping chunks",
-            lambda x: overlapping(plain, x, overlap),
-            None,
-            overlap.warmup + 1,
-        ),
+        Way(name, lambda x: overlapping(plain, x, overlap), None, sees(overlap)),
         *(Way(label(plan), lambda x, plan=plan: under(layer, x, plan), plan, sees(plan)) for plan in plans),
     ]
+
+
+def turns(plans: list[Plan]) -> int:
+    """Calls of `advance` by `in_turns`."""
+    return (len(plans) + 2) * ROUNDS
 
 
 def label(plan: Plan) -> str:
@@ -100,43 +145,25 @@ def overlapping(plain: nn.LSTM, x: Tensor, plan: Chunked) -> Tensor:
     steps, reach = x.shape[0], plan.chunk + plan.warmup
     if steps <= reach:
         return plain(x)[0]
-    writes = torch.arange(0, steps, plan.chunk)
-    starts = (writes - plan.warmup).clamp(0, steps - reach)  # (L,)
+    starts = (torch.arange(0, steps, plan.chunk) - plan.warmup).clamp(0, steps - reach)  # (L,)
     y = plain(x[starts + torch.arange(reach)[:, None], 0])[0]  # (C + w, L, H)
     t = torch.arange(steps)
     lane = t // plan.chunk
     return y[t - starts[lane], lane][:, None]
 
 
-def bits(model: CharModel, ids: Tensor) -> float:
-    """Bits per character over ids (T + 1,), run through from the start."""
-    return model.bits(ids, under(stable_layer(model), model.inputs(ids[:-1, None]), Recurrent()))
-
-
-def run_ways(model: CharModel, certificate: Certificate, ids: Tensor, plans: list[Plan], advance: Callable[[], None]) -> list[Row]:
-    """A row for each way over ids (T + 1,), timed in turns."""
-    layer, x = stable_layer(model), model.inputs(ids[:-1, None])
-    truth = under(layer, x, Recurrent())
-    clamped = layer.stability is not None and layer.stability.cap < 1
-    found = ways(layer, plans)
-    rows = []
-    for way in found:
-        y = way.run(x)
-        report = layer.last_report if isinstance(way.plan, Verified) else None
-        if clamped and way.plan is None:
-            rows.append(Row(way.name, None, None, None, None, 0.0, "its cell has no clamp: for the time only"))
-            continue
-        if report:
-            bound, bound_float32 = report.forward_bound, None
-            note = f"{report.passes} pass{'es' * (report.passes > 1)}, " + (
-                "fell back to Recurrent()" if report.fallback else f"{report.lanes_rerun} chunks rerun"
-            )
-        else:
-            bound, bound_float32, note = *bounds(certificate, way.sees), ""
-        rows.append(Row(way.name, model.bits(ids, y), (y - truth).abs().max().item(), bound, bound_float32, 0.0, note))
-    for row, seconds in zip(rows, in_turns(found, x, advance), strict=True):
-        row.seconds = seconds
-    return rows
+def row(way: Way, layer: StableLSTM, certificate: Certificate, y: Tensor, truth: Tensor, bits: Callable[[Tensor], float]) -> Row:
+    """The row of output y, just computed; without its time."""
+    if way.plan is None and layer.stability is not None and layer.stability.cap < 1:
+        return Row(way.name, note="its cell has no clamp: for the time only")
+    made = Row(way.name, bits(y), largest(y - truth), *bounds(certificate, way.sees))
+    if isinstance(way.plan, Verified):
+        report = layer.last_report
+        made.bound = report.forward_bound
+        made.note = f"{report.passes} pass{'es' * (report.passes > 1)}, {report.lanes_rerun} chunks run again"
+        if report.fallback:
+            made.note = f"fell back to Recurrent() after {made.note}"
+    return made
 
 
 def bounds(certificate: Certificate, window: int | None) -> tuple[float | None, float | None]:
@@ -146,11 +173,15 @@ def bounds(certificate: Certificate, window: int | None) -> tuple[float | None, 
     return certificate.truncation_error(window), certificate.truncation_error(window, dtype=torch.float32)
 
 
+def largest(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
 def in_turns(found: list[Way], x: Tensor, advance: Callable[[], None]) -> list[float]:
     """Median seconds of each way; a round runs every way once, so that a busy moment of the machine hits them alike."""
     seconds: list[list[float]] = [[] for _ in found]
     for _ in range(ROUNDS):
-        for way, times in zip(found, seconds, strict=True):
+        for way, times in zip(found, seconds):
             begin = time.perf_counter()
             way.run(x)
             times.append(time.perf_counter() - begin)
@@ -158,28 +189,14 @@ def in_turns(found: list[Way], x: Tensor, advance: Callable[[], None]) -> list[f
     return [statistics.median(times) for times in seconds]
 
 
-def window_errors(model: CharModel, certificate: Certificate, ids: Tensor, advance: Callable[[], None]) -> list[dict[str, float | None]]:
-    """Measured and certified error of `Windowed(k)` for k = 1, 2, 4, ..., on the beginning of the text."""
-    layer, x = stable_layer(model), model.inputs(ids[:WINDOW_STEPS, None])
+def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, advance: Callable[[], None]) -> list[Point]:
+    """Measured and certified error of `Windowed(k)` for k = 1, 2, 4, ..."""
     truth = under(layer, x, Recurrent())
     points = []
     for k in WINDOWS:
-        points.append(point(certificate, k, (under(layer, x, Windowed(k)) - truth).abs().max().item()))
+        points.append(Point(k, largest(under(layer, x, Windowed(k)) - truth), *bounds(certificate, k)))
         advance()
-    while certificate.stable and points[-1]["bound"] > SMALL and 2 * k <= FAR:
+    while certificate.stable and points[-1].bound > SMALL and 2 * k <= FAR:
         k *= 2
-        points.append(point(certificate, k, None))
+        points.append(Point(k, None, *bounds(certificate, k)))
     return points
-
-
-def point(certificate: Certificate, k: int, error: float | None) -> dict[str, float | None]:
-    bound, bound_float32 = bounds(certificate, k)
-    return {"k": k, "error": error, "bound": bound, "bound_float32": bound_float32}
-
-
-def speed(model: CharModel, ids: Tensor, plans: list[Plan], lengths: list[int], advance: Callable[[], None]) -> dict[str, list[float]]:
-    """Median seconds of each way at each length."""
-    layer, x = stable_layer(model), model.inputs(ids[:-1, None])
-    found = ways(layer, plans)
-    table = [in_turns(found, x[:length], advance) for length in lengths]
-    return {way.name: list(seconds) for way, *seconds in zip(found, *table, strict=True)}

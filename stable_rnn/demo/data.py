@@ -23,6 +23,9 @@ class Corpus:
     train: Tensor  # (N,) int64
     held_out: Tensor  # (M,) int64
 
+    def __str__(self) -> str:
+        return f"{self.name}; {len(self.train)} characters to train on, {len(self.held_out)} held out, {self.symbols} symbols"
+
 
 def load(text: str | None, data: str | None, length: int) -> Corpus:
     """The corpus of `--text` or `--data`, else CPython's own manual; `UserError` when held-out text is shorter than `length` + 1."""
@@ -33,7 +36,7 @@ def load(text: str | None, data: str | None, length: int) -> Corpus:
     else:
         name, whole = (text, _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
         cut = len(whole) - len(whole) // HELD_OUT
-        name, train, held_out = name, whole[:cut], whole[cut:]
+        train, held_out = whole[:cut], whole[cut:]
     if len(train) < LEAST:
         raise UserError(f"{name}: {len(train)} characters to train on are too few, at least {LEAST} are needed")
     if len(held_out) <= length:

@@ -44,7 +44,7 @@ class CharModel(nn.Module):
         return functional.cross_entropy(logits, ids[1:]).item() / math.log(2)
 
 
-def train(layer: str, corpus: Corpus, hidden: int, steps: int, seed: int, advance: Callable[[], None]) -> CharModel:
+def train_model(layer: str, corpus: Corpus, hidden: int, steps: int, seed: int, advance: Callable[[], None]) -> CharModel:
     """Adam over random stretches of the training text, the same for every layer; the projection follows each step."""
     torch.manual_seed(seed)
     model = CharModel(corpus.symbols, LAYERS[layer](EMBEDDING, hidden))
