@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .norm import check_matrix, prove, scaled, shift, spectral_norm_bound, width
+from .norm import check_dtype, check_matrix, prove, scaled, shift, spectral_norm_bound, width
 from .reference import fresh_vectors, rayleigh_ritz
 
 METHODS = ("clip", "scale")
@@ -84,7 +84,7 @@ def spectral_project_(
         name = "W" if single else f"W[{i}]"
         if isinstance(matrix, Tensor) and matrix.dim() != 2:
             raise ValueError(f"{name} must be a matrix (m, n), got the shape {tuple(matrix.shape)}")
-        check_matrix(matrix, name)
+        check_matrix(matrix, name) if certify else check_dtype(matrix, name)  # the step looks for NaN itself
     matrices = [matrix.detach() for matrix in matrices]
     bounds = _bounds(bound, len(matrices))
     state = SpectralState() if state is None else state

@@ -29,7 +29,7 @@ def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
 def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> Tensor:
-    """One uncertified projection step, in place in every matrix (m, n) and in its block (n, k). See `ops.py`."""
+    """One uncertified projection step, in place in every matrix (m, n) and in its block (n, k). See `registration.py`."""
     work = []
     for W in matrices:
         A, exponent = scaled(W)

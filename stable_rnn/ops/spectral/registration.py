@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from . import reference
+from ...dispatch import requested
+from . import native, reference
 
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
+_warned: set[str] = set()
 
 
 def _spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> Tensor:
-    return reference.spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
+    return _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+
+
+def _backend(matrices: list[Tensor], blocks: list[Tensor]):
+    """The rule of `stable_rnn.backends`; the backend `torch` has no other code for this than the reference."""
+    name = requested("auto")
+    if name in ("reference", "torch"):
+        return reference
+    able, reason = native.can_run(matrices, blocks)
+    if able:
+        return native
+    if name == "cpu":
+        raise ValueError(f"backend 'cpu' cannot run this projection: {reason}")
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"stable_rnn runs its slow reference projection: {reason}", RuntimeWarning, stacklevel=2)
+    return reference
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
@@ -43,4 +65,5 @@ def _top_singular_vmap(info, in_dims, W):
 _library.define("top_singular(Tensor W) -> (Tensor sigma, Tensor u, Tensor v)")
 _library.impl("top_singular", reference.top_singular, "CompositeExplicitAutograd")
 torch.library.register_fake("stable_rnn::top_singular", _top_singular_fake, lib=_library)
-torch.library.register_vmap("stable_rnn::top_singular", _top_singular_vmap, lib=_library)
+if hasattr(torch.library, "register_vmap"):  # torch 2.5
+    torch.library.register_vmap("stable_rnn::top_singular", _top_singular_vmap, lib=_library)
