@@ -110,13 +110,13 @@ def relu_bound(found: list[Contraction], hidden: int) -> Tensor:
 def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR) -> Tensor:
     """Positive weights v that nearly minimize max_j step(v)_j / v_j; `floor` of `start` in it keeps every weight away from 0."""
     v = start / start.max()
-    best = math.inf
-    for _ in range(STEPS):
+    last = math.inf
+    for number in range(STEPS):
         after = step(v)
-        rate = float((after / v).max())
-        if not 0 < rate < (1 - 1e-4) * best:  # it never rises
+        rate = float((after / v).max())  # it never rises, but may stand still for a while
+        if not rate > 0 or number % 8 == 7 and rate > (1 - 1e-3) * last:
             break
-        best = rate
+        last = rate if number % 8 == 7 else last
         v = after / rate + v  # with v itself, so that a cycle converges too
         v = v / v.max()
     return v + floor * start / start.max()
@@ -125,7 +125,8 @@ def _perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOO
 # ---- the LSTM
 
 
-def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: tuple[float, float] | None) -> list[Contraction]:
+def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool,
+                      target: tuple[float, float] | None) -> list[Contraction]:
     """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate and a share worth trying."""
     if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
@@ -204,7 +205,7 @@ def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float
 
 def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
     """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all."""
-    after = _lstm_step(w, b)
+    after = lstm_step(w, b)
 
     def step(v: Tensor) -> Tensor:
         return torch.cat(after(v[: w.hidden], times(w.abs_hh, v[w.hidden :])))
@@ -224,7 +225,7 @@ def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
         yield Contraction("inf", rate, gain, start, (float(vh.max()), length(vh)), per_unit, per_unit)
 
 
-def _lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Bounds of |dc| (H,), |dh| (P,) after a step, from |dc| and the bound `drive` (4H,) of the pre-activations' differences.
 
     A product gate * tanh changes by at most hypot(x, y) and at most x' + y, see README.md."""
