@@ -65,7 +65,8 @@ class Case:
         g = torch.Generator().manual_seed(seed)
         rand = lambda *shape: torch.randn(*shape, generator=g).to(self.dtype)  # noqa: E731
         H, P, G = self.hidden, self.p, self.gates
-        made = dict(xp=rand(self.n, G * H), w_hh=rand(G * H, P) / max(P, 1) ** 0.5, w_hr=rand(P, H) / max(H, 1) ** 0.5 if self.out else None)
+        made = dict(xp=rand(self.n, G * H), w_hh=rand(G * H, P) / max(P, 1) ** 0.5)
+        made |= dict(w_hr=rand(P, H) / max(H, 1) ** 0.5 if self.out else None)
         made |= dict(h0=rand(self.batch, P), c0=rand(self.batch, H) if self.lstm else None)
         made |= dict(dy=rand(self.n, P), dh_n=rand(self.batch, P), dc_n=rand(self.batch, H))
         if self.init:
