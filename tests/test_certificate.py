@@ -167,14 +167,13 @@ def test_a_step_obeys_the_comparison_system_unit_by_unit(proj, cap):
         if b.f.max() > 0.999:
             continue
         after = lstm_step(w, b)
-        n = 2000
-        draw = lambda bound: (torch.rand(n, len(bound), dtype=torch.float64) * 2 - 1) * bound  # noqa: E731
-        size = 10 ** (-4 * torch.rand(n, 1, dtype=torch.float64))
+        draw = lambda bound: (torch.rand(2000, len(bound), dtype=torch.float64) * 2 - 1) * bound  # noqa: E731
+        size = 10 ** (-4 * torch.rand(2000, 1, dtype=torch.float64))
         first = draw(torch.ones(2)), draw(b.h), draw(b.c)
         x, h, c = ((1 - size) * s + size * draw(bound) for s, bound in zip(first, (torch.ones(2), b.h, b.c)))
         pairs = [step(w, state[0] @ w.w_ih.mT + w.bias, state[1], state[2], cap) for state in (first, (x, h, c))]
         dh, dc = ((p - q).abs() for p, q in zip(*pairs))
-        for row in range(0, n, 40):
+        for row in range(0, 2000, 40):
             drive = w.abs_hh @ (h - first[1]).abs()[row] + w.abs_ih @ (x - first[0]).abs()[row]
             most_c, most_h = after((c - first[2]).abs()[row], drive)
             assert (dc[row] <= most_c * (1 + 1e-9) + 1e-15).all() and (dh[row] <= most_h * (1 + 1e-9) + 1e-15).all()

@@ -1,0 +1,278 @@
+"""Stable sets: what `project_` guarantees, what it leaves alone, and which arguments make no set."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
+from stable_rnn.stability import check_stability
+
+torch.set_num_threads(1)
+
+NORMS = ("2", "inf", "auto")
+
+
+def snapshot(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def unchanged(module, before):
+    return all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+def spoil(module, scale):
+    """Random weights and biases of the given size, W_ih and biases too."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p, dtype=torch.float32) * scale)
+    return module
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e6])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("make", [
+    lambda s: StableRNN(3, 9, stability=s),
+    lambda s: StableRNN(3, 4, 2, "relu", bidirectional=True, bias=False, stability=s),
+    lambda s: StableLSTM(3, 8, stability=s),
+    lambda s: StableLSTM(3, 4, 2, bidirectional=True, stability=s),
+    lambda s: StableLSTM(3, 8, 2, proj_size=3, stability=s),
+    lambda s: StableLSTM(5, 4, bias=False, stability=s),
+    lambda s: StableLSTMCell(3, 4, stability=s),
+    lambda s: StableRNNCell(3, 4, stability=s),
+])
+def test_any_weights_become_certified(make, norm, scale):
+    stability = Certified(rate=0.9, norm=norm)
+    module = spoil(make(stability), scale)
+    module.project_()
+    found = module.certificate()
+    assert found.rate <= stability.rate and found.stable
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    before = snapshot(module)
+    module.project_()
+    assert unchanged(module, before)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e6])
+@pytest.mark.parametrize("rate, forget", [(0.99, None), (0.5, 0.4), (0.95, 0.9), (0.05, None)])
+def test_with_a_clamp_no_input_weight_is_touched(scale, rate, forget):
+    module = spoil(StableLSTM(3, 6, 2, stability=Certified(rate, forget=forget, cap=True)), scale)
+    before = snapshot(module)
+    module.project_()
+    assert module.certificate().rate <= rate
+    assert module.certificate(input_bound=math.inf).rate <= rate
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters() if "weight_hh" not in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_other_dtypes(dtype, norm):
+    for make in (lambda s: StableLSTM(6, 16, dtype=dtype, stability=s), lambda s: StableRNN(6, 16, dtype=dtype, stability=s)):
+        module = spoil(make(Certified(0.95, norm)), 3.0)
+        module.project_()
+        assert module.certificate().rate <= 0.95
+        before = snapshot(module)
+        module.project_()
+        assert unchanged(module, before)
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 31, 128])
+@pytest.mark.parametrize("kind", [StableLSTM, StableRNN])
+def test_a_fresh_default_module_is_certified(kind, hidden):
+    module = kind(hidden, hidden)
+    assert module.certificate().stable and module.certificate().rate <= 0.99
+    before = snapshot(module)
+    module.project_()
+    assert unchanged(module, before)
+
+
+@pytest.mark.parametrize("make", [lambda: StableLSTM(512, 512), lambda: StableRNN(512, 512)])
+def test_a_fresh_large_module_is_certified(make):
+    assert make().certificate().rate <= 0.99
+
+
+def test_weights_inside_are_left_alone():
+    """Just inside in the plain sense, ||W|| = rate (1 - 1e-3), nothing moves; just outside, only W_hh does."""
+    rnn = StableRNN(4, 12, stability=Certified(0.9))
+    with torch.no_grad():
+        nn.init.orthogonal_(rnn.weight_hh_l0).mul_(0.9 * (1 - 1e-3))
+    before = snapshot(rnn)
+    rnn.project_()
+    rnn.project_(certify=False)
+    assert unchanged(rnn, before)
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(1.01)
+    before = snapshot(rnn)
+    rnn.project_()
+    assert {name for name, p in rnn.named_parameters() if not torch.equal(p, before[name])} == {"weight_hh_l0"}
+    assert torch.linalg.matrix_norm(rnn.weight_hh_l0.detach().double(), 2) > 0.89  # and not far
+
+
+def test_only_the_layer_outside_moves():
+    module = StableLSTM(3, 8, 3)
+    before = snapshot(module)
+    with torch.no_grad():
+        module.weight_hh_l1.mul_(4)
+    module.project_()
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("_l1" in name for name in moved)
+
+
+def test_auto_accepts_either_norm():
+    """Rows inside, singular values outside: only "2" moves it."""
+    w = torch.full((8, 8), 0.0)
+    w[:, 0] = 0.8  # row sums 0.8, norm 0.8 sqrt(8)
+    for norm, moves in (("auto", False), ("inf", False), ("2", True)):
+        rnn = StableRNN(4, 8, stability=Certified(0.9, norm))
+        with torch.no_grad():
+            rnn.weight_hh_l0.copy_(w)
+        rnn.project_()
+        assert torch.equal(rnn.weight_hh_l0, w) is not moves
+
+
+def test_the_forget_gate_is_bounded_by_its_weights():
+    """The default LSTM: no input within the bound and no state opens the gate further; a negative bias stays."""
+    module = spoil(StableLSTM(3, 8, stability=Certified(forget=0.6, input_bound=2.0)), 2.0)
+    before = snapshot(module)
+    module.project_()
+    rows = lambda name: getattr(module, name).detach().double()[8:16]  # noqa: E731
+    bias = rows("bias_ih_l0") + rows("bias_hh_l0")
+    high = 2 * rows("weight_ih_l0").abs().sum(1) + rows("weight_hh_l0").abs().sum(1) + bias
+    assert high.sigmoid().max() <= 0.6
+    old = (before["bias_ih_l0"].double() + before["bias_hh_l0"].double())[8:16]
+    assert torch.equal(bias[old < 0], old[old < 0]) and (bias[old > 0] >= 0).all()
+    for gate in (0, 2, 3):  # i, g, o keep their input weights
+        assert torch.equal(module.weight_ih_l0[8 * gate : 8 * gate + 8], before["weight_ih_l0"][8 * gate : 8 * gate + 8])
+
+
+def test_the_cheap_step_brings_training_steps_back():
+    """Small steps out of the set and one uncertified step each, in all norms: the certificate is missed by little, if at all."""
+    for norm in NORMS:
+        for module in (StableLSTM(4, 24, 2, stability=Certified(norm=norm)), StableRNN(4, 24, stability=Certified(norm=norm))):
+            for _ in range(30):
+                with torch.no_grad():
+                    for p in module.parameters():
+                        p.add_(torch.randn_like(p), alpha=0.01)
+                module.project_(certify=False)
+            assert module.certificate().rate < 1.0, norm
+            module.project_()
+            assert module.certificate().rate <= 0.99
+
+
+def test_the_cheap_step_leaves_weights_inside_alone():
+    module = StableLSTM(4, 8)
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(0.5), module.weight_ih_l0.mul_(0.5), module.bias_ih_l0.mul_(0.5), module.bias_hh_l0.mul_(0.5)
+    before = snapshot(module)
+    for _ in range(3):
+        module.project_(certify=False)
+    assert unchanged(module, before)
+
+
+def test_no_trace_in_state_dict_copy_or_pickle():
+    module = StableLSTM(4, 8)
+    names = set(module.state_dict())
+    module.project_(certify=False)
+    assert set(module.state_dict()) == names == set(nn.LSTM(4, 8).state_dict())
+    twin = copy.deepcopy(module)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (twin, loaded, pickle.loads(pickle.dumps(module))):
+        assert other.stability == module.stability
+        other.project_(certify=False)
+
+
+def test_plain_modules():
+    """A set projects torch's own modules too, but for a clamp that they don't have."""
+    lstm = nn.LSTM(3, 6, 2)
+    Certified().project_(lstm)
+    assert certificate(lstm).rate <= 0.99
+    with pytest.raises(ValueError, match="needs a cell that clamps"):
+        Certified(cap=True).project_(lstm)
+    with pytest.raises(TypeError, match="GRU"):
+        Certified().project_(nn.GRU(3, 4))
+
+
+def test_weights_that_are_no_numbers():
+    module = StableLSTM(3, 4, 2)
+    with torch.no_grad():
+        module.weight_hh_l1[0, 0] = math.nan
+    with pytest.raises(ValueError, match="weight_hh_l1 holds NaN"):
+        module.project_()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        module.project_(certify=False)
+
+
+def test_forget_cap_moves_nothing():
+    module = StableLSTM(3, 4, stability=ForgetCap(0.9))
+    before = snapshot(module)
+    module.project_(), module.project_(certify=False)
+    assert unchanged(module, before) and module.stability.cap == 0.9
+
+
+# ---- the sets themselves
+
+
+def test_sets_are_values():
+    a, b = Certified(0.9, forget=0.6), Certified(rate=0.9, norm="2", forget=0.6, input_bound=1.0, cap=False)
+    assert a == b and hash(a) == hash(b) and a != Certified(0.8) and a != ForgetCap(0.6)
+    assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
+    assert eval(repr(a)) == a and eval(repr(ForgetCap(0.5))) == ForgetCap(0.5) and eval(repr(Certified(cap=True))) == Certified(cap=True)
+    with pytest.raises(AttributeError):
+        a.rate = 0.5
+    assert isinstance(a, Stability) and isinstance(ForgetCap(0.5), Stability)
+    assert a.cap == 1.0 and Certified(cap=True, forget=0.7).cap == 0.7
+    for rate in (0.51, 0.6, 0.9, 0.999):
+        assert 0.5 < Certified(rate).forget < rate
+        assert 0 < Certified(rate, cap=True).forget < rate
+
+
+@pytest.mark.parametrize("arguments, error, text", [
+    (dict(rate=1.0), ValueError, "between 0 and 1, got 1.0"), (dict(rate=0), ValueError, "got 0"), (dict(rate=-0.5), ValueError, "-0.5"),
+    (dict(rate=math.nan), ValueError, "nan"), (dict(rate="0.9"), TypeError, "'0.9'"), (dict(norm="1"), ValueError, "2, inf, auto, got '1'"),
+    (dict(norm=2), ValueError, "got 2"), (dict(forget=0.5), ValueError, "between 0.5 and the rate"),
+    (dict(forget=0.99), ValueError, "0.99"),
+    (dict(forget=0.6, rate=0.6), ValueError, "0.6"), (dict(forget=0.0, cap=True), ValueError, "between 0 and"),
+    (dict(forget=1.0, cap=True), ValueError, "got 1.0"), (dict(input_bound=-1), ValueError, "input_bound"),
+    (dict(input_bound=math.inf), ValueError, "finite"), (dict(cap=0.9), TypeError, "True or False"),
+])
+def test_arguments_that_make_no_set(arguments, error, text):
+    with pytest.raises(error, match=text):
+        Certified(**arguments)
+
+
+def test_other_errors():
+    for value in (0, 1, -0.1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"got {value}"):
+            ForgetCap(value)
+    with pytest.raises(TypeError):
+        ForgetCap("0.9")
+    with pytest.raises(ValueError, match="ForgetCap is for the LSTM"):
+        check_stability(ForgetCap(0.9), "RNN_TANH")
+    with pytest.raises(TypeError, match="got 0.9"):
+        check_stability(0.9, "LSTM")
+    with pytest.raises(ValueError, match="above 1/2"):
+        check_stability(Certified(0.4), "LSTM")
+    assert check_stability(Certified(0.4), "RNN_RELU").rate == 0.4
+    assert check_stability(Certified(0.4, cap=True), "LSTM").cap < 0.4
+    assert check_stability(None, "LSTM") is None
+
+
+def test_a_set_of_ones_own():
+    """All that a module asks of a set is the base class."""
+
+    class Halved(Stability):
+        def project_(self, module, certify=True):
+            with torch.no_grad():
+                module.weight_hh_l0.mul_(0.5)
+
+    module = StableLSTM(3, 4, stability=Halved())
+    before = snapshot(module)
+    module.project_()
+    assert torch.equal(module.weight_hh_l0, before["weight_hh_l0"] * 0.5)
