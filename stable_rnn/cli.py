@@ -54,7 +54,7 @@ def parser() -> Parser:
     demo = commands.add_parser("demo", help="train on real text, then run a long text under every plan (a few minutes)")
     demo.add_argument("--text", metavar="FILE", help="a text file; its last tenth is held out")
     demo.add_argument("--data", metavar="DIR", help="a folder with train.txt (or valid.txt) and test.txt, such as ptb or wikitext-2")
-    demo.add_argument("--steps", type=positive(int), default=1000, metavar="N", help="training steps per model (default 1000)")
+    demo.add_argument("--steps", type=positive(int), default=2000, metavar="N", help="training steps per model (default 2000)")
     demo.add_argument("--hidden", type=positive(int), default=128, metavar="H", help="hidden units (default 128)")
     demo.add_argument(
         "--length",

@@ -178,15 +178,24 @@ def largest(error: Tensor) -> float:
 
 
 def in_turns(found: list[Way], x: Tensor, advance: Callable[[], None]) -> list[float]:
-    """Median seconds of each way; a round runs every way once, so that a busy moment of the machine hits them alike."""
-    seconds: list[list[float]] = [[] for _ in found]
-    for _ in range(ROUNDS):
-        for way, times in zip(found, seconds):
-            begin = time.perf_counter()
-            way.run(x)
-            times.append(time.perf_counter() - begin)
-            advance()
-    return [statistics.median(times) for times in seconds]
+    """Median seconds of each way; a round runs every way once, so that a busy moment of the machine hits them alike.
+
+    torch's own recurrence gets the better of all threads and one: its threads wait for each other at every step, and where the cores
+    are shared they wait long."""
+    threads = torch.get_num_threads()
+    seconds: list[dict[int, list[float]]] = [{count: [] for count in ((threads, 1) if way.plan is None else (threads,))} for way in found]
+    try:
+        for _ in range(ROUNDS):
+            for way, by_threads in zip(found, seconds):
+                for count, times in by_threads.items():
+                    torch.set_num_threads(count)
+                    begin = time.perf_counter()
+                    way.run(x)
+                    times.append(time.perf_counter() - begin)
+                advance()
+    finally:
+        torch.set_num_threads(threads)
+    return [min(map(statistics.median, by_threads.values())) for by_threads in seconds]
 
 
 def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, advance: Callable[[], None]) -> list[Point]:

@@ -11,7 +11,7 @@ matplotlib.use("Agg")  # needs no screen
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .compare import Point, Result, Speed
+from .compare import SMALL, Point, Result, Speed
 from .report import whole
 
 COLORS = ("#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#e7298a")
@@ -19,14 +19,14 @@ MARKERS = "osD^vP*X"
 
 
 def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.2), layout="constrained")
     figure.suptitle(f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=11)
     draw_errors(left, results)
     draw_speed(right, speed)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.minorticks_off()
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     whole(path, lambda file: figure.savefig(file, dpi=150, format="png"))
     pyplot.close(figure)
 
@@ -41,6 +41,7 @@ def draw_errors(axes: Axes, results: list[Result]) -> None:
     ticks = sorted({point.k for result in results for point in result.windows})
     axes.set(
         yscale="log",
+        ylim=(SMALL, 4),
         xlabel="window k: inputs that each output has seen",
         ylabel="largest error of any output (|h| ≤ 1)",
         title="Windowed(k) against the full recurrence",
