@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
 from stable_rnn.stability import certificate_from_state_dict
-from stable_rnn.stability.bounds import LstmBounds, drive_of_bound, drive_of_data, lstm_bounds
+from stable_rnn.stability.bounds import LstmBounds, drive_of_bound, drive_of_data, lstm_bounds, rnn_bounds
 from stable_rnn.stability.certificate import certify
-from stable_rnn.stability.contraction import lstm_contractions, lstm_step, norm2
+from stable_rnn.stability.contraction import joint, lstm_contractions, lstm_step, lstm_two_at, norm2
 from stable_rnn.stability.weights import LayerWeights, read_module
 
 torch.set_num_threads(1)
@@ -179,6 +179,67 @@ def test_a_step_obeys_the_comparison_system_unit_by_unit(proj, cap):
             assert (dc[row] <= most_c * (1 + 1e-9) + 1e-15).all() and (dh[row] <= most_h * (1 + 1e-9) + 1e-15).all()
             tightest = max(tightest, (dc[row] / most_c).max().item())
     assert tightest > 0.5
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.6, 0.95, 1.0])
+def test_the_change_of_a_gated_tanh(limit):
+    """|d(sigmoid(x) tanh(y))| <= hypot(joint(t) slope |dx|, s |dy|) for |tanh y| <= t, and it is attained."""
+    x, y = torch.randn(2, 2, 20000, dtype=torch.float64) * 3
+    if limit < 1:
+        y = y.clamp(-math.atanh(limit), math.atanh(limit))
+    x[:, :100], y[:, :100] = torch.tensor([[1e-3], [-1e-3]]), y[0, :100]  # where only the gate moves
+    change = (x[0].sigmoid() * y[0].tanh() - x[1].sigmoid() * y[1].tanh()).abs()
+    joint_slope = joint(torch.tensor(limit, dtype=torch.float64)) / 4
+    bound = torch.hypot(joint_slope * (x[0] - x[1]), x.sigmoid().amax(0) * (y[0] - y[1]))
+    assert (change <= bound * (1 + 1e-9) + 1e-15).all()
+    assert (change / bound).max() > (0.8 if limit > 0.9 else 0.1)
+
+
+@pytest.mark.parametrize("proj", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_norm_of_the_2_norm_contraction_shrinks(proj, seed):
+    """Gradient ascent on V(after) / V(before) over pairs of states and an input, V^2 = sum_j weight_j dc_j^2 + |dh|^2."""
+    torch.manual_seed(seed)
+    w = read_module(weights(nn.LSTM(2, 3, proj_size=proj), "orthogonal" if proj == 0 else "random", 0.6))[0][0]
+    b = lstm_bounds(w, drive_of_bound(w, torch.ones(2, dtype=torch.float64), 2**0.5, norm2(w.w_ih)), 0.7)
+    kappa = 1.0 if proj == 0 else norm2(w.w_hr)
+    rate = 0.9 + 0.3 * seed
+    found = lstm_two_at(w, b, rate, torch.full_like(b.o, 0.3), kappa, upper=True)
+    weight = (kappa * b.o) ** 2 * b.f / (rate - b.f)
+    size = lambda dh, dc: ((weight * dc**2).sum() + (dh**2).sum()).sqrt()  # noqa: E731
+    p = torch.randn(2 + 2 * (len(b.h) + 3), dtype=torch.float64).requires_grad_()
+    optimizer, best = torch.optim.Adam([p], lr=0.1), 0.0
+    for _ in range(120):
+        x, h, h1, c, c1 = p.split([2, len(b.h), len(b.h), 3, 3])
+        h, h1, c, c1 = b.h * h.tanh(), b.h * (h + h1 / 5).tanh(), b.c * c.tanh(), b.c * (c + c1 / 5).tanh()
+        xp = (x.tanh() @ w.w_ih.mT + w.bias)[None]
+        (one, two), (three, four) = step(w, xp, h[None], c[None], 0.7), step(w, xp, h1[None], c1[None], 0.7)
+        ratio = size(one - three, two - four) / size(h - h1, c - c1)
+        best = max(best, ratio.item())
+        optimizer.zero_grad()
+        (-ratio.log()).backward()
+        optimizer.step()
+    assert 0.3 * found.rate < best <= found.rate
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RNN(3, 5), lambda: nn.LSTM(3, 5), lambda: nn.LSTM(3, 5, proj_size=2)])
+def test_gates_and_states_stay_within_their_bounds(make):
+    """At the corners of the box of inputs and states, each unit driven as far as it goes, both ways."""
+    w = read_module(weights(make(), "random", 1.5))[0][0]
+    drive = drive_of_bound(w, torch.full((3,), 1.5, dtype=torch.float64), 1.5 * 3**0.5, norm2(w.w_ih))
+    b = rnn_bounds(w, drive) if w.cell == "rnn_tanh" else lstm_bounds(w, drive, 0.9)
+    for sign in (1, -1):
+        u = w.bias + sign * (1.5 * w.w_ih.abs().sum(1) + w.w_hh.abs() @ b.h)
+        if w.cell == "rnn_tanh":
+            assert (u.tanh().abs() <= b.h * (1 + 1e-3)).all()  # the bound is iterated, not to its limit
+            continue
+        i, f, g, o = u.chunk(4)
+        gates = [(i.sigmoid(), b.i), (f.sigmoid().clamp(max=0.9), b.f), (o.sigmoid(), b.o), (g.tanh().abs(), b.z)]
+        for gate, (value, bound) in enumerate(gates):
+            assert (value <= bound).all(), gate
+            assert sign < 0 or gate == 3 or torch.allclose(value, bound, rtol=0.05)
+    if w.cell == "lstm":
+        assert torch.allclose(b.c, b.i * b.z / (1 - b.f)) and torch.allclose(b.m, b.o * b.c.tanh())
 
 
 # ---- the figures

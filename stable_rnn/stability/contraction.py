@@ -157,15 +157,15 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
     even = torch.full_like(own, SHARE if target is None else target[1])
     rate, share = min(((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0])
-    found = [_lstm_two_at(w, b, rate, share, kappa, upper)]
+    found = [lstm_two_at(w, b, rate, share, kappa, upper)]
     if found[0].rate > rate:  # the estimate was short
-        found.append(_lstm_two_at(w, b, (rate + found[0].rate) / 2, share, kappa, upper))
+        found.append(lstm_two_at(w, b, (rate + found[0].rate) / 2, share, kappa, upper))
     if target is not None and min(c.rate for c in found) > target[0] > float(b.f.max()):
-        found.append(_lstm_two_at(w, b, target[0], even, kappa, upper))
+        found.append(lstm_two_at(w, b, target[0], even, kappa, upper))
     return min(found, key=lambda c: c.rate)
 
 
-def _lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
+def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
     """With the weights V^2 = sum_j weight_j dc_j^2 + ||dh||^2 that belong to `rate`; what is proven for them may be a little more."""
     scales = gate_scales(b, rate, share, kappa)
     weight = (kappa * b.o) ** 2 * (b.f / (rate - b.f)) * (1 + 2.0**-45)
