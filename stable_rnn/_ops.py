@@ -93,9 +93,12 @@ _register(f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Te
 
 
 def _fresh(inputs: tuple, *outputs: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous outputs of which none is an input (an op must not hand back what it was given)."""
-    given = {id(t) for t in inputs}
-    return tuple(t.clone() if id(t) in given else t.contiguous() for t in outputs)
+    """Contiguous outputs, none of them an input or another output, as ops have to give them."""
+    seen, fresh = {id(t) for t in inputs}, []
+    for t in outputs:
+        fresh.append(t.clone() if id(t) in seen else t.contiguous())
+        seen.add(id(t))
+    return tuple(fresh)
 
 
 torch.library.register_autograd("stable_rnn::recurrence", backward_op, setup_context=setup_op, lib=_library)
