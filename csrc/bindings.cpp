@@ -94,9 +94,10 @@ void cell_step(int cell, int dtype, int threads, int64_t batch, int64_t input, i
 
 // matrices is a table of int64 with the fields of SpectralMatrix in its columns.
 void spectral_step(int threads, bool scale, int iterations, int64_t fresh, uint64_t seed, int64_t count, Address matrices,
-                   Address bounds, Address norms) {
+                   Address bounds, Address norms, Address near) {
   run(spectral_step_cpu,
-      SpectralParams{threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms}});
+      SpectralParams{threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms},
+                     Pointer{near}});
 }
 
 py::dict cpu_features() {
@@ -151,7 +152,7 @@ PYBIND11_MODULE(_C, module) {
 
   // spectral projection: stable_rnn/spectral.h
   module.def("spectral_step", spectral_step, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),
-             arg("matrices"), arg("bounds"), arg("norms"));
+             arg("matrices"), arg("bounds"), arg("norms"), arg("near"));
 
   // the machine
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");

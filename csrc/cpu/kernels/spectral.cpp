@@ -57,6 +57,7 @@ struct Job {
   float C[K][K] = {};          // the update is W -= (Y C) X^T
   double factor = 1;           // or W *= factor
   bool outside = false;
+  int64_t near = 0;            // singular values of the block above 0.999 of the bound
 
   Job(const SpectralMatrix& matrix, double limit) : a(matrix), bound(limit) {
     chunk = (a.rows + MOST_CHUNKS - 1) / MOST_CHUNKS;
@@ -231,6 +232,7 @@ struct Job {
     eigen(G, values, E);
     const double norm = std::sqrt(values[0]);
     outside = norm > bound;
+    for (double value : values) near += std::sqrt(value) > 0.999 * bound;
     if (outside && scale) factor = bound / norm;
     if (outside && !scale) {
       for (int k = 0; k < K; ++k) {
@@ -307,7 +309,7 @@ void spectral_step(const SpectralParams& p) {
       each_job([](Job& job, int64_t) { job.orthonormalize(); });
     }
     each_item([](Job& job, int64_t c) { job.multiply(c, true); });
-    each_job([&](Job& job, int64_t i) { p.norms[i] = job.decide(p.scale); });
+    each_job([&](Job& job, int64_t i) { p.norms[i] = job.decide(p.scale); p.near[i] = job.near; });
     each_item([&](Job& job, int64_t c) { if (job.outside) job.update(c, p.scale); });
   });
 }

@@ -26,6 +26,7 @@ struct SpectralParams {
   const SpectralMatrix* matrices;  // [count]
   const double* bounds;            // [count]
   double* norms;                   // [count] estimates of the norms afterwards; NaN where W is not finite, and then nothing is written
+  int64_t* near;                   // [count] singular values of the block that were above 0.999 of the bound
 };
 
 // Repeats bitwise, for any number of threads. Returns null, or a message with static lifetime.

@@ -26,25 +26,23 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
 
 def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`."""
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
     table = torch.tensor(
-        [
-            (_DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr())
-            for W, X in zip(dense, blocks)
-        ],
+        [(_DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks)],
         dtype=torch.int64,
     )
     limits = torch.tensor(bounds, dtype=torch.float64)
     norms = torch.empty(len(dense), dtype=torch.float64)
+    near = torch.empty(len(dense), dtype=torch.int64)
     _native.lib.spectral_step(
         torch.get_num_threads(), scale, iterations, fresh, seed & (2**64 - 1), len(dense),
-        table.data_ptr(), limits.data_ptr(), norms.data_ptr(),
+        table.data_ptr(), limits.data_ptr(), norms.data_ptr(), near.data_ptr(),
     )
     for W, copy, norm in zip(matrices, dense, norms.tolist()):
         if norm != norm:
             raise ValueError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinite values")
         if copy is not W:
             W.copy_(copy)
-    return norms
+    return norms, near

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -12,7 +13,8 @@ from .norm import check_dtype, check_matrix, prove, scaled, shift, spectral_norm
 from .reference import fresh_vectors, rayleigh_ritz
 
 METHODS = ("clip", "scale")
-COLD, WARM = 8, 1  # applications of W^T W to the block in one uncertified step
+COLD, WARM = 8, 2  # applications of W^T W to the block in one uncertified step
+PERIOD = 16  # calls between two SVDs in uncertified steps, where the block is too small
 
 
 class SpectralState:
@@ -23,12 +25,13 @@ class SpectralState:
     random ones, which find directions that the kept ones are blind to; they depend only on `seed` and the number of calls.
     """
 
-    def __init__(self, kept: int = 12, fresh: int = 4, seed: int = 0):
+    def __init__(self, kept: int = 14, fresh: int = 2, seed: int = 0):
         if not 1 <= kept or not 1 <= fresh:
             raise ValueError(f"kept and fresh must be at least 1, got {kept} and {fresh}")
         self.kept, self.fresh, self.seed = kept, fresh, seed
         self.calls = 0
         self.blocks: list[Tensor] = []
+        self.exact: list[int] = []  # the call that last saw the whole spectrum
 
     def prepare(self, matrices: Sequence[Tensor]) -> bool:
         """Makes the blocks fit the matrices; True if any of them had to start anew."""
@@ -42,8 +45,10 @@ class SpectralState:
                 fits = False
                 block = fresh_vectors(torch.empty(shape, dtype=dtype, device=W.device), shape[1], self.seed - 1 - i)
             blocks.append(block)
-        self.blocks = blocks
         self.calls += 1
+        if not fits:
+            self.exact = [self.calls - PERIOD] * len(blocks)
+        self.blocks = blocks
         return not fits
 
 
@@ -64,8 +69,10 @@ def spectral_project_(
     bitwise untouched. A converged block power iteration serves where few singular values are outside, an SVD otherwise.
 
     certify=False: one step of the block power iteration, cheap enough for every optimizer step. It never touches a matrix inside, but
-    may leave singular values outside: between two steps they can grow by no more than the norm of the update, and the persistent block
-    in `state` catches up with them. Without a state (or when it is new) the step is a cold one of a few more iterations.
+    may leave singular values outside: between two steps they grow by no more than the norm of the update, and the persistent block in
+    `state` catches up with them. Where the whole block lies at the bound (a flat spectrum) an SVD follows in every 16th call, so that
+    the norm stays below bound + 16 times the largest norm of an update. Without a state (or when it is new) the step is a cold one:
+    more iterations, and that SVD at once if it takes one. Bfloat16 may keep an excess of half a percent, which rounding swallows.
 
     W      a tensor or an iterable of tensors, any real floating dtype, any strides; parameters and views of parameters are written
            through. No two may overlap.
@@ -94,12 +101,27 @@ def spectral_project_(
         for matrix, (stored, _) in zip(matrices, found):
             if stored is not None:
                 matrix.copy_(stored)
+        state.exact = [state.calls] * len(matrices)
         norms = torch.stack([norm for _, norm in found]) if found else torch.zeros(0, dtype=torch.float64)
     else:
-        norms = torch.ops.stable_rnn.spectral_step_(
-            matrices, state.blocks, bounds, state.fresh, method == "scale", COLD if cold else WARM, state.seed + state.calls
-        )
+        norms = _stepped(matrices, bounds, method == "scale", state, COLD if cold else WARM)
     return norms[0] if single else norms
+
+
+def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: SpectralState, iterations: int) -> Tensor:
+    """One step. Where the whole block lies at the bound it cannot tell what else does: there an SVD follows every PERIOD calls."""
+    norms, near = torch.ops.stable_rnn.spectral_step_(
+        matrices, state.blocks, bounds, state.fresh, scale, iterations, state.seed + state.calls * max(1, len(matrices))
+    )
+    for i, (W, block, count) in enumerate(zip(matrices, state.blocks, near.tolist())):
+        full = count >= block.shape[1] - state.fresh and block.shape[1] < min(W.shape) and not scale
+        if full and state.calls - state.exact[i] >= PERIOD:
+            A, own = scaled(W)
+            limit, exponent = math.frexp(bounds[i])
+            T = _svd_clipped(A.to(block.dtype), own - exponent, limit, block)
+            W.copy_(shift(T, torch.tensor(exponent)))
+            state.exact[i] = state.calls
+    return norms
 
 
 def _bounds(bound: float | Sequence[float] | Tensor, count: int) -> list[float]:
@@ -118,7 +140,7 @@ def _certified(W: Tensor, bound: float, block: Tensor, scale: bool) -> tuple[Ten
 
     The target T in float64 is rounded to W's dtype, and what is then proven inside is stored. Where rounding takes it outside again,
     the excess of the rounded matrix is subtracted from T once more: it accumulates there until rounding gives way, which one larger
-    step cannot do (a correction below half a unit in the last place vanishes each time).
+    step cannot do (a correction below half a unit in the last place vanishes each time). One rounding is enough as a rule.
     """
     exponent = math.frexp(bound)[1]
     unit = torch.tensor(exponent, device=W.device)
@@ -130,13 +152,15 @@ def _certified(W: Tensor, bound: float, block: Tensor, scale: bool) -> tuple[Ten
     aim = limit * (1 - slack - torch.finfo(W.dtype).eps)
     A, own = scaled(W)
     T = (_scaled_target if scale else _clipped_target)(A, own - unit, aim, block)
-    while True:
+    for attempt in itertools.count():
         stored = shift(T, unit).to(W.dtype)
         norm = _proven(stored, limit, exponent)
         if norm is not None:
             return stored, norm
         A = shift(stored.double(), -unit)
-        if scale:
+        if attempt > 30:  # seen only where the bound is a few of the dtype's smallest numbers
+            T = T / 2
+        elif scale:
             T = T * (aim / spectral_norm_bound(A))
         else:
             U, S, Vh = torch.linalg.svd(A, full_matrices=False)
@@ -171,10 +195,15 @@ def _clipped_target(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor
         if found is not None:
             U, S, V = found
             return B - (U * (S - aim).clamp(min=0)) @ V.mT
+    return _svd_clipped(A, gap, aim, block)
+
+
+def _svd_clipped(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
+    """The projection of A * 2**gap, and the block set to the top right singular vectors."""
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     block.copy_(Vh[: block.shape[1]].mT)
     floor = S[0] * max(A.shape) * torch.finfo(S.dtype).eps  # singular values below are rounding noise: keep the rank
-    return (U * shift(torch.where(S > floor, S, 0), gap).clamp(max=aim)) @ Vh
+    return (U * shift(torch.where(S > floor, S, 0).double(), gap).clamp(max=aim)) @ Vh.double()
 
 
 def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 6, each: int = 4) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .norm import scaled
 
+NEAR = 1 - 1e-3  # singular values above NEAR * bound are at the bound, or outside
+
 
 def rayleigh_ritz(A: Tensor, X: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate top triplets (U, S, V) of A after `iterations` applications of A^T A to the block X, S descending.
@@ -28,7 +30,7 @@ def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
 
 def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """One uncertified projection step, in place in every matrix (m, n) and in its block (n, k). See `registration.py`."""
     work = []
     for W in matrices:
@@ -37,6 +39,7 @@ def spectral_step(
             raise ValueError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinite values")
         work.append((A, exponent))
     norms = torch.zeros(len(matrices), dtype=torch.float64)
+    near = torch.zeros(len(matrices), dtype=torch.int64)
     for i, (W, X, bound, (A, exponent)) in enumerate(zip(matrices, blocks, bounds, work)):
         if A.numel() == 0:
             continue
@@ -46,6 +49,7 @@ def spectral_step(
         U, S, V = rayleigh_ritz(A, X_start, iterations)
         limit = (bound / unit).to(S)
         X.copy_(V)
+        near[i] = (S > NEAR * limit).sum()
         if S[0] > limit:
             if scale:
                 A = A * (limit / S[0])
@@ -53,7 +57,7 @@ def spectral_step(
                 A = A - (U * (S - limit).clamp(min=0)) @ V.mT
             W.copy_(A.double() * unit)
         norms[i] = torch.minimum(S[0].double() * unit, torch.tensor(bound, dtype=torch.float64))
-    return norms
+    return norms, near
 
 
 def top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ _warned: set[str] = set()
 
 def _spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
     return _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
@@ -39,14 +39,15 @@ def _backend(matrices: list[Tensor], blocks: list[Tensor]):
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
-    return torch.empty(len(matrices), dtype=torch.float64)
+    return torch.empty(len(matrices), dtype=torch.float64), torch.empty(len(matrices), dtype=torch.int64)
 
 
 # One uncertified step for many matrices: W (m, n) and its block (n, k) are overwritten, the `fresh` last columns of the block are not
-# read but replaced by random ones that depend on `seed` and the matrix's place. Returns estimates of the norms afterwards, (count,).
+# read but replaced by random ones that depend on `seed` and the matrix's place. Returns, on the CPU, estimates of the norms afterwards
+# and how many singular values of each block were above 0.999 of the bound before.
 _library.define(
     "spectral_step_(Tensor(a!)[] matrices, Tensor(b!)[] blocks, float[] bounds, int fresh, bool scale, int iterations, int seed)"
-    " -> Tensor"
+    " -> (Tensor norms, Tensor near)"
 )
 _library.impl("spectral_step_", _spectral_step, "CompositeExplicitAutograd")
 torch.library.register_fake("stable_rnn::spectral_step_", _spectral_step_fake, lib=_library)
