@@ -44,6 +44,7 @@ def demo(options: argparse.Namespace) -> None:
     report.print_models(console, results)
     for result in results:
         report.print_ways(console, result, options.length)
+    report.print_legend(console)
 
     from .picture import draw  # matplotlib takes its time to import
 

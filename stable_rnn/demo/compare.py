@@ -107,7 +107,7 @@ def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
     """torch's nn.LSTM, its strongest use for a long text (overlapping chunks as a batch), then the plans."""
     plain = layer.to_torch(allow_change=True)
     overlap = next((plan for plan in plans if isinstance(plan, Chunked)), OVERLAP)
-    name = f"nn.LSTM, {overlap.chunk}+{overlap.warmup} overlapping chunks"
+    name = f"nn.LSTM, chunks {overlap.chunk}+{overlap.warmup}"
     return [
         Way("nn.LSTM", lambda x: plain(x)[0], None),
         Way(name, lambda x: overlapping(plain, x, overlap), None, sees(overlap)),

@@ -34,7 +34,7 @@ def load(text: str | None, data: str | None, length: int) -> Corpus:
     if data:
         name, train, held_out = _folder(Path(data))
     else:
-        name, whole = (text, _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
+        name, whole = (Path(text).name, _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
         cut = len(whole) - len(whole) // HELD_OUT
         train, held_out = whole[:cut], whole[cut:]
     if len(train) < LEAST:
@@ -58,7 +58,7 @@ def _folder(folder: Path) -> tuple[str, str, str]:
     for place in (folder, folder / "ptb", folder / "wikitext-2"):
         train = next((place / name for name in ("train.txt", "valid.txt") if (place / name).is_file()), None)
         if train and (place / "test.txt").is_file():
-            return f"{place} ({train.name}, test.txt)", _read(train), _read(place / "test.txt")
+            return f"{place.resolve().name}, {train.name} and test.txt", _read(train), _read(place / "test.txt")
     raise UserError(f"--data {folder}: needs train.txt or valid.txt, and test.txt (in it, or in ptb/ or wikitext-2/ there)")
 
 

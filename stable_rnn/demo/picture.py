@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # needs no screen
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from .compare import SMALL, Point, Result, Speed
 from .report import whole
@@ -74,3 +75,5 @@ def draw_speed(axes: Axes, speed: Speed) -> None:
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(speed.lengths, map(str, speed.lengths))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")

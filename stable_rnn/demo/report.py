@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,26 +23,46 @@ TOLERANCES = (1e-3, 1e-6)
 
 
 def print_models(console: Console, results: list[Result]) -> None:
-    windows = (f"window for {eps:g}" for eps in TOLERANCES)
-    title = "Trained models, on held-out text; the certificate holds for every text over the alphabet"
-    table = Table("layer", "bits per character", "certified rate", *windows, title=title, title_justify="left")
+    found = table("layer", "bits/char", "certified rate", *(f"window for {eps:g}" for eps in TOLERANCES))
     for result in results:
-        found = summary(result.certificate)
-        rate = f"{found['rate']:.4f} ({found['norm']}-norm)" if found["stable"] else "none"
-        windows = (str(k or "none") for k in found["windows"].values())
-        table.add_row(result.name, f"{result.bits:.3f}", rate, *windows)
-    console.print(table)
+        known = summary(result.certificate)
+        rate = f"{known['rate']:.4f} ({known['norm']})" if known["stable"] else "none"
+        found.add_row(result.name, f"{result.bits:.3f}", rate, *(str(k or "none") for k in known["windows"].values()))
+    title(console, "Trained models on held-out text; certificates hold for every text over the alphabet")
+    console.print(found)
 
 
 def print_ways(console: Console, result: Result, steps: int) -> None:
-    title = f"{result.name}: {steps} characters, batch 1. Speed-up A: over nn.LSTM run through; B: over nn.LSTM on overlapping chunks"
-    table = Table("way", "time", "A", "B", "bits", "error", "bound", "+ rounding", "", title=title, title_justify="left")
+    found = table("way", "time", "A", "B", "bits", "error", "bound", "float32")
     through, chunks = (row.seconds for row in result.ways[:2])
     for row in result.ways:
         speed = (f"{row.seconds * 1e3:.1f} ms", f"{through / row.seconds:.2f}x", f"{chunks / row.seconds:.2f}x")
         errors = ("" if value is None else f"{value:.1e}" for value in (row.error, row.bound, row.bound_float32))
-        table.add_row(row.way, *speed, "" if row.bits is None else f"{row.bits:.3f}", *errors, row.note)
-    console.print(table)
+        found.add_row(row.way, *speed, "" if row.bits is None else f"{row.bits:.3f}", *errors)
+    title(console, f"{result.name} on {steps} characters, batch 1")
+    console.print(found)
+    for row in result.ways:
+        if row.note:
+            console.print(f" {row.way}: {row.note}", soft_wrap=True, markup=False)
+
+
+def print_legend(console: Console) -> None:
+    console.print(
+        "\nA: speed-up over nn.LSTM run through. B: over nn.LSTM on overlapping chunks, as a batch.\n"
+        "error: largest of any output against Recurrent(); bound: of it, in exact arithmetic; float32: with the rounding term.",
+        soft_wrap=True,
+    )
+
+
+def title(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/]", soft_wrap=True)
+
+
+def table(first: str, *numbers: str) -> Table:
+    made = Table(first, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for name in numbers:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
 
 
 def summary(certificate: Certificate) -> dict[str, object]:
