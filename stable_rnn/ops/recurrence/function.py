@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, run
 from .problem import Problem, weight_gradients
 
 ops = torch.ops.stable_rnn
@@ -119,20 +119,23 @@ def backward_op(ctx, dy, dh_n, dc_n, *_):
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
           base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report (4,).
+    """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report.
 
-    Rows of x that belong to no time of any sequence give zeros. `report`: passes, lanes run again, largest jump, fell back."""
+    Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
+    fell back; else (0,)."""
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved(h0.shape[0])
         out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)
-        return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, float(p.checked)], dtype=torch.float64)
+        return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, 1.0][: 4 * p.checked], dtype=torch.float64)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, *p)
     else:
-        y, h_n, c_n, _, _, report = ops.recurrence(
+        # outside of graphs and dispatch modes the op's own code, without the dispatcher's price at every step of a stream
+        plain = not graph and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
+        y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
             project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
     return y, h_n, c_n, report

@@ -1,0 +1,56 @@
+"""Runs a recurrence: numbers for the schedule, a backend, checked lanes where asked. What the registered ops do, see `stable_rnn/_ops.py`."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dispatch import choose
+from . import verified
+from .problem import Problem
+
+
+def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
+    """y, h_n, c_n, gates, cells, report; `numbers` are a `Problem` and whether to save gates and cells."""
+    *numbers, save = numbers
+    p = Problem(*numbers).resolved(h0.shape[0])
+    tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
+    backend = choose(p, xp)
+    if p.checked:
+        out, found = verified.run(backend, tensors, p, save)
+    else:
+        out, found = backend.forward(*tensors, p, save=save), []
+    return _fresh(tensors, out.y, out.h_n, out.c_n, out.gates, out.cells, report(found))
+
+
+def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
+    """dz, dh, dh0, dc0, report."""
+    p = Problem(*numbers).resolved(dh_n.shape[0])
+    tensors = (dy, dh_n, None if c0 is None else dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths)
+    backend = choose(p, dy)
+    if p.checked:
+        out, found = verified.run_back(backend, tensors, p)
+    else:
+        out, found = backend.backward(*tensors, p), []
+    return _fresh(tensors, out.dz, out.dh, out.dh0, out.dc0, report(found))
+
+
+def windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
+    """dxp, dw_hh, dw_hr, dh0, dc0."""
+    p = Problem(*numbers).resolved(h0.shape[0])
+    tensors = (dy, dh_n, None if c0 is None else dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
+    found = choose(p, xp).windowed_backward(*tensors, p)
+    return _fresh(tensors, *(xp.new_empty(0) if t is None else t for t in found))
+
+
+def report(numbers: list[float]) -> Tensor:
+    """(4,) float64 on the CPU for checked plans: passes, lanes run again, largest jump, fell back. Else (0,)."""
+    return torch.tensor(numbers, dtype=torch.float64) if numbers else torch.empty(0, dtype=torch.float64)
+
+
+def _fresh(inputs: tuple, *outputs: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous outputs, none of them an input or another output, as ops have to give them."""
+    seen, fresh = {id(t) for t in inputs}, []
+    for t in outputs:
+        fresh.append(t.clone() if id(t) in seen else t.contiguous())
+        seen.add(id(t))
+    return tuple(fresh)
