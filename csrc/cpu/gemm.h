@@ -42,20 +42,28 @@ struct Panels {
 };
 
 // panel[j * stride + lane] = w[lane * ld + j] for lane < rows, else 0: `width` rows of w become one vector column of a panel.
-// Returns x * 0 summed over all elements, which is NaN where one of them is not finite.
+// Returns zeros, or a NaN for each lane with an element that is not finite.
 template <class T>
 STABLE_RNN_INLINE Vec pack_transposed(const T* w, int64_t ld, int64_t rows, int64_t k, float* panel, int64_t stride) {
-  Vec check(0.f);
-  for (int64_t j = 0; j < k; j += width) {
-    Vec block[width];
-    for (int i = 0; i < width; ++i) {
-      block[i] = i < rows ? load(w + i * ld + j, k - j) : Vec(0.f);
-      check = fma(block[i], Vec(0.f), check);
-    }
+  Vec check[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)}, block[width];
+  const auto put = [&](int64_t j, int i) {
+    check[i % 4] = fma(block[i], Vec(0.f), check[i % 4]);
+    store(panel + (j + i) * stride, block[i]);
+  };
+  int64_t j = 0;
+  for (; rows >= width && j + width <= k; j += width) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) block[i] = load(w + i * ld + j);
     transpose(block);
-    for (int i = 0; i < width && j + i < k; ++i) store(panel + (j + i) * stride, block[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) put(j, i);
   }
-  return check;
+  for (; j < k; j += width) {
+    for (int i = 0; i < width; ++i) block[i] = i < rows ? load(w + i * ld + j, k - j) : Vec(0.f);
+    transpose(block);
+    for (int i = 0; i < width && j + i < k; ++i) put(j, i);
+  }
+  return (check[0] + check[1]) + (check[2] + check[3]);
 }
 
 // Panel p of w (gates * units, k): column u of the product is row u of w.

@@ -27,7 +27,7 @@ struct Barrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == now; ++spins) {
-      if (spins > 4000) sched_yield();
+      if (spins > 200) sched_yield();
 #if defined(__x86_64__)
       else _mm_pause();
 #endif

@@ -16,7 +16,7 @@ struct Tiling {
   int64_t rows, count;   // of a tile (the last may have fewer), tiles
 
   Tiling(int wanted, int64_t lanes, int64_t flops_per_step) : threads(wanted < 1 ? 1 : wanted) {
-    constexpr int64_t worth_a_barrier = 60000;    // multiply-adds of a step, all lanes together
+    constexpr int64_t worth_a_barrier = 32000;    // multiply-adds of a step, all lanes together
     constexpr int64_t most_rows = 16 * block_rows, own_rows = 2 * block_rows;
     together = threads > 1 && lanes < own_rows * threads;
     if (together && lanes * flops_per_step < worth_a_barrier) threads = 1, together = false;
