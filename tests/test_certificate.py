@@ -9,7 +9,18 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
+from stable_rnn import (
+    Certified,
+    Chunked,
+    ForgetCap,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Windowed,
+    certificate,
+    use_plan,
+)
 from stable_rnn.stability import certificate_from_state_dict
 from stable_rnn.stability.bounds import LstmBounds, drive_of_bound, drive_of_data, lstm_bounds, rnn_bounds
 from stable_rnn.stability.certificate import certify
@@ -528,3 +539,20 @@ def test_weights_that_are_no_numbers_are_named(name, value):
         certificate(module)
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinite"):
         certificate_from_state_dict(module.state_dict())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: StableLSTM(3, 6, 2, bidirectional=True), lambda: StableRNN(3, 6, 2), lambda: StableLSTM(3, 6, proj_size=2),
+])
+def test_plans_of_a_module_stay_within_the_bound(make):
+    module = make().double()
+    x = torch.rand(50, 2, 3, dtype=torch.float64) * 2 - 1
+    found = module.certificate()
+    with torch.no_grad():
+        truth = module(x)[0]
+        for k in (1, 4, 16):
+            with use_plan(module, Windowed(k)):
+                error = (module(x)[0] - truth).abs().max().item()
+            assert 0 < error <= found.truncation_error(k, dtype=torch.float64)
+            with use_plan(module, Chunked(5, k - 1)):
+                assert (module(x)[0] - truth).abs().max().item() <= found.truncation_error(k, dtype=torch.float64)

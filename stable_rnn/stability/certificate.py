@@ -66,7 +66,8 @@ class Certificate:
         return tuple(layer for level in self.levels for layer in level)
 
     def truncation_error(self, k: int, dtype: torch.dtype | None = None) -> float:
-        """Bound on the largest absolute error of the module's output when every layer runs `Windowed(k)` against `Recurrent()`.
+        """Bound on the largest absolute error of the module's output when every layer runs `Windowed(k)` against `Recurrent()`; the
+        same for `Chunked(chunk, k - 1)`. It never rises with k.
 
         Rigorous in exact arithmetic. With a `dtype` it adds what rounding may do to the two runs, by a model of rounding errors and
         not by proof (stability/README.md). Never more than the trivial bound (outputs of tanh and LSTM layers are bounded); infinite

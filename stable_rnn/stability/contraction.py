@@ -39,17 +39,13 @@ class Contraction:
     spread: tuple[float, float]
 
     def after(self, k: int, eps: float) -> float:
-        """Bound of V after k steps from `start` with inputs that differ by at most eps."""
+        """Bound of V after k steps from `start` with inputs that differ by at most eps. It falls as k grows."""
         left = power(self.rate, k) * self.start if self.start else 0.0
-        return _upwards(left + self.carried(eps, k))
+        return _upwards(left + self.carried(eps))
 
-    def carried(self, eps: float, k: float = math.inf) -> float:
-        """Bound of V that input differences of at most eps can build up in k steps from no difference."""
-        if eps == 0 or self.gain == 0:
-            return 0.0
-        if self.rate < 1:
-            return self.gain * eps * min(k, series(self.rate))
-        return self.gain * eps * k * power(self.rate, k) if k < math.inf else math.inf
+    def carried(self, eps: float) -> float:
+        """Bound of V that input differences of at most eps build up from no difference, in any number of steps."""
+        return _piled_up(self.gain * eps, self.rate) if self.gain and eps else 0.0
 
 
 def series(rate: float) -> float:
