@@ -436,6 +436,21 @@ def test_str_states_the_assumptions():
     assert pickle.loads(pickle.dumps(StableLSTM(3, 4).certificate())).stable
 
 
+def test_torchs_defaults_do_not_matter():
+    module = StableLSTM(3, 8)
+    rate = module.certificate().rate
+    with torch.device("meta"):
+        assert module.certificate().rate == rate
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert module.certificate().rate == rate
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert module.certificate().rate == rate and StableLSTM(3, 8).certificate().stable
+    finally:
+        torch.set_default_dtype(before)
+
+
 # ---- rounding
 
 

@@ -178,7 +178,7 @@ def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kapp
 def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
     """About the rate where ||D(rate) W_hh||_2 = rate, by power iteration and bisection in float32. Proves nothing."""
     w32 = w_hh.float()
-    x = torch.ones(w_hh.shape[1]) + torch.arange(w_hh.shape[1]) % 7 * 0.1
+    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
 
     def norm(rate: float) -> float:
         nonlocal x

@@ -13,11 +13,11 @@ CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
 def on_cpu(function: Callable) -> Callable:
-    """New tensors of the function are made on the CPU, whatever torch's default device is."""
+    """New tensors of the function are made on the CPU, whatever torch's default device is, and autocast is off."""
 
     @wraps(function)
     def run(*args, **kwargs):
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 
     return run
