@@ -174,6 +174,7 @@ def _kind(norm: str) -> str:
     return {"2": "2-norm", "inf": "max-norm"}[norm]
 
 
+@on_cpu
 def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None, input_bound: float | None = None, *,
                 lengths: Tensor | None = None) -> Certificate:
     """Rigorous bounds on how fast an RNN or LSTM forgets: `StableRNN`, `StableLSTM`, torch's `nn.RNN`, `nn.LSTM`, or a cell of these.
@@ -198,6 +199,7 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
 
 
+@on_cpu
 def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: float = 1.0) -> dict[str, Certificate]:
     """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
 
@@ -205,7 +207,7 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
     GRU layers are skipped with a warning. ValueError names a weight with NaN or infinite entries."""
     stacks, gru = read_state_dict(state_dict)
     for prefix in gru:
-        warnings.warn(f"certificate: {prefix or 'the model'} looks like a GRU, which has no certificate here; skipped", stacklevel=2)
+        warnings.warn(f"certificate: {prefix or 'the model'} looks like a GRU, which has no certificate here; skipped", stacklevel=3)
     found = {}
     for prefix, levels in stacks.items():
         made = certify(levels, _checked_bound(input_bound))
@@ -214,7 +216,6 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
     return found
 
 
-@on_cpu
 def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None = None, cap: float = 1.0,
             target: tuple[float, float] | None = None) -> Certificate:
     """The certificate of a stack. data (N, I): all inputs there are; else |x_t| <= bound."""

@@ -27,6 +27,7 @@ FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further w
 _warm: WeakKeyDictionary[nn.Module, SpectralState] = WeakKeyDictionary()
 
 
+@on_cpu
 @torch.no_grad()
 def project_(module: nn.Module, stability: Certified, certify: bool = True) -> None:
     """Move the weights of an RNN or LSTM (module or cell) into the set, all layers and directions, in place.
@@ -46,7 +47,6 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     (_certified if certify else _step)(module, stability, cell)
 
 
-@on_cpu
 def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
     levels = layer_names(module)
     norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
