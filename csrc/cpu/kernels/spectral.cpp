@@ -27,7 +27,8 @@ constexpr int GROUP = 3;
 #endif
 constexpr int64_t CHUNK = 64, MOST_CHUNKS = 16;
 
-inline uint64_t mixed(uint64_t x) {  // the finalizer of splitmix64
+inline uint64_t mixed(uint64_t x) {  // one draw of splitmix64
+  x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);

@@ -45,9 +45,9 @@ def row_project_(W: Tensor, bound: float | Sequence[float] | Tensor, method: str
     aim = limit * (1 - 2 * gamma)
     if method == "l1":
         A = _simplex(A, aim)
-    A = A * (aim / A.sum(-1).clamp(min=aim))[:, None]
-    A = _towards_zero(shift(A, exponent[:, None]), rows.dtype)
-    rows[outside] = torch.copysign(A, rows[outside])
+    total = A.sum(-1)
+    A = A * torch.where(total > aim, aim / total, 1.0)[:, None]
+    rows[outside] = torch.copysign(_towards_zero(A, exponent[:, None], rows.dtype), rows[outside])
     return W
 
 
@@ -83,7 +83,7 @@ def _simplex(A: Tensor, aim: Tensor) -> Tensor:
     return (D - theta.gather(-1, stay - 1)).clamp(min=0)
 
 
-def _towards_zero(A: Tensor, dtype: torch.dtype) -> Tensor:
-    """A >= 0 in a narrower dtype, never rounded up."""
-    rounded = A.to(dtype)
-    return torch.where(rounded.double() > A, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+def _towards_zero(A: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """A * 2**exponent for A >= 0, in another dtype and its denormal numbers too, never rounded up."""
+    rounded = shift(A, exponent).to(dtype)
+    return torch.where(shift(rounded.double(), -exponent) > A, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
