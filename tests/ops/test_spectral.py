@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
-from stable_rnn import SpectralState, spectral_norm_bound, spectral_project_
+from stable_rnn import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
 
 torch.set_num_threads(1)
 BOUND = 0.99
@@ -236,3 +236,31 @@ def test_errors_write_nothing(certify):
         assert torch.equal(good, before)
     with pytest.raises(ValueError, match="kept"):
         SpectralState(kept=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_global_settings_change_nothing(backend, monkeypatch):
+    """torch's default device and dtype, and autocast."""
+    monkeypatch.setenv("STABLE_RNN_BACKEND", backend)
+    W = torch.randn(40, 40)
+
+    def results():
+        found = [spectral_norm_bound(W), spectral_projection(W, 0.9)]
+        for certify in (True, False):
+            V = W.clone()
+            found += [spectral_project_(V, 0.9, certify=certify), V]
+        return [*found, row_project_(W.clone(), 0.9)]
+
+    want = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = results()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        defaults = results()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    for other in (autocast, defaults):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(want, other))

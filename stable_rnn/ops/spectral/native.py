@@ -31,11 +31,11 @@ def spectral_step(
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
     table = torch.tensor(
         [(_DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks)],
-        dtype=torch.int64,
+        dtype=torch.int64, device="cpu",
     )
-    limits = torch.tensor(bounds, dtype=torch.float64)
-    norms = torch.empty(len(dense), dtype=torch.float64)
-    near = torch.empty(len(dense), dtype=torch.int64)
+    limits = torch.tensor(bounds, dtype=torch.float64, device="cpu")
+    norms = torch.empty(len(dense), dtype=torch.float64, device="cpu")
+    near = torch.empty(len(dense), dtype=torch.int64, device="cpu")
     _native.lib.spectral_step(
         torch.get_num_threads(), scale, iterations, fresh, seed & (2**64 - 1), len(dense),
         table.data_ptr(), limits.data_ptr(), norms.data_ptr(), near.data_ptr(),

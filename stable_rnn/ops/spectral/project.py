@@ -70,9 +70,10 @@ def spectral_project_(
 
     certify=False: one step of the block power iteration, cheap enough for every optimizer step. It never touches a matrix inside, but
     may leave singular values outside: between two steps they grow by no more than the norm of the update, and the persistent block in
-    `state` catches up with them. Where the whole block lies at the bound (a flat spectrum) an SVD follows in every 16th call, so that
-    the norm stays below bound + 16 times the largest norm of an update. Without a state (or when it is new) the step is a cold one:
-    more iterations, and that SVD at once if it takes one. Bfloat16 may keep an excess of half a percent, which rounding swallows.
+    `state` catches up with them. Where the whole block lies at the bound (a flat spectrum) it cannot tell what else does: there an SVD
+    follows in every 16th call, which keeps the norm below bound + 16 times the largest norm of an update. Without a state (or when it
+    is new) the step is a cold one: more iterations, and that SVD at once. In bfloat16 and float16, corrections below half a unit in the
+    last place of the entries are lost.
 
     W      a tensor or an iterable of tensors, any real floating dtype, any strides; parameters and views of parameters are written
            through. No two may overlap.
@@ -102,7 +103,7 @@ def spectral_project_(
             if stored is not None:
                 matrix.copy_(stored)
         state.exact = [state.calls] * len(matrices)
-        norms = torch.stack([norm for _, norm in found]) if found else torch.zeros(0, dtype=torch.float64)
+        norms = torch.stack([norm for _, norm in found]) if found else torch.zeros(0, dtype=torch.float64, device="cpu")
     else:
         norms = _stepped(matrices, bounds, method == "scale", state, COLD if cold else WARM)
     return norms[0] if single else norms
@@ -119,7 +120,7 @@ def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: Sp
             A, own = scaled(W)
             limit, exponent = math.frexp(bounds[i])
             T = _svd_clipped(A.to(block.dtype), own - exponent, limit, block)
-            W.copy_(shift(T, torch.tensor(exponent)))
+            W.copy_(shift(T, torch.tensor(exponent, device=T.device)))
             state.exact[i] = state.calls
     return norms
 
@@ -171,7 +172,7 @@ def _proven(W: Tensor, limit: float, exponent: int) -> Tensor | None:
     """An upper bound of the norm of W if limit * 2**exponent is proven to be about one, else None."""
     A, own = scaled(W)
     if not A.any():
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     gap = exponent - int(own)
     if abs(gap) > 500:  # so far outside, or inside, that the largest entry decides
         square = A.new_tensor(torch.inf if gap < 0 else float(A.numel()))

@@ -23,8 +23,8 @@ def rayleigh_ritz(A: Tensor, X: Tensor, iterations: int) -> tuple[Tensor, Tensor
 
 def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
     """The block (n, k) with its last `count` columns replaced by random ones that depend only on the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randn(block.shape[0], count, generator=generator, dtype=torch.float32) / block.shape[0] ** 0.5
+    generator = torch.Generator("cpu").manual_seed(seed)
+    fresh = torch.randn(block.shape[0], count, generator=generator, dtype=torch.float32, device="cpu") / block.shape[0] ** 0.5
     return torch.cat([block[:, : block.shape[1] - count], fresh.to(block)], dim=1)
 
 
@@ -38,8 +38,8 @@ def spectral_step(
         if not torch.isfinite(A).all():
             raise ValueError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinite values")
         work.append((A, exponent))
-    norms = torch.zeros(len(matrices), dtype=torch.float64)
-    near = torch.zeros(len(matrices), dtype=torch.int64)
+    norms = torch.zeros(len(matrices), dtype=torch.float64, device="cpu")
+    near = torch.zeros(len(matrices), dtype=torch.int64, device="cpu")
     for i, (W, X, bound, (A, exponent)) in enumerate(zip(matrices, blocks, bounds, work)):
         if A.numel() == 0:
             continue
@@ -56,7 +56,7 @@ def spectral_step(
             else:
                 A = A - (U * (S - limit).clamp(min=0)) @ V.mT
             W.copy_(A.double() * unit)
-        norms[i] = torch.minimum(S[0].double() * unit, torch.tensor(bound, dtype=torch.float64))
+        norms[i] = (S[0].double() * unit).clamp(max=bound)
     return norms, near
 
 

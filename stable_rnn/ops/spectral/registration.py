@@ -19,7 +19,8 @@ def _spectral_step(
 ) -> tuple[Tensor, Tensor]:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
-    return _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+    with torch.autocast(matrices[0].device.type if matrices else "cpu", enabled=False):
+        return _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
 
 
 def _backend(matrices: list[Tensor], blocks: list[Tensor]):
@@ -39,7 +40,7 @@ def _backend(matrices: list[Tensor], blocks: list[Tensor]):
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
-    return torch.empty(len(matrices), dtype=torch.float64), torch.empty(len(matrices), dtype=torch.int64)
+    return tuple(torch.empty(len(matrices), dtype=dtype, device="cpu") for dtype in (torch.float64, torch.int64))
 
 
 # One uncertified step for many matrices: W (m, n) and its block (n, k) are overwritten, the `fresh` last columns of the block are not
@@ -53,6 +54,11 @@ _library.impl("spectral_step_", _spectral_step, "CompositeExplicitAutograd")
 torch.library.register_fake("stable_rnn::spectral_step_", _spectral_step_fake, lib=_library)
 
 
+def _top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(W.device.type, enabled=False):
+        return reference.top_singular(W)
+
+
 def _top_singular_fake(W):
     dtype = torch.promote_types(W.dtype, torch.float32)
     return tuple(W.new_empty(shape, dtype=dtype) for shape in (W.shape[:-2], W.shape[:-1], (*W.shape[:-2], W.shape[-1])))
@@ -64,7 +70,7 @@ def _top_singular_vmap(info, in_dims, W):
 
 # The top singular triplet of every matrix of a batch, converged; float32 for the halves.
 _library.define("top_singular(Tensor W) -> (Tensor sigma, Tensor u, Tensor v)")
-_library.impl("top_singular", reference.top_singular, "CompositeExplicitAutograd")
+_library.impl("top_singular", _top_singular, "CompositeExplicitAutograd")
 torch.library.register_fake("stable_rnn::top_singular", _top_singular_fake, lib=_library)
 if hasattr(torch.library, "register_vmap"):  # torch 2.5
     torch.library.register_vmap("stable_rnn::top_singular", _top_singular_vmap, lib=_library)
