@@ -92,14 +92,14 @@ void pack_columns(Panels& panels, int64_t p, const T* w) {
       store(to, load(w + k * panels.units + unit + v * width, panels.units - unit - v * width));
 }
 
-// acc[r][v] += sum over k of a[r][k] * panel[k][v]
-template <int rows, int vectors>
+// acc[r][v] = sum over k of a[r][k] * panel[k][v], going on from acc where `more`.
+template <int rows, int vectors, bool more>
 STABLE_RNN_INLINE void multiply_block(const float* a, int64_t lda, const float* panel, int64_t k, Vec* acc) {
   Vec sum[rows][vectors];
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] = acc[r * vectors + v];
+    for (int v = 0; v < vectors; ++v) sum[r][v] = more ? acc[r * vectors + v] : Vec(0.f);
   for (int64_t j = 0; j < k; ++j) {
     Vec w[vectors];
 #pragma GCC unroll 4
@@ -117,17 +117,17 @@ STABLE_RNN_INLINE void multiply_block(const float* a, int64_t lda, const float* 
     for (int v = 0; v < vectors; ++v) acc[r * vectors + v] = sum[r][v];
 }
 
-template <int vectors>
+template <int vectors, bool more = false>
 void multiply_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, Vec* acc) {
   static_assert(block_rows <= 6, "add a case");
   switch (rows) {
-    case 1: return multiply_block<1, vectors>(a, lda, panel, k, acc);
-    case 2: return multiply_block<2, vectors>(a, lda, panel, k, acc);
-    case 3: return multiply_block<3, vectors>(a, lda, panel, k, acc);
+    case 1: return multiply_block<1, vectors, more>(a, lda, panel, k, acc);
+    case 2: return multiply_block<2, vectors, more>(a, lda, panel, k, acc);
+    case 3: return multiply_block<3, vectors, more>(a, lda, panel, k, acc);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 4: return multiply_block<4, vectors>(a, lda, panel, k, acc);
-    case 5: return multiply_block<5, vectors>(a, lda, panel, k, acc);
-    case 6: return multiply_block<6, vectors>(a, lda, panel, k, acc);
+    case 4: return multiply_block<4, vectors, more>(a, lda, panel, k, acc);
+    case 5: return multiply_block<5, vectors, more>(a, lda, panel, k, acc);
+    case 6: return multiply_block<6, vectors, more>(a, lda, panel, k, acc);
 #endif
   }
 }
@@ -142,8 +142,9 @@ STABLE_RNN_INLINE void multiply(const float* a, int64_t lda, int64_t n, const Pa
     const int64_t row = n * b / blocks;
     const int rows = int(n * (b + 1) / blocks - row);
     Vec acc[block_rows * panel_vectors];
-    for (int i = 0; i < rows * size; ++i) acc[i] = Vec(0.f);
-    if (a) {
+    if (!a) {
+      for (int i = 0; i < rows * size; ++i) acc[i] = Vec(0.f);
+    } else {
       const float* block = a + row * lda;
       if (size == 4) multiply_rows<4>(rows, block, lda, panel, panels.k, acc);
       else if (size == 3) multiply_rows<3>(rows, block, lda, panel, panels.k, acc);

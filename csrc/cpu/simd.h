@@ -58,14 +58,28 @@ STABLE_RNN_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-STABLE_RNN_INLINE Vec at_least(Vec x, Vec low) { return x.v < low.v ? low.v : x.v; }
-STABLE_RNN_INLINE Vec at_most(Vec x, Vec high) { return high.v < x.v ? high.v : x.v; }
+// A NaN in x stays: x86's max and min return their second operand then.
+STABLE_RNN_INLINE Vec at_least(Vec x, Vec low) {
+#if defined(__AVX512F__)
+  return _mm512_mask_max_ps(x.v, -1, low.v, x.v);   // the plain form makes GCC 12 warn about its own header
+#elif defined(__AVX2__)
+  return _mm256_max_ps(low.v, x.v);
+#else
+  return x.v < low.v ? low.v : x.v;
+#endif
+}
+STABLE_RNN_INLINE Vec at_most(Vec x, Vec high) {
+#if defined(__AVX512F__)
+  return _mm512_mask_min_ps(x.v, -1, high.v, x.v);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(high.v, x.v);
+#else
+  return high.v < x.v ? high.v : x.v;
+#endif
+}
 STABLE_RNN_INLINE Vec select_le(Vec a, Vec b, Vec yes, Vec no) { return a.v <= b.v ? yes.v : no.v; }
 
-// 2^n for the n in the low bits of t (see cell.h): those bits go to the exponent, over that of 1.
-STABLE_RNN_INLINE Vec power_of_two(Vec t) {
-  return (Vec::Floats)(((Vec::Ints)t.v << 23) + 0x3f800000);
-}
+STABLE_RNN_INLINE Vec power_of_two(Vec t) { return (Vec::Floats)((Vec::Ints)t.v << 23); }   // see cell.h
 
 STABLE_RNN_INLINE Vec load(const float* p) {
   Vec x;

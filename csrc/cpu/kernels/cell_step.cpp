@@ -23,7 +23,7 @@ void products(const T* a, int64_t k, int rows, const T* w, int64_t gate, int64_t
     for (int r = 0; r < rows; ++r)
       for (int64_t j = 0; j < part; j += width) store(state + r * slice + j, load(a + r * k + from + j, part - j));
     for (int r = 0; r < rows; r += block_rows)
-      multiply_rows<vectors>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel, part, acc + r * vectors);
+      multiply_rows<vectors, true>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel, part, acc + r * vectors);
   }
 }
 

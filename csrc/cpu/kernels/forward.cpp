@@ -26,10 +26,10 @@ struct Outputs {
     const int64_t row = run.first + s * run.move;
     if (p.gates) {
       T* gates = static_cast<T*>(p.gates) + row * 4 * p.hidden + unit;
-      store(gates, now.i, n);
+      store(gates, now.i.value(), n);
       store(gates + p.hidden, now.f, n);
-      store(gates + 2 * p.hidden, now.g, n);
-      store(gates + 3 * p.hidden, now.o, n);
+      store(gates + 2 * p.hidden, now.g.value(), n);
+      store(gates + 3 * p.hidden, now.o.value(), n);
     }
     if (p.cells) store(p.cells + row * p.hidden + unit, now.c, n);
     if (s == run.warm && p.c_start) store(p.c_start + run.id * p.hidden + unit, c_prev, n);

@@ -82,10 +82,10 @@ struct Recorder {   // a Sink
   }
   STABLE_RNN_INLINE void cell(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_prev, const LstmStep<Vec>& now) const {
     float* gates = w.dz(run, s) + unit;
-    store(gates, now.i, n);
+    store(gates, now.i.value(), n);
     store(gates + w.p.hidden, now.f, n);
-    store(gates + 2 * w.p.hidden, now.g, n);
-    store(gates + 3 * w.p.hidden, now.o, n);
+    store(gates + 2 * w.p.hidden, now.g.value(), n);
+    store(gates + 3 * w.p.hidden, now.o.value(), n);
     float* cell = states.cells + (r * (w.most_steps + 1) + s) * w.c_stride + unit;
     if (s == 0) store(cell, c_prev);
     store(cell + w.c_stride, now.c);
