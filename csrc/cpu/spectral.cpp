@@ -4,13 +4,12 @@
 
 namespace stable_rnn {
 
-STABLE_RNN_EACH_ISA(void spectral_step(const SpectralParams&);)
+STABLE_RNN_EACH_ISA(const char* spectral_step(const SpectralParams&);)
 
 const char* spectral_step_cpu(const SpectralParams& p) {
   for (int64_t i = 0; i < p.count; ++i)
     if (p.matrices[i].width < 0 || p.matrices[i].width > SPECTRAL_BLOCK) return "a block has more than 16 vectors";
-  STABLE_RNN_DISPATCH(spectral_step(p));
-  return nullptr;
+  return STABLE_RNN_DISPATCH(spectral_step(p));
 }
 
 }  // namespace stable_rnn

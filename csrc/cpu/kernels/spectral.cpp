@@ -4,12 +4,12 @@
 #include "stable_rnn/spectral.h"
 
 #include <cmath>
-#include <vector>
 
 #include "parallel.h"
 #include "simd.h"
 #include "small.h"
 #include "stable_rnn/params.h"
+#include "tiles.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
@@ -49,12 +49,12 @@ struct Job {
   double bound;                // in units of `unit` once that is known
   double unit = 1;             // a power of two that keeps the powers of W / unit in range, and is in range itself
   int64_t chunk, chunks;       // rows in a chunk, number of chunks
-  std::vector<float> X, XT;    // [n, K], [K, n]
-  std::vector<float> Y;        // [m, K]
-  std::vector<float> parts;    // [chunks, n, K] summands of W^T Y
-  std::vector<float> rows;     // [chunks, GROUP, n] rows of W / unit at work
-  std::vector<double> grams;   // [chunks, K, K] summands of Y^T Y
-  std::vector<float> largest;  // [chunks] largest |W|, NaN where there is one
+  float *X, *XT;               // [n, K], [K, n]
+  float* Y;                    // [m, K]
+  float* parts;                // [chunks, n, K] summands of W^T Y
+  float* rows;                 // [chunks, GROUP, n] rows of W / unit at work
+  float* largest;              // [chunks] largest |W|, NaN where there is one
+  Small* grams;                // [chunks] summands of Y^T Y
   float C[K][K] = {};          // the update is W -= (Y C) X^T
   double factor = 1;           // or W *= factor
   bool outside = false;
@@ -64,13 +64,18 @@ struct Job {
     chunk = (a.rows + MOST_CHUNKS - 1) / MOST_CHUNKS;
     chunk = chunk < CHUNK ? CHUNK : chunk;
     chunks = (a.rows + chunk - 1) / chunk;
-    X.resize(a.cols * K);
-    XT.resize(a.cols * K);
-    Y.resize(a.rows * K);
-    parts.resize(chunks * a.cols * K);
-    rows.resize(chunks * a.cols * GROUP);
-    grams.resize(chunks * K * K);
-    largest.resize(chunks);
+  }
+
+  // The bytes that the arrays take; gives them their place if there is a space.
+  int64_t place(Workspace* space) {
+    const int64_t n = a.cols;
+    return place(X, n * K, space) + place(XT, n * K, space) + place(Y, a.rows * K, space) + place(parts, chunks * n * K, space) +
+           place(rows, chunks * n * GROUP, space) + place(largest, chunks, space) + place(grams, chunks, space);
+  }
+  template <class T>
+  static int64_t place(T*& array, int64_t n, Workspace* space) {
+    if (space) array = space->take<T>(n);
+    return Workspace::bytes<T>(n);
   }
 
   int64_t first(int64_t c) const { return c * chunk; }
@@ -81,7 +86,7 @@ struct Job {
   // Rows i .. i+GROUP of W as far as there are, then zeros; times a factor.
   template <class T>
   float* read(int64_t c, int64_t i, float factor) {
-    float* out = rows.data() + c * a.cols * GROUP;
+    float* out = rows + c * a.cols * GROUP;
     for (int64_t r = 0; r < GROUP; ++r)
       for (int64_t j = 0; j < a.cols; j += width)
         store(out + r * a.cols + j, i + r < last(c) ? load(at<T>(i + r) + j, a.cols - j) * Vec(factor) : Vec(0.f), a.cols - j);
@@ -90,7 +95,7 @@ struct Job {
 
   template <class T>
   void write(int64_t c, int64_t i, float factor) {
-    const float* in = rows.data() + c * a.cols * GROUP;
+    const float* in = rows + c * a.cols * GROUP;
     for (int64_t r = 0; r < GROUP && i + r < last(c); ++r)
       for (int64_t j = 0; j < a.cols; j += width)
         store(at<T>(i + r) + j, load(in + r * a.cols + j, a.cols - j) * Vec(factor), a.cols - j);
@@ -117,6 +122,7 @@ struct Job {
     float values[width], check[width];
     store(values, most);
     store(check, invalid);
+    largest[c] = 0;
     for (int k = 0; k < width; ++k) {
       largest[c] = values[k] > largest[c] ? values[k] : largest[c];
       if (check[k] != 0) largest[c] = NAN;
@@ -126,9 +132,9 @@ struct Job {
   // The unit, the block with its fresh vectors. False if W is not finite.
   bool begin(uint64_t seed, int64_t fresh) {
     float most = 0;
-    for (float x : largest) {
-      if (!std::isfinite(x)) return false;
-      most = x > most ? x : most;
+    for (int64_t c = 0; c < chunks; ++c) {
+      if (!std::isfinite(largest[c])) return false;
+      most = largest[c] > most ? largest[c] : most;
     }
     int exponent = 0;
     std::frexp(most, &exponent);
@@ -149,8 +155,8 @@ struct Job {
   // Y = W X for the rows of a chunk; then the chunk's summand of W^T Y, or of Y^T Y, while the rows are at hand.
   void multiply(int64_t c, bool gram) {
     const int64_t n = a.cols;
-    float* part = parts.data() + c * n * K;
-    if (!gram) std::memset(part, 0, n * K * sizeof(float));
+    float* part = parts + c * n * K;
+    for (int64_t j = 0; j < n * K && !gram; j += width) store(part + j, Vec(0.f));
     for (int64_t i = first(c); i < last(c); i += GROUP) {
       const float* w = read(c, i, 1 / unit);
       Vec y[GROUP][PARTS];
@@ -167,11 +173,12 @@ struct Job {
           store(part + j * K + p * width, z);
         }
     }
-    if (gram) add_gram(&Y[first(c) * K], last(c) - first(c), reinterpret_cast<Small&>(grams[c * K * K]));
+    if (gram) set_gram(&Y[first(c) * K], last(c) - first(c), grams[c]);
   }
 
-  // G += B^T B for `count` rows of a block, in doubles.
-  static void add_gram(const float* block, int64_t count, Small& G) {
+  // G = B^T B for `count` rows of a block, in doubles.
+  static void set_gram(const float* block, int64_t count, Small& G) {
+    std::memset(G, 0, sizeof G);
     constexpr int lanes = width / 2, vectors = K / lanes, at_once = 4;  // rows of G whose sums stay in registers
     typedef double Doubles __attribute__((vector_size(width * 4)));
     double wide[CHUNK][K];
@@ -215,10 +222,10 @@ struct Job {
       store(&X[j], sum);
     }
     for (int pass = 0; pass < 2; ++pass) {
-      Small G = {}, T;
-      add_gram(X.data(), n, G);
+      Small G, T;
+      set_gram(X, n, G);
       orthogonalizer(G, T);
-      rotate(X.data(), n, T);
+      rotate(X, n, T);
     }
   }
 
@@ -228,7 +235,7 @@ struct Job {
     Small G = {}, E;
     for (int64_t c = 0; c < chunks; ++c)
       for (int i = 0; i < K; ++i)
-        for (int j = 0; j < K; ++j) G[i][j] += grams[(c * K + i) * K + j];
+        for (int j = 0; j < K; ++j) G[i][j] += grams[c][i][j];
     double values[K];
     eigen(G, values, E);
     const double norm = std::sqrt(values[0]);
@@ -244,7 +251,7 @@ struct Job {
       for (int64_t j = 0; j < n; ++j)
         for (int c = 0; c < K; ++c) XT[c * n + j] = X[j * K + c];
     }
-    rotate(X.data(), n, E);
+    rotate(X, n, E);
     float* block = reinterpret_cast<float*>(a.block);
     for (int64_t j = 0; j < n; ++j) std::memcpy(block + j * a.width, &X[j * K], a.width * sizeof(float));
     return unit * (outside ? bound : norm);
@@ -279,19 +286,24 @@ struct Job {
 
 }  // namespace
 
-void spectral_step(const SpectralParams& p) {
-  struct Item { int64_t job, chunk; };
-  std::vector<Job> jobs;
-  std::vector<Item> items;
-  jobs.reserve(p.count);
+const char* spectral_step(const SpectralParams& p) {
+  Workspace list, arrays;
+  if (!list.allocate(Workspace::bytes<Job>(p.count))) return "out of memory";
+  Job* jobs = list.take<Job>(p.count);
+  int64_t bytes = 0, items = 0;
   for (int64_t i = 0; i < p.count; ++i) {
-    jobs.emplace_back(p.matrices[i], p.bounds[i]);
-    for (int64_t c = 0; c < jobs[i].chunks; ++c) items.push_back({i, c});
+    jobs[i] = Job(p.matrices[i], p.bounds[i]);
+    items += jobs[i].chunks;
+    bytes += jobs[i].place(nullptr);
   }
+  if (!arrays.allocate(bytes)) return "out of memory";
+  for (int64_t i = 0; i < p.count; ++i) jobs[i].place(&arrays);
   bool finite = true;
   parallel(p.threads, [&](const Team& team) {
     auto each_item = [&](auto&& work) {
-      for (size_t i = team.begin(items.size()); i < size_t(team.end(items.size())); ++i) work(jobs[items[i].job], items[i].chunk);
+      for (int64_t i = 0, at = 0; i < p.count; at += jobs[i++].chunks)
+        for (int64_t c = 0; c < jobs[i].chunks; ++c)
+          if (at + c >= team.begin(items) && at + c < team.end(items)) work(jobs[i], c);
       team.sync();
     };
     auto each_job = [&](auto&& work) {
@@ -313,6 +325,7 @@ void spectral_step(const SpectralParams& p) {
     each_job([&](Job& job, int64_t i) { p.norms[i] = job.decide(p.scale); p.near[i] = job.near; });
     each_item([&](Job& job, int64_t c) { if (job.outside) job.update(c, p.scale); });
   });
+  return nullptr;
 }
 
 }  // namespace STABLE_RNN_NS
