@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "csrc", "pyproject.toml", "setup.py", "stable_rnn")
 EXT = sysconfig.get_config_var("EXT_SUFFIX")
 USE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in finder.__module__]  # this checkout's own _C
 import torch, stable_rnn
 from stable_rnn import _native
 y = stable_rnn.StableLSTM(3, 5, plan=stable_rnn.Chunked(4, 2))(torch.zeros(9, 2, 3))[0]
