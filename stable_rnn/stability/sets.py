@@ -128,7 +128,7 @@ class Certified(Stability):
 
     @property
     def target(self) -> tuple[float, float]:
-        # measured on text: where the weights bound the forget gate, its recurrent part is small anyway
+        # measured on one text (README.md); where the weights bound the forget gate, its recurrent part is small anyway
         return self.rate, 0.3 if self.clamped else 0.05
 
     def input_limit(self, cell: str) -> float:
