@@ -10,7 +10,7 @@ from torch import Tensor, _VF, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, layout
-from .ops.recurrence.function import layer
+from .ops.recurrence.function import layer, Notes
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
@@ -26,16 +26,19 @@ class StableRNNBase(nn.RNNBase):
     backend: str
 
     def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
-        check_plan(plan), dispatch.check_name(backend)
-        check_stability(stability, mode)
+        check_plan(plan), dispatch.check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self.stability, self.plan, self.backend = stability, plan, backend
-        self._reports: list[Tensor] = []
+        self._ran: tuple[list[Tensor], Notes, int] | None = None  # what the last checked run left: reports, notes, chunk
         self._project_fresh()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "plan":
             check_plan(value)
+        elif name == "stability":
+            check_stability(value, self.mode)
+        elif name == "backend":
+            dispatch.check_name(value)
         super().__setattr__(name, value)
 
     # ---- stability
@@ -63,16 +66,15 @@ class StableRNNBase(nn.RNNBase):
 
     @property
     def last_report(self) -> Report | None:
-        """What the last forward pass under a `Verified` plan did; None before one."""
-        if not self._reports:
-            return None
-        passes, rerun, jump, fallback = torch.stack([r.detach() for r in self._reports]).unbind(1)
-        return Report(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), self._forward_bound(float(jump.max())))
+        """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one.
 
-    def _forward_bound(self, jump: float) -> float | None:
-        chunk = self._checked_chunk
+        `forward_bound` is a bound on the largest output error, where a certificate exists: for inputs within its bound, exact arithmetic."""
+        if self._ran is None:
+            return None
+        reports, notes, chunk = self._ran
         found = certificate(self)
-        return found.jump_bound(jump, chunk) if found.stable and chunk else None
+        jump = max(float(r[2]) for r in reports)
+        return Report.of(reports, found.jump_bound(jump, chunk) if found.stable else None, Report.of(notes) if notes else None)
 
     # ---- running
 
@@ -96,6 +98,7 @@ class StableRNNBase(nn.RNNBase):
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
         numbers = self.plan.numbers(x.dtype)
         h_n, c_n, reports = [], [], []
+        notes = Notes() if isinstance(self.plan, Verified) and not torch.compiler.is_compiling() else None
         for level in range(self.num_layers):
             ys = []
             for d, way in enumerate(directions):
@@ -104,14 +107,13 @@ class StableRNNBase(nn.RNNBase):
                 if torch.is_autocast_enabled(x.device.type):
                     w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
-                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, h0[index], None if c0 is None else c0[index], way.base, way.lengths, p)
+                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, h0[index], None if c0 is None else c0[index], way.base, way.lengths, p, notes)
                 ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
         if isinstance(self.plan, Verified):
-            self._reports = reports
-            self._checked_chunk = Problem("", rows.steps, 1, **numbers).resolved(rows.batch).stride
+            self._ran = reports, notes, Problem("", rows.steps, 1, **numbers).resolved(rows.batch).stride
         return x, torch.stack(h_n), torch.stack(c_n)
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
@@ -172,7 +174,7 @@ class StableRNNBase(nn.RNNBase):
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
             y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
-            y = y.view(*x.shape[:2], -1)
+            y = y.view(*x.shape[:2], y.shape[1])
         if not batched:
             y, hidden = y.squeeze(0 if self.batch_first else 1), tuple(h.squeeze(1) for h in hidden)
         return y, tuple(hidden)

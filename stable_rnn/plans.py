@@ -107,13 +107,20 @@ class Verified(Plan):
 
 @dataclass(frozen=True)
 class Report:
-    """What a `Verified` run did, over all layers and directions of a module's last forward pass."""
+    """What a `Verified` run did, over all layers and directions of a module."""
 
     passes: int  # most passes of any layer; 1: the first run was good
     lanes_rerun: int
-    largest_jump: float  # relative to max(1, |state|); 0 after a fallback
+    largest_jump: float  # relative to max(1, |state|), in the backward pass to the largest adjoint; 0 after a fallback
     fallback: bool  # some layer ran the plain recurrence
-    forward_bound: float | None  # bound on the largest output error, with a certificate; else None
+    forward_bound: float | None = None  # bound on the largest output error, with a certificate; else None
+    backward: Report | None = None  # of the backward pass, once it ran
+
+    @classmethod
+    def of(cls, layers: list[torch.Tensor], forward_bound: float | None = None, backward: Report | None = None) -> Report:
+        """From the (4,) reports of the layers' runs."""
+        passes, rerun, jump, fallback = torch.stack([r.detach() for r in layers]).unbind(1)
+        return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), forward_bound, backward)
 
 
 def check_plan(plan: object) -> Plan:

@@ -202,6 +202,31 @@ def test_verified_reports_a_fallback():
     assert m.last_report.fallback and m.last_report.forward_bound is None
 
 
+def test_report_of_both_passes():
+    m = StableLSTM(4, 6, num_layers=2, plan=Verified(chunk=16, warmup=32))
+    y, _ = m(torch.randn(100, 2, 4))
+    assert m.last_report.passes >= 1 and not m.last_report.fallback and m.last_report.backward is None
+    assert 0 <= m.last_report.forward_bound < 1e-3
+    y.sum().backward()
+    assert m.last_report.backward.passes >= 1 and not m.last_report.backward.fallback
+    assert StableLSTM(4, 6).last_report is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_no_sequence_at_all(kind):
+    a, b = pair(kind, dtype=torch.float32)
+    for left, right in zip(flat(a(torch.zeros(5, 0, 4))), flat(b(torch.zeros(5, 0, 4))), strict=True):
+        assert left.shape == right.shape
+
+
+def test_inference_mode():
+    m = StableLSTM(4, 6)
+    x = torch.randn(5, 2, 4)
+    with torch.inference_mode():
+        y = m(x)[0]
+    torch.testing.assert_close(y, m(x)[0].detach())
+
+
 def test_dropout_acts_between_layers_in_training_only():
     m = StableLSTM(4, 6, num_layers=2, dropout=0.5)
     x = torch.randn(5, 2, 4)
@@ -245,6 +270,10 @@ def test_own_errors_name_what_was_given():
         StableLSTM(4, 6, plan="Windowed(3)")
     with pytest.raises(TypeError, match="an instance is needed"):
         StableLSTM(4, 6).plan = Recurrent
+    with pytest.raises(TypeError, match="stability"):
+        StableLSTM(4, 6).stability = 0.9
+    with pytest.raises(ValueError, match="'gpu'"):
+        StableLSTM(4, 6).backend = "gpu"
     with pytest.raises(TypeError, match="stability"):
         StableLSTM(4, 6, stability=0.9)
     with pytest.raises(ValueError, match="'gpu'"):

@@ -17,18 +17,22 @@ ops = torch.ops.stable_rnn
 _NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
+class Notes(list):
+    """Where backward passes of checked plans leave their reports, (4,) each: an argument that is no tensor."""
+
+
 class FusedRecurrence(torch.autograd.Function):
     """Recurrent, chunked and verified runs: saves the states, goes back by the adjoint recursion on the same lanes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, notes, *numbers):
         return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.problem = Problem(*inputs[9:])
+        ctx.notes, ctx.problem = inputs[9], Problem(*inputs[10:])
         y, _, _, gates, cells, report = output
         ctx.mark_non_differentiable(gates, cells, report)
         ctx.save_for_backward(*inputs[:9], y, gates, cells)
@@ -39,8 +43,8 @@ class FusedRecurrence(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         needs = ctx.needs_input_grad
-        dz, *rest = _adjoint((dy, dh_n, dc_n), state, ctx.saved_tensors[9:], ctx.problem, needs[3:5])
-        return *_input_gradients(dz, x, w_ih, needs), *rest, *_NOTHING
+        dz, *rest = _adjoint((dy, dh_n, dc_n), state, ctx.saved_tensors[9:], ctx.problem, needs[3:5], ctx.notes)
+        return *_input_gradients(dz, x, w_ih, needs), *rest, None, *_NOTHING
 
 
 class WindowedRecurrence(torch.autograd.Function):
@@ -50,12 +54,12 @@ class WindowedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, *numbers):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, notes, *numbers):
         return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.problem = Problem(*inputs[9:])
+        ctx.problem = Problem(*inputs[10:])
         ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(*inputs[:9])
 
@@ -65,7 +69,7 @@ class WindowedRecurrence(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         dz, *rest = _window_adjoint((dy, dh_n, dc_n), state, project(x, w_ih, bias), ctx.problem)
-        return *_input_gradients(dz, x, w_ih, ctx.needs_input_grad), *rest, *_NOTHING
+        return *_input_gradients(dz, x, w_ih, ctx.needs_input_grad), *rest, None, *_NOTHING
 
 
 def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -73,10 +77,12 @@ def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if w_ih is None else F.linear(x, w_ih, bias)
 
 
-def _adjoint(grads, state, saved, p: Problem, needs) -> tuple[Tensor | None, ...]:
+def _adjoint(grads, state, saved, p: Problem, needs, notes: Notes | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, gates, cells."""
     w_hh, w_hr, h0, c0, base, lengths = state
-    dz, dh, dh0, dc0, _ = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
+    dz, dh, dh0, dc0, report = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
+    if notes is not None:
+        notes.append(report)
     dw_hh, dw_hr = weight_gradients(needs[0], needs[1], dz, dh, *saved, h0, base, lengths, p)
     return dz, dw_hh, dw_hr, dh0, dc0 if c0 is not None else None
 
@@ -91,7 +97,7 @@ def _reference_backward(x, w_ih, bias, state, grads, p: Problem) -> tuple[Tensor
     dy, dh_n, dc_n = grads
     h0, c0 = state[2:4]
     dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p.resolved(h0.shape[0]))
-    return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, *_NOTHING
+    return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, None, *_NOTHING
 
 
 def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -118,11 +124,11 @@ def backward_op(ctx, dy, dh_n, dc_n, *_):
 
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
-          base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+          base: Tensor | None, lengths: Tensor | None, p: Problem, notes: Notes | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report.
 
     Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
-    fell back; else (0,)."""
+    fell back; else (0,). The backward pass leaves its own in `notes`."""
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
@@ -132,7 +138,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
-        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, *p)
+        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, notes, *p)
     else:
         # outside of graphs and dispatch modes the op's own code, without the dispatcher's price at every step of a stream
         plain = not graph and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
