@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .norm import check_dtype, check_matrix, prove, scaled, shift, spectral_norm_bound, width
-from .reference import fresh_vectors, rayleigh_ritz
+from .reference import fresh_vectors, krylov
 
 METHODS = ("clip", "scale")
 COLD, WARM = 8, 2  # applications of W^T W to the block in one uncertified step
@@ -207,7 +207,7 @@ def _svd_clipped(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
     return (U * shift(torch.where(S > floor, S, 0).double(), gap).clamp(max=aim)) @ Vh.double()
 
 
-def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 6, each: int = 4) -> tuple[Tensor, Tensor, Tensor] | None:
+def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 4, depth: int = 4) -> tuple[Tensor, Tensor, Tensor] | None:
     """Converged triplets of all singular values above aim, or None if the block is too small or converges too slowly.
 
     A residual R = B^T U - V S belongs to exact triplets of a matrix that is ||R||_F away, and the projection does not expand
@@ -216,7 +216,7 @@ def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 6, each: in
     V = block.to(B)
     whole = block.shape[1] == min(B.shape)
     for _ in range(rounds):
-        U, S, V = rayleigh_ritz(B, V, each)
+        U, S, V = krylov(B, V, depth)
         outside = int((S > aim).sum())
         if outside == len(S) and not whole:
             return None

@@ -74,13 +74,19 @@ def _outside(A: Tensor, limit: Tensor, gamma: float) -> Tensor:
 def _simplex(A: Tensor, aim: Tensor) -> Tensor:
     """The projection of the rows of A >= 0 onto {p >= 0, sum p = aim}. It does not change when a row is shifted by a constant, so
     the largest entry is shifted to 0 (and what lies more than `aim` below can't matter): nothing cancels for any size of entries.
+
+    The threshold rises to its value from below: each round takes the one that the entries still above it would need (Michelot, "A
+    finite algorithm for finding the projection of a point onto the canonical simplex of R^n", JOTA 50, 1986). No sort; few rounds.
     """
     D = (A - A.amax(-1, keepdim=True)).maximum(-aim[:, None])  # (r, n), in [-aim, 0]
-    down = D.sort(-1, descending=True).values
-    count = torch.arange(1, A.shape[-1] + 1, device=A.device)
-    theta = (down.cumsum(-1) - aim[:, None]) / count  # (r, n): threshold if the `count` largest stay
-    stay = (down > theta).sum(-1, keepdim=True).clamp(min=1)
-    return (D - theta.gather(-1, stay - 1)).clamp(min=0)
+    theta, above = (D.sum(-1) - aim) / D.shape[-1], D.shape[-1] + 1
+    while True:
+        stay = D > theta[:, None]
+        count = stay.sum(-1)
+        if (count == above).all():
+            return (D - theta[:, None]).clamp(min=0)
+        theta = theta.maximum(((D * stay).sum(-1) - aim) / count.clamp(min=1))  # rounding must not let it fall: it ends
+        above = count
 
 
 def _towards_zero(A: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
