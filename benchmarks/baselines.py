@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .timing import race
 
 
 def overlap_chunks(m: nn.RNNBase, x: Tensor, chunk: int, warmup: int) -> Callable[[], Tensor]:
@@ -44,8 +47,7 @@ def shifted_products(m: nn.LSTM, x: Tensor, k: int) -> Callable[[], Tensor]:
 
 def product_rate(inner: int, columns: int, rows: tuple[int, ...] = (256, 1024, 4096, 16384)) -> float:
     """The best rate, in FLOP/s, of torch's own float32 product (rows, inner) x (inner, columns)."""
-    from .timing import race
-
     weight = torch.randn(columns, inner)
-    found = [2 * n * inner * columns / race({"": lambda a=torch.randn(n, inner): F.linear(a, weight)}, 0.5)[""].low for n in rows]
-    return max(found)
+    inputs = {str(n): torch.randn(n, inner) for n in rows}
+    times = race({n: partial(F.linear, x, weight) for n, x in inputs.items()}, 2.0)
+    return max(2 * int(n) * inner * columns / time.low for n, time in times.items())

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Chunked, spectral_project_, SpectralState, StableLSTM, StableLSTMCell, StableRNN, use_plan, Windowed
+from stable_rnn import Chunked, SpectralState, StableLSTM, StableLSTMCell, StableRNN, Windowed, spectral_project_, use_plan
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,15 @@
 """`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights."""
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, _VF, nn
+from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, layout
-from .ops.recurrence.function import layer, Notes
+from .ops.recurrence.function import Notes, layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
@@ -68,7 +67,7 @@ class StableRNNBase(nn.RNNBase):
     def last_report(self) -> Report | None:
         """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one.
 
-        `forward_bound` is a bound on the largest output error, where a certificate exists: for inputs within its bound, exact arithmetic."""
+        `forward_bound` bounds the largest output error where a certificate exists, for inputs within its bound, in exact arithmetic."""
         if self._ran is None:
             return None
         reports, notes, chunk = self._ran
@@ -107,7 +106,8 @@ class StableRNNBase(nn.RNNBase):
                 if torch.is_autocast_enabled(x.device.type):
                     w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
-                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, h0[index], None if c0 is None else c0[index], way.base, way.lengths, p, notes)
+                start = h0[index], None if c0 is None else c0[index]
+                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes)
                 ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
@@ -184,9 +184,8 @@ class StableRNNBase(nn.RNNBase):
         weights = [w.to(x.dtype) for w in weights]
         state = hx if self._cell == "lstm" else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-            y, *hidden = _TORCH[self._cell](x, state, *rest, self.batch_first) if sizes is None else _TORCH[self._cell](x, sizes, state, *rest)
+        run = _TORCH[self._cell]
+        y, *hidden = run(x, state, *rest, self.batch_first) if sizes is None else run(x, sizes, state, *rest)
         return y, tuple(hidden)
 
     def _cast(self, x: Tensor, hx: tuple | None) -> tuple[Tensor, tuple | None]:

@@ -60,7 +60,7 @@ def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, h0, c0, row
                 project = None if w_hr is None else leaves[4]
                 h, c = cell(name, *leaves[:4], project, cap, dz, forget * (c_real - c_prev))
                 outputs = [(h, dh + dy[times[t]])] + ([(c, dc)] if name == "lstm" else [])
-                grads = torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs], allow_unused=True, materialize_grads=True)
+                grads = torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs], materialize_grads=True)
                 dh, dc = grads[1], grads[2] if name == "lstm" else dc
                 if t < first + stride:
                     dxp[times[t]] += grads[0]

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import _native, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell
+from stable_rnn import ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, _native
 from stable_rnn.ops.recurrence.function import layer
 from stable_rnn.ops.recurrence.problem import Problem
 
@@ -79,7 +79,10 @@ def test_steps_are_bitwise_the_full_pass(cell, dtype):
         xp, w = torch.randn(steps * batch, gates * hidden).to(dtype), (torch.randn(gates * hidden, hidden) / hidden ** 0.5).to(dtype)
         h0 = torch.randn(batch, hidden).to(dtype)
         c0 = torch.randn(batch, hidden).to(dtype) if cell == "lstm" else None
-        full = lambda x, t, h, c: layer(x, None, None, w, None, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))  # noqa: E731
+
+        def full(x, t, h, c, w=w):
+            return layer(x, None, None, w, None, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
+
         y, h_n, c_n, _ = full(xp, steps, h0, c0)
         if dtype == torch.bfloat16:
             c0 = None if c0 is None else c0.zero_()  # the cell state itself is kept in float32 within a call only

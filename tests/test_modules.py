@@ -7,9 +7,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence, PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from stable_rnn import (Certified, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, stabilize, use_plan, _native)
+from stable_rnn import Certified, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native, stabilize, use_plan
 
 KINDS = [("rnn_tanh", nn.RNN, StableRNN, dict(nonlinearity="tanh")), ("rnn_relu", nn.RNN, StableRNN, dict(nonlinearity="relu")),
          ("lstm", nn.LSTM, StableLSTM, {})]
@@ -255,7 +255,8 @@ def test_same_errors_as_torch(kind):
     a, b = pair(kind, dtype=torch.float32)
     h = lambda *s: torch.zeros(*s) if a.mode != "LSTM" else (torch.zeros(*s), torch.zeros(*s))  # noqa: E731
     calls = [(torch.zeros(2, 3, 4, 5), None), (torch.zeros(2, 3, 5), None), (torch.zeros(2, 3, 4, dtype=torch.float64), None),
-             (torch.zeros(2, 3, 4), h(1, 2, 6)), (torch.zeros(2, 3, 4), h(3, 6)), (torch.zeros(2, 4), h(1, 1, 6)), (torch.zeros(0, 3, 4), None)]
+             (torch.zeros(2, 3, 4), h(1, 2, 6)), (torch.zeros(2, 3, 4), h(3, 6)), (torch.zeros(2, 4), h(1, 1, 6)),
+             (torch.zeros(0, 3, 4), None)]
     for x, hx in calls:
         errors = []
         for m in (a, b):

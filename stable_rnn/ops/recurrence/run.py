@@ -1,4 +1,4 @@
-"""Runs a recurrence: numbers for the schedule, a backend, checked lanes where asked. What the registered ops do, see `stable_rnn/_ops.py`."""
+"""Runs a recurrence: numbers for the schedule, a backend, checked lanes where asked. What the ops of `stable_rnn/_ops.py` do."""
 from __future__ import annotations
 
 import torch
