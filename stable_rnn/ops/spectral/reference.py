@@ -86,7 +86,7 @@ def top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sigma, torch.stack(u).reshape(*batch, m), torch.stack(v).reshape(*batch, n)
 
 
-def _top(A: Tensor, rounds: int = 5, depth: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+def _top(A: Tensor, rounds: int = 4, depth: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     if min(A.shape) > 100:  # else an SVD is as fast
         V = fresh_vectors(A.new_empty(A.shape[1], 8), 8, seed=0)
         for _ in range(rounds):

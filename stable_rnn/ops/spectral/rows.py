@@ -32,23 +32,25 @@ def row_project_(W: Tensor, bound: float | Sequence[float] | Tensor, method: str
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     rows = check_matrix(W)
     limit = _limits(bound, rows)
-    if rows.numel() == 0:
-        return W
+    gamma = 2 * (rows.shape[-1] + 4) * UNIT  # relative error of a float64 sum, with room
+    near = ~(rows.abs().sum(-1, dtype=torch.float64) * (1 + gamma) <= limit)  # outside, or too close to tell
+    if rows.numel() and near.any():
+        rows[near] = _projected(rows[near], limit[near], gamma, method)
+    return W
+
+
+def _projected(rows: Tensor, limit: Tensor, gamma: float, method: str) -> Tensor:
+    """rows (r, n), limit (r,) -> the rows, those outside projected."""
     exponent = torch.frexp(rows.abs().amax(-1).double()).exponent
-    A = shift(rows.abs().double(), -exponent[..., None])  # (..., m, n), largest entry of a row in [1/2, 1)
+    A = shift(rows.abs().double(), -exponent[:, None])  # largest entry of a row in [1/2, 1)
     limit = shift(limit, -exponent)
-    gamma = 2 * (A.shape[-1] + 4) * UNIT  # relative error of a float64 sum, with room
     outside = _outside(A, limit, gamma)
-    if not outside.any():
-        return W
-    A, limit, exponent = A[outside], limit[outside], exponent[outside]  # (r, n), (r,), (r,)
     aim = limit * (1 - 2 * gamma)
     if method == "l1":
         A = _simplex(A, aim)
     total = A.sum(-1)
     A = A * torch.where(total > aim, aim / total, 1.0)[:, None]
-    rows[outside] = torch.copysign(_towards_zero(A, exponent[:, None], rows.dtype), rows[outside])
-    return W
+    return torch.where(outside[:, None], torch.copysign(_towards_zero(A, exponent[:, None], rows.dtype), rows), rows)
 
 
 def _limits(bound: float | Sequence[float] | Tensor, rows: Tensor) -> Tensor:
@@ -65,9 +67,8 @@ def _outside(A: Tensor, limit: Tensor, gamma: float) -> Tensor:
     """Which rows have an exact sum above the limit; the few that rounding leaves open are summed exactly."""
     total = A.sum(-1)
     outside = total * (1 - gamma) > limit
-    for index in ((total * (1 + gamma) > limit) & ~outside).nonzero():
-        at = tuple(index)
-        outside[at] = math.fsum([*A[at].tolist(), -float(limit[at])]) > 0
+    for i in ((total * (1 + gamma) > limit) & ~outside).nonzero()[:, 0].tolist():
+        outside[i] = math.fsum([*A[i].tolist(), -float(limit[i])]) > 0
     return outside
 
 
@@ -85,7 +86,7 @@ def _simplex(A: Tensor, aim: Tensor) -> Tensor:
         count = stay.sum(-1)
         if (count == above).all():
             return (D - theta[:, None]).clamp(min=0)
-        theta = theta.maximum(((D * stay).sum(-1) - aim) / count.clamp(min=1))  # rounding must not let it fall: it ends
+        theta = theta.maximum((torch.where(stay, D, 0.0).sum(-1) - aim) / count.clamp(min=1))  # rounding must not let it fall: it ends
         above = count
 
 
