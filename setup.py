@@ -47,7 +47,10 @@ class CMakeBuild(build_ext):
             self.cmake("--build", build)
 
     def cmake(self, *arguments: str) -> None:
-        run = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            run = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        except FileNotFoundError as error:  # only without build isolation
+            raise CompileError(HELP.format(reason="cmake was not found")) from error
         print(run.stdout, flush=True)
         if run.returncode:
             no_compiler = "No CMAKE_CXX_COMPILER could be found" in run.stdout
