@@ -5,6 +5,7 @@ The words are those of `csrc/include/stable_rnn/params.h`: a *row* is one sequen
 """
 from __future__ import annotations
 
+from math import ceil, log
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ class Problem(NamedTuple):
         if stride == WHOLE:
             return self._replace(stride=max(self.steps, 1), warmup=0)
         if warmup == AUTO:
-            warmup = 32
+            warmup = 32 if self.cap >= 1 or self.tol <= 0 else min(256, max(32, ceil(log(self.tol) / log(self.cap))))
         if stride == AUTO:  # enough lanes to fill a tile per thread, few enough for the warm-up to stay cheap
             stride = max(4 * warmup, -(-self.steps * batch // 64), 1)
         return self._replace(stride=min(stride, max(self.steps, 1)), warmup=warmup)
