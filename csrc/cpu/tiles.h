@@ -9,17 +9,28 @@
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
 
-// Many lanes: every thread runs tiles of its own. Few: all threads share the hidden units of one tile and meet after each step.
+// Many lanes: every thread runs tiles of its own, and reads all weights at each step. Few: all threads run one tile together, each
+// with its share of the hidden units, so of the weights, and meet after each step.
 struct Tiling {
   int threads;
   bool together;
   int64_t rows, count;   // of a tile (the last may have fewer), tiles
 
-  Tiling(int wanted, int64_t lanes, int64_t flops_per_step) : threads(wanted < 1 ? 1 : wanted) {
-    constexpr int64_t worth_a_barrier = 32000;    // multiply-adds of a step, all lanes together
-    constexpr int64_t most_rows = 16 * block_rows, own_rows = 2 * block_rows;
-    together = threads > 1 && lanes < own_rows * threads;
-    if (together && lanes * flops_per_step < worth_a_barrier) threads = 1, together = false;
+  // `weights`: their number, which is also the multiply-adds of a lane's step.
+  Tiling(int wanted, int64_t lanes, int64_t hidden, int64_t weights) : threads(wanted < 1 ? 1 : wanted) {
+    constexpr int64_t worth_a_thread = 16000;      // multiply-adds of a step, against the wait for the others
+    constexpr int64_t cached = 65536;              // weights that stay in the cache of a core beside a tile
+    constexpr int64_t most_rows = 16 * block_rows;
+    const int64_t vectors = ceil_div(hidden, width), turns = ceil_div(vectors, threads);
+    const bool even = 5 * vectors >= 4 * turns * threads;   // of units, over the threads
+    const int64_t own_rows = weights > cached && even ? 8 * block_rows : block_rows / 2;   // that make a thread's own tile worthwhile
+    together = lanes < own_rows * threads;
+    if (together) {
+      const int64_t useful = lanes * weights / worth_a_thread;
+      if (useful < threads) threads = useful < 1 ? 1 : int(useful);
+      if (vectors < threads) threads = int(vectors);
+      together = threads > 1;
+    }
     const int64_t share = together ? lanes : ceil_div(lanes, threads);   // evenly: no thread waits long for the last tile
     rows = share ? ceil_div(share, ceil_div(share, most_rows)) : 1;
     count = ceil_div(lanes, rows);

@@ -159,7 +159,7 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("hidden, out", [(1, None), (33, None), (130, None), (40, 18)])
+@pytest.mark.parametrize("hidden, out", [(1, None), (33, None), (130, None), (40, 18), (130, 60)])
 @pytest.mark.parametrize("stride, warmup", [(80, 0), (1, 3), (16, 8)])
 def test_bitwise_over_threads_and_runs(cell, hidden, out, stride, warmup, isa):
     if out and cell != "lstm":

@@ -144,7 +144,7 @@ const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes)
   using Forward = ForwardTile<T, lstm, Recorder<T, lstm>>;
   using Backward = BackwardTile<T, lstm, Player<T, lstm>>;
   const bool projected = p.w_hr != nullptr;
-  const Tiling tiling(p.threads, lanes, 2 * Windows<T, lstm>::gates() * p.hidden * p.out);
+  const Tiling tiling(p.threads, lanes, p.hidden, Windows<T, lstm>::gates() * p.hidden * p.out);
   ForwardWeights forward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
   BackwardWeights backward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
   Windows<T, lstm> windows(p);
