@@ -195,6 +195,18 @@ def test_bitwise_one_lane_among_a_thousand(cell, hidden, out, isa):
         assert not loop.run_forward(some, made)["y"][list(lanes)].isnan().any()
 
 
+@pytest.mark.skipif("avx512" not in _sets(), reason="one instruction set with fma")
+@pytest.mark.parametrize("cell", CELLS)
+def test_bitwise_over_instruction_sets(cell):
+    case = Case(cell, 12, 2, 45, stride=4, warmup=2)
+    made, runs = case.draw(), []
+    for name in ("avx2", "avx512"):
+        _native.lib.set_isa(name)
+        saved = loop.run_forward(case, made)
+        runs.append(saved | loop.run_backward(case, made, saved))
+    equal(*runs)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
     whole = Case(cell, 60, 1, 24, stride=60, warmup=0)
