@@ -276,3 +276,13 @@ def test_a_set_of_ones_own():
     before = snapshot(module)
     module.project_()
     assert torch.equal(module.weight_hh_l0, before["weight_hh_l0"] * 0.5)
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("make", [StableRNN, StableLSTM])
+def test_a_backward_through_overwritten_weights_raises(make, certify):
+    module = spoil(make(3, 16), 1.0)
+    y = module(torch.randn(6, 2, 3))[0]
+    module.project_(certify=certify)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -264,3 +264,24 @@ def test_global_settings_change_nothing(backend, monkeypatch):
         torch.set_default_dtype(before)
     for other in (autocast, defaults):
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(want, other))
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("view", [lambda W: W, lambda W: W[:16], lambda W: W.detach(), lambda W: W.mT, lambda W: W[:, ::2]])
+def test_autograd_learns_of_the_write(view, certify):
+    W = torch.nn.Parameter(torch.randn(32, 32) * 10)
+    x = torch.randn(4, 32, requires_grad=True)
+    y = (x @ W).sum()  # the gradient of x needs W as it was
+    before = W._version
+    spectral_project_([view(W)], 1.0, certify=certify)
+    assert W._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.parametrize("certify", [False, True])
+def test_inference_tensors(certify):
+    with torch.inference_mode():
+        W = torch.randn(16, 16) * 10
+        spectral_project_(W, 1.0, certify=certify)
+    assert torch.linalg.matrix_norm(W, 2) < 1.1

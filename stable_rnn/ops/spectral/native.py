@@ -45,4 +45,6 @@ def spectral_step(
             raise ValueError(f"a matrix of shape {tuple(W.shape)} holds NaN or infinite values")
         if copy is not W:
             W.copy_(copy)
+        elif not W.is_inference():  # inference tensors have no version
+            torch.autograd.graph.increment_version(W)  # so that a backward through the old values raises
     return norms, near
