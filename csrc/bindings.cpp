@@ -6,6 +6,7 @@
 #include <string>
 
 #include "isa.h"
+#include "memory.h"
 #include "stable_rnn/params.h"
 #include "stable_rnn/spectral.h"
 
@@ -155,6 +156,8 @@ PYBIND11_MODULE(_C, module) {
              arg("matrices"), arg("bounds"), arg("norms"), arg("near"));
 
   // the machine
+  module.def("prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"), arg("bytes"),
+             "A hint for large outputs that nobody has written yet: far fewer page faults.");
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
   module.def("set_isa", choose_isa, arg("name"), "For tests: take another instruction set than the best one.");
 }

@@ -114,6 +114,7 @@ struct ForwardTile {
     const Run& run = runs[r];
     const int64_t n = hidden - unit;
     const T* x = xp + (run.first + s * run.move) * 4 * hidden + unit;
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(x + (run.move * 4 + gate) * hidden);   // of the next step
     float* cell = c + r * c_stride + unit;
     const Vec c_prev = load(cell);
     const LstmStep<Vec> now = lstm_step(z[0] + load(x, n), z[1] + load(x + hidden, n), z[2] + load(x + 2 * hidden, n),
@@ -127,8 +128,10 @@ struct ForwardTile {
   STABLE_RNN_INLINE void rnn_units(int64_t r, int64_t s, int64_t unit, const Vec* z, int size) {
     const Run& run = runs[r];
     const T* x = xp + (run.first + s * run.move) * hidden + unit;
-    for (int v = 0; v < size; ++v)
+    for (int v = 0; v < size; ++v) {
+      __builtin_prefetch(x + run.move * hidden + v * width);
       emit(r, s, unit + v * width, rnn_step(z[v] + load(x + v * width, hidden - unit - v * width), kind == RNN_RELU));
+    }
   }
 
   STABLE_RNN_INLINE void emit(int64_t r, int64_t s, int64_t unit, Vec h) {

@@ -4,6 +4,7 @@
 
 #include "gemm.h"
 #include "lanes.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace stable_rnn {
@@ -50,6 +51,7 @@ class Workspace {
 
   bool allocate(int64_t bytes) {
     block_ = static_cast<char*>(std::malloc(bytes + line));
+    if (block_) prefer_huge_pages(block_, bytes + line);
     next_ = block_ + (line - reinterpret_cast<uintptr_t>(block_) % line);
     return block_ != nullptr;
   }

@@ -15,14 +15,20 @@ struct Tensors {
   static STABLE_RNN_INLINE const T* in(const void* x) { return static_cast<const T*>(x); }
 
   STABLE_RNN_INLINE Vec output_gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    return load(in(p.dy) + row(run, s) * p.out + unit, n);
+    const T* dy = in(p.dy) + row(run, s) * p.out + unit;
+    __builtin_prefetch(dy + run.move * p.out);   // of the next step, here and below
+    return load(dy, n);
   }
   STABLE_RNN_INLINE Vec output(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    return load(in(p.y) + row(run, s) * p.out + unit, n);
+    const T* y = in(p.y) + row(run, s) * p.out + unit;
+    __builtin_prefetch(y + run.move * p.out);
+    return load(y, n);
   }
   STABLE_RNN_INLINE SavedStep<Vec> saved(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
     const T* gates = in(p.gates) + row(run, s) * 4 * p.hidden + unit;
     const float* cell = p.cells + row(run, s) * p.hidden + unit;
+    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + (run.move * 4 + gate) * p.hidden);
+    __builtin_prefetch(cell + 2 * run.move * p.hidden);
     const bool first_time = run.last && s + 1 == run.steps;
     const Vec c_prev = !first_time ? load(cell + run.move * p.hidden, n)
                        : p.c0      ? load(in(p.c0) + run.b * p.hidden + unit, n)
