@@ -7,29 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
+from .common import CheckedAttributes, autocast_dtype, has_values
 from .ops.recurrence import native
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
-from .stability import Certificate, Certified, Stability, certificate, check_stability
+from .stability import Certificate, Certified, Stability, certificate
 
 
-class StableCellBase(nn.RNNCellBase):
+class StableCellBase(CheckedAttributes, nn.RNNCellBase):
     """What both cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
 
     num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
 
     def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
                  backend: str) -> None:
-        dispatch.check_name(backend)
         self.mode, self._cell = mode, mode.lower()
-        self.stability = check_stability(stability, mode)
-        self.backend = backend
+        self.stability, self.backend = stability, backend
         super().__init__(input_size, hidden_size, bias, 4 if mode == "LSTM" else 1, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """torch's initialization, then the projection into the stable set."""
         super().reset_parameters()
-        if self.stability is not None and not self.weight_hh.is_meta:
+        if self.stability is not None and has_values(self.weight_hh):
             self.project_()
 
     weight_ih_l0 = property(lambda self: self.weight_ih)
@@ -50,15 +49,18 @@ class StableCellBase(nn.RNNCellBase):
 
     def _step(self, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One step: x (B, I), h (B, H), c (B, H) or None."""
-        cap = 1.0 if self.stability is None else self.stability.cap
-        weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        if native.can_step(x, h, c, weights, self.backend):
+        cap = 1.0 if self.stability is None or c is None else self.stability.cap
+        w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        backend = dispatch.requested(self.backend)
+        if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
             return native.cell_step(self._cell, x, h, c, weights, cap)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            kind = torch.get_autocast_dtype(x.device.type)
-            x, h, c, *weights = (None if t is None else t.to(kind) for t in (x, h, c, *weights))
-        w_ih, w_hh, b_ih, b_hh = weights
-        p = Problem(self._cell, 1, x.shape[0], cap=cap, backend="auto" if self.backend == "torch" else self.backend)
+        if autocast_dtype(x) is not None:  # as torch's cells, which keep the state in the weights' dtype
+            x, h, c = (None if t is None else t.to(w_hh.dtype) for t in (x, h, c))
+            with torch.autocast(x.device.type, enabled=False):
+                return self._step(x, h, c)
+        if backend == "torch":  # which has no such op; its cell is the reference's
+            backend = "cpu" if native.can_run(None, x)[0] else "reference"
+        p = Problem(self._cell, 1, x.shape[0], cap=cap, backend=backend)
         _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
         return h, c
 
@@ -71,7 +73,7 @@ class StableCellBase(nn.RNNCellBase):
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match {which} batch size {h.shape[0]}")
             if h.shape[1] != self.hidden_size:
                 raise RuntimeError(f"{which} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
-        if x.dtype != self.weight_ih.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
             raise RuntimeError(f"{name}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
 
 
@@ -119,6 +121,8 @@ class StableLSTMCell(StableCellBase):
         if hx is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
         else:
+            if isinstance(hx, Tensor):
+                raise TypeError("StableLSTMCell: hx must be a pair (h, c) of tensors, got one Tensor")
             h, c = hx
             for which, value in enumerate(hx):
                 if value.dim() not in (1, 2):

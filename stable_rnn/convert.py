@@ -14,10 +14,11 @@ def stabilize(model: nn.Module, stability: Stability | None = Certified(), plan:
               project: bool = False) -> nn.Module:
     """Swap every `nn.RNN` and `nn.LSTM` in `model` (itself included) for `StableRNN`, `StableLSTM` and return the model.
 
-    The swap happens in place and keeps the very `Parameter` objects, so optimizers and tied weights stay right, and values unchanged
-    unless `project=True`; `certificate()` tells whether they are stable, `project_()` makes them so. Left alone, with a warning:
-    `nn.GRU`, and subclasses or parametrized forms of the others. Raises `ValueError` (before anything changes) if `model` holds
-    nothing to swap or `stability` does not fit a module found, `TypeError` for a wrong plan or model."""
+    The swap happens in place and keeps the very `Parameter` objects and hooks, so optimizers and tied weights stay right; references to
+    the old modules from outside of the tree stay what they are. Values stay unchanged unless `project=True`; `certificate()` tells
+    whether they are stable, `project_()` makes them so. Left alone, with a warning: `nn.GRU`, and subclasses or parametrized forms of
+    the others. Raises `ValueError` (before anything changes) if `model` holds nothing to swap or `stability` does not fit a module
+    found, `TypeError` for a wrong plan or model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"stabilize: model must be an nn.Module, got {type(model).__name__}")
     check_plan(plan)
@@ -53,6 +54,7 @@ def _stable_form(m: nn.RNNBase, stability: Stability | None, plan: Plan, backend
         new = StableRNN(m.input_size, m.hidden_size, nonlinearity=m.mode[4:].lower(), **options)
     for name, parameter in m.named_parameters():
         setattr(new, name, parameter)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, hooks).update(getattr(m, hooks))
+    for name, hooks in vars(m).items():
+        if "hooks" in name:  # the very dictionaries, so that handles given out before still remove their hooks
+            new.__dict__[name] = hooks
     return new.train(m.training)

@@ -75,6 +75,6 @@ def choose(p: Problem, xp: Tensor):
     return reference
 
 
-def torch_is_faster(cell: str, x: Tensor, hidden: int, batch: int) -> bool:
+def torch_is_faster(x: Tensor) -> bool:
     """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, and no compiled module."""
     return _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)

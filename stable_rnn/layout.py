@@ -50,6 +50,13 @@ def packed(sequence: PackedSequence) -> tuple[Layout, Tensor, Tensor]:
     return Layout(batch, steps, 1, base, lengths), from_packed, to_buffer
 
 
+def without_padding(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
+    """x with zeros past each length: whatever lies there, a NaN too, must not reach the products over all times."""
+    steps = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
+    live = steps < lengths[:, None] if batch_first else steps[:, None] < lengths
+    return torch.where(live[:, :, None], x, 0)
+
+
 def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
     """`lengths` as (B,) int64; values are checked on the CPU only, where that does not synchronize."""
     if not isinstance(lengths, Tensor):
@@ -60,6 +67,8 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
         raise ValueError(f"lengths must have shape ({batch},), one per sequence; got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device {device}, got {lengths.device}")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+    lengths = lengths.long()
+    visible = device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
-    return lengths.long()
+    return lengths

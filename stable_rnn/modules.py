@@ -9,7 +9,8 @@ from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, layout
-from .ops.recurrence.function import Notes, layer
+from .common import CheckedAttributes, autocast_dtype, has_values
+from .ops.recurrence.function import Note, layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
@@ -17,7 +18,7 @@ from .stability import Certificate, Certified, Stability, certificate, check_sta
 _TORCH = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
 
 
-class StableRNNBase(nn.RNNBase):
+class StableRNNBase(CheckedAttributes, nn.RNNBase):
     """What both modules share: the stack of layers, the plan, the stable set."""
 
     stability: Stability | None = None
@@ -28,17 +29,8 @@ class StableRNNBase(nn.RNNBase):
         check_plan(plan), dispatch.check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self.stability, self.plan, self.backend = stability, plan, backend
-        self._ran: tuple[list[Tensor], Notes, int] | None = None  # what the last checked run left: reports, notes, chunk
+        self._ran: tuple[list[Tensor], list[Note], int] | None = None  # what the last checked run left: reports, notes, chunk
         self._project_fresh()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan":
-            check_plan(value)
-        elif name == "stability":
-            check_stability(value, self.mode)
-        elif name == "backend":
-            dispatch.check_name(value)
-        super().__setattr__(name, value)
 
     # ---- stability
 
@@ -48,7 +40,7 @@ class StableRNNBase(nn.RNNBase):
         self._project_fresh()
 
     def _project_fresh(self) -> None:
-        if self.stability is not None and not self.weight_hh_l0.is_meta:
+        if self.stability is not None and has_values(self.weight_hh_l0):
             self.project_()
 
     def project_(self, certify: bool = True) -> StableRNNBase:
@@ -65,15 +57,17 @@ class StableRNNBase(nn.RNNBase):
 
     @property
     def last_report(self) -> Report | None:
-        """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one.
-
-        `forward_bound` bounds the largest output error where a certificate exists, for inputs within its bound, in exact arithmetic."""
+        """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one."""
         if self._ran is None:
             return None
         reports, notes, chunk = self._ran
-        found = certificate(self)
-        jump = max(float(r[2]) for r in reports)
-        return Report.of(reports, found.jump_bound(jump, chunk) if found.stable else None, Report.of(notes) if notes else None)
+        back = [note.report for note in notes if note.report is not None]
+
+        def bound(jump: float) -> float | None:
+            found = certificate(self)
+            return found.jump_bound(jump, chunk) if found.stable else None
+
+        return Report.of(reports, backward=Report.of(back) if back else None, bound=bound)
 
     # ---- running
 
@@ -83,7 +77,7 @@ class StableRNNBase(nn.RNNBase):
 
     @property
     def _cap(self) -> float:
-        return 1.0 if self.stability is None else self.stability.cap
+        return 1.0 if self.stability is None or self._cell != "lstm" else self.stability.cap
 
     def _weights(self, index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w_ih, the sum of both biases, w_hh and w_hr of layer and direction number `index`."""
@@ -97,23 +91,25 @@ class StableRNNBase(nn.RNNBase):
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
         numbers = self.plan.numbers(x.dtype)
         h_n, c_n, reports = [], [], []
-        notes = Notes() if isinstance(self.plan, Verified) and not torch.compiler.is_compiling() else None
+        noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
+        notes: list[Note] = []
         for level in range(self.num_layers):
             ys = []
             for d, way in enumerate(directions):
                 index = level * len(directions) + d
                 w_ih, bias, w_hh, w_hr = self._weights(index)
-                if torch.is_autocast_enabled(x.device.type):
+                if autocast_dtype(x) is not None:
                     w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
-                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes)
+                notes += [Note()] if noting else []
+                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes[-1] if noting else None)
                 ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
-        if isinstance(self.plan, Verified):
-            self._ran = reports, notes, Problem("", rows.steps, 1, **numbers).resolved(rows.batch).stride
+        if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
+            self._ran = reports, notes, p.resolved(rows.batch).stride
         return x, torch.stack(h_n), torch.stack(c_n)
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
@@ -130,14 +126,14 @@ class StableRNNBase(nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, batch: int) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
         name = dispatch.requested(self.backend)
         if name not in ("auto", "torch"):
             return False
         able, reason = self._torch_serves(x, lengths)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
-        return able and (name == "torch" or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
+        return able and (name == "torch" or dispatch.torch_is_faster(x))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
@@ -149,7 +145,7 @@ class StableRNNBase(nn.RNNBase):
             batch = int(sizes[0])
             hx = self._zeros(x, batch) if hx is None else self._permute(hx, order)
             self._check_args(x, hx, sizes)
-            if self._runs_on_torch(x, None, batch):
+            if self._runs_on_torch(x, None):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, take, put = layout.packed(PackedSequence(x, sizes))
@@ -169,7 +165,8 @@ class StableRNNBase(nn.RNNBase):
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
             lengths = layout.check_lengths(lengths, batch, steps, x.device)
-        if self._runs_on_torch(x, lengths, batch):
+            x = layout.without_padding(x, lengths, self.batch_first)
+        if self._runs_on_torch(x, lengths):
             y, hidden = self._run_torch(x, hx, None)
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
@@ -190,8 +187,9 @@ class StableRNNBase(nn.RNNBase):
 
     def _cast(self, x: Tensor, hx: tuple | None) -> tuple[Tensor, tuple | None]:
         """Under autocast everything runs in its dtype, as nn.LSTM does."""
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = autocast_dtype(x)
+        if kind is not None:
+            x = x.to(kind)
             hx = None if hx is None else tuple(None if h is None else h.to(x.dtype) for h in hx)
         return x, hx
 
@@ -206,6 +204,10 @@ class StableRNNBase(nn.RNNBase):
 
     def _check_args(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> None:
         self.check_forward_args(x, hx if self._cell == "lstm" else hx[0], sizes)
+        for h in hx:
+            if h is not None and (h.dtype != x.dtype or h.device != x.device):
+                raise RuntimeError(f"Input and hidden tensors are not the same dtype or not at the same device, found input tensor with "
+                                   f"{x.dtype} at {x.device} and hidden tensor with {h.dtype} at {h.device}")
 
     # ---- conversion and bookkeeping
 
@@ -223,9 +225,10 @@ class StableRNNBase(nn.RNNBase):
             plain = nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
         else:
             plain = nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
-        plain.load_state_dict(self.state_dict())
         for name, parameter in plain.named_parameters():
-            parameter.requires_grad_(getattr(self, name).requires_grad)
+            own = getattr(self, name)  # computed, where it is parametrized
+            parameter.data.copy_(own.detach())
+            parameter.requires_grad_(own.requires_grad)
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
@@ -299,6 +302,8 @@ class StableLSTM(StableRNNBase):
         if not isinstance(input, PackedSequence):
             if input.dim() not in (2, 3):
                 raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
+                raise RuntimeError("lstm expects two hidden states")
             if hx is not None and not hx[0].dim() == hx[1].dim() == input.dim():
                 kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
                 raise RuntimeError(f"For {kind} input, hx and cx should also be {input.dim()}-D but got "

@@ -12,15 +12,18 @@ Recurrent Models", ICLR 2019, arXiv 1805.10369 (truncated models are `Windowed`)
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import index
 
 import torch
 from torch import nn
 
 from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
+
+_LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
 
 
 class Plan:
@@ -48,10 +51,10 @@ class Windowed(Plan):
     k: int
 
     def __post_init__(self) -> None:
-        _check_int("Windowed: k", self.k, 1)
+        _take_int(self, "k", 1)
 
     def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
-        return {"stride": 1, "warmup": self.k - 1}
+        return {"stride": 1, "warmup": min(self.k - 1, _LONGEST)}
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ class Chunked(Plan):
     warmup: int
 
     def __post_init__(self) -> None:
-        _check_int("Chunked: chunk", self.chunk, 1)
-        _check_int("Chunked: warmup", self.warmup, 0)
+        _take_int(self, "chunk", 1)
+        _take_int(self, "warmup", 0)
 
     def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
-        return {"stride": self.chunk, "warmup": self.warmup}
+        return {"stride": min(self.chunk, _LONGEST), "warmup": min(self.warmup, _LONGEST)}
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,14 @@ class Verified(Plan):
             if not 0 <= self.tol < float("inf"):
                 raise ValueError(f"Verified: tol must be finite and at least 0, got {self.tol!r}")
         if self.chunk is not None:
-            _check_int("Verified: chunk", self.chunk, 1)
+            _take_int(self, "chunk", 1)
         if self.warmup is not None:
-            _check_int("Verified: warmup", self.warmup, 0)
-        _check_int("Verified: max_passes", self.max_passes, 1)
+            _take_int(self, "warmup", 0)
+        _take_int(self, "max_passes", 1)
 
     def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
-        return {"stride": AUTO if self.chunk is None else self.chunk, "warmup": AUTO if self.warmup is None else self.warmup,
+        return {"stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
+                "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
                 "tol": step_rounding(dtype) if self.tol is None else float(self.tol), "max_passes": self.max_passes}
 
 
@@ -121,14 +125,21 @@ class Report:
     lanes_rerun: int
     largest_jump: float  # relative to max(1, |state|), in the backward pass to the largest adjoint; 0 after a fallback
     fallback: bool  # some layer ran the plain recurrence
-    forward_bound: float | None = None  # bound on the largest output error, with a certificate; else None
     backward: Report | None = None  # of the backward pass, once it ran
+    bound: Callable[[float], float | None] = field(default=lambda jump: None, repr=False, compare=False)
+
+    @property
+    def forward_bound(self) -> float | None:
+        """Bound on the largest output error in exact arithmetic, for inputs within the certificate's bound; None without a certificate.
+
+        Computed when asked for, from the module's weights as they are then."""
+        return self.bound(self.largest_jump)
 
     @classmethod
-    def of(cls, layers: list[torch.Tensor], forward_bound: float | None = None, backward: Report | None = None) -> Report:
+    def of(cls, layers: list[torch.Tensor], **more: object) -> Report:
         """From the (4,) reports of the layers' runs."""
-        passes, rerun, jump, fallback = torch.stack([r.detach() for r in layers]).unbind(1)
-        return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), forward_bound, backward)
+        passes, rerun, jump, fallback = torch.stack(layers).unbind(1)
+        return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), **more)
 
 
 def check_plan(plan: object) -> Plan:
@@ -143,7 +154,8 @@ def check_plan(plan: object) -> Plan:
 def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
 
-    Raises `TypeError` for something that is no plan, `ValueError` for a model without any such module."""
+    The plan is the module's, for all threads. Raises `TypeError` for something that is no plan, `ValueError` for a model without any
+    such module."""
     check_plan(plan)
     found = [m for m in model.modules() if isinstance(getattr(m, "plan", None), Plan)]
     if not found:
@@ -158,8 +170,12 @@ def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             m.plan = old
 
 
-def _check_int(what: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _take_int(plan: Plan, name: str, least: int) -> None:
+    """Any integer type will do; it becomes an int."""
+    what, value = f"{type(plan).__name__}: {name}", getattr(plan, name)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{what} must be an int, got {value!r}")
+    value = index(value)
     if value < least:
         raise ValueError(f"{what} must be at least {least}, got {value}")
+    object.__setattr__(plan, name, value)

@@ -17,8 +17,10 @@ ops = torch.ops.stable_rnn
 _NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
-class Notes(list):
-    """Where backward passes of checked plans leave their reports, (4,) each: an argument that is no tensor."""
+class Note:
+    """Where the backward pass of a checked plan leaves its report (4,): an argument that is no tensor."""
+
+    report: Tensor | None = None
 
 
 class FusedRecurrence(torch.autograd.Function):
@@ -27,23 +29,23 @@ class FusedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, notes, *numbers):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
         return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.notes, ctx.problem = inputs[9], Problem(*inputs[10:])
+        ctx.note, ctx.problem = inputs[9], Problem(*inputs[10:])
         y, _, _, gates, cells, report = output
         ctx.mark_non_differentiable(gates, cells, report)
         ctx.save_for_backward(*inputs[:9], y, gates, cells)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, *state = ctx.saved_tensors[:9]
+        x, w_ih, bias, *state, y, gates, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         needs = ctx.needs_input_grad
-        dz, *rest = _adjoint((dy, dh_n, dc_n), state, ctx.saved_tensors[9:], ctx.problem, needs[3:5], ctx.notes)
+        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, gates, cells), ctx.problem, needs[3:5], ctx.note)
         return *_input_gradients(dz, x, w_ih, needs), *rest, None, *_NOTHING
 
 
@@ -54,7 +56,7 @@ class WindowedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, notes, *numbers):
+    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
         return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
 
     @staticmethod
@@ -77,12 +79,12 @@ def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if w_ih is None else F.linear(x, w_ih, bias)
 
 
-def _adjoint(grads, state, saved, p: Problem, needs, notes: Notes | None = None) -> tuple[Tensor | None, ...]:
+def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, gates, cells."""
     w_hh, w_hr, h0, c0, base, lengths = state
     dz, dh, dh0, dc0, report = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
-    if notes is not None:
-        notes.append(report)
+    if note is not None:
+        note.report = report
     dw_hh, dw_hr = weight_gradients(needs[0], needs[1], dz, dh, *saved, h0, base, lengths, p)
     return dz, dw_hh, dw_hr, dh0, dc0 if c0 is not None else None
 
@@ -112,23 +114,24 @@ def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple
 def setup_op(ctx, inputs, output) -> None:
     xp, *state = inputs[:7]
     ctx.problem = Problem(*inputs[7:-1])
-    y, _, _, gates, cells, _ = output
+    y, _, _, gates, cells, report = output
+    ctx.mark_non_differentiable(gates, cells, report)
     ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, gates, cells)))
 
 
 def backward_op(ctx, dy, dh_n, dc_n, *_):
-    state, saved, p = ctx.saved_tensors[:6], ctx.saved_tensors[6:], ctx.problem
-    grads = (dy, dh_n, dc_n)
+    kept, p, grads = ctx.saved_tensors, ctx.problem, (dy, dh_n, dc_n)
+    state, saved = kept[:6], kept[6:]
     found = _window_adjoint(grads, state, saved[0], p) if p.windowed else _adjoint(grads, state, saved, p, ctx.needs_input_grad[1:3])
     return *found, *_NOTHING, None
 
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
-          base: Tensor | None, lengths: Tensor | None, p: Problem, notes: Notes | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+          base: Tensor | None, lengths: Tensor | None, p: Problem, note: Note | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report.
 
     Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
-    fell back; else (0,). The backward pass leaves its own in `notes`."""
+    fell back; else (0,). The backward pass leaves its own in `note`."""
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
@@ -138,7 +141,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
-        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, notes, *p)
+        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
     else:
         # outside of graphs and dispatch modes the op's own code, without the dispatcher's price at every step of a stream
         plain = not graph and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()

@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import _native
 from .problem import CELLS, Adjoint, Output, Problem
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_PLAIN = (Tensor, torch.nn.Parameter)
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
-def can_run(p: Problem, xp: Tensor) -> tuple[bool, str]:
+def can_run(p: Problem | None, xp: Tensor) -> tuple[bool, str]:
     if _native.lib is None:
         return False, f"the compiled module is missing ({_native.reason})"
     if xp.device.type != "cpu":
@@ -116,20 +118,26 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     return tuple(None if t is None else t.to(xp.dtype) for t in found)
 
 
-def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, backend: str) -> bool:
-    """Whether one step of a cell is one call into C++: no gradient, no transform, plain CPU tensors of one dtype."""
-    if _native.lib is None or backend not in ("auto", "cpu") or torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, h, c, *weights)):
+def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
+    """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype."""
+    if _native.lib is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    kind = x.dtype
-    return (x.device.type == "cpu" and kind in _DTYPES and h.dtype == kind and weights[0].dtype == kind
-            and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active())
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    kind, gradient = x.dtype, torch.is_grad_enabled()
+    return kind in _DTYPES and all(
+        type(t) in _PLAIN and t.dtype is kind and t.is_cpu and not (gradient and t.requires_grad)
+        for t in (x, h, c, *weights) if t is not None)
 
 
 def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh as in `nn.LSTMCell`."""
     x, h, c, *weights = _dense(x, h, c, *weights)
+    rows = h.shape[1] * (4 if cell == "lstm" else 1)
+    for name, w, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights,
+                              ((rows, x.shape[1]), (rows, h.shape[1]), (rows,), (rows,)), strict=True):
+        if w is not None and w.shape != shape:
+            raise ValueError(f"{name} is {tuple(w.shape)}; expected {shape}")
     h_out = torch.empty_like(h)
     c_out = None if c is None else torch.empty_like(c)
     _native.lib.cell_step(CELLS.index(cell), _DTYPES[x.dtype], torch.get_num_threads(), x.shape[0], x.shape[1], h.shape[1], cap,

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
             warmup = 32 if self.cap >= 1 or self.tol <= 0 else min(256, max(32, ceil(log(self.tol) / log(self.cap))))
         if stride == AUTO:  # enough lanes to fill a tile per thread, few enough for the warm-up to stay cheap
             stride = max(4 * warmup, -(-self.steps * batch // 64), 1)
-        return self._replace(stride=min(stride, max(self.steps, 1)), warmup=warmup)
+        return self._replace(stride=min(stride, max(self.steps, 1)), warmup=min(warmup, self.steps))  # no lane starts before time 0
 
     def lanes(self) -> int:
         """Lanes per row."""

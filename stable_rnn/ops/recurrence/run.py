@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...dispatch import choose
 from . import verified
+from .checks import check
 from .problem import Problem
 
 
@@ -14,6 +15,7 @@ def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ..
     *numbers, save = numbers
     p = Problem(*numbers).resolved(h0.shape[0])
     tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
+    check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
     backend = choose(p, xp)
     if p.checked:
         out, found = verified.run(backend, tensors, p, save)
@@ -26,6 +28,8 @@ def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *nu
     """dz, dh, dh0, dc0, report."""
     p = Problem(*numbers).resolved(dh_n.shape[0])
     tensors = (dy, dh_n, None if c0 is None else dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths)
+    saved = {} if c0 is None else dict(gates=gates, cells=cells)
+    check(p, dy, dh_n, base, lengths, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, dc_n=tensors[2], **saved)
     backend = choose(p, dy)
     if p.checked:
         out, found = verified.run_back(backend, tensors, p)
@@ -38,6 +42,7 @@ def windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *nu
     """dxp, dw_hh, dw_hr, dh0, dc0."""
     p = Problem(*numbers).resolved(h0.shape[0])
     tensors = (dy, dh_n, None if c0 is None else dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
+    check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=tensors[2])
     found = choose(p, xp).windowed_backward(*tensors, p)
     return _fresh(tensors, *(xp.new_empty(0) if t is None else t for t in found))
 

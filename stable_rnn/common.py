@@ -1,0 +1,38 @@
+"""What the modules and the cells share."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .dispatch import check_name
+from .plans import check_plan
+from .stability import check_stability
+
+
+class CheckedAttributes:
+    """`plan`, `stability` and `backend` are checked whenever they are set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "plan":
+            check_plan(value)
+        elif name == "stability":
+            check_stability(value, self.mode)
+        elif name == "backend":
+            check_name(value)
+        super().__setattr__(name, value)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks of x, or None where it is off or leaves x alone."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+def has_values(weight: Tensor) -> bool:
+    """Not on the meta device, and not fake."""
+    return not weight.is_meta and not isinstance(weight, FakeTensor)
