@@ -76,6 +76,30 @@ def test_the_model_itself_and_cells():
         optimizer.step()
 
 
+def test_frozen_modules_are_skipped_while_they_are_frozen():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    project_after_step(optimizer, model)
+    model.first.requires_grad_(False)
+    model.second.weight_hh_l0.requires_grad_(False)  # all that an RNN's projection writes
+    before = {}
+    with torch.no_grad():
+        for module in (model.first, model.second):
+            before[module] = module.weight_hh_l0.mul_(100).clone()
+    train(model, optimizer, 1)
+    assert all(torch.equal(module.weight_hh_l0, weights) for module, weights in before.items())
+    model.first.bias_hh_l0.requires_grad_(True)
+    train(model, optimizer, 1)
+    assert not torch.equal(model.first.weight_hh_l0, before[model.first])
+
+
+def test_computed_weights_are_refused_at_once():
+    model = Model()
+    nn.utils.parametrizations.weight_norm(model.second, "weight_hh_l0")
+    with pytest.raises(ValueError, match="weight_hh_l0 of .*RNN is computed from other parameters"):
+        project_after_step(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
 def test_errors():
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

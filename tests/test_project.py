@@ -286,3 +286,80 @@ def test_a_backward_through_overwritten_weights_raises(make, certify):
     module.project_(certify=certify)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def huge(module, scale):
+    """All weights and biases random and as large as `scale`, up to the dtype's largest number."""
+    with torch.no_grad():
+        for p in module.parameters():
+            most = torch.finfo(p.dtype).max
+            p.copy_((torch.randn_like(p, dtype=torch.float64) * scale).clamp(-most, most))
+    return module
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e7), (torch.float32, 3e38), (torch.float64, 1e15), (torch.float64, 1e300),
+                                          (torch.bfloat16, 300.0), (torch.bfloat16, 1e38), (torch.float16, 1e3), (torch.float16, 6e4)])
+@pytest.mark.parametrize("make", [
+    lambda d: StableLSTM(3, 9, dtype=d),
+    lambda d: StableLSTM(3, 8, 2, bidirectional=True, proj_size=3, dtype=d, stability=Certified(norm="inf")),
+    lambda d: StableLSTM(20, 10, dtype=d, stability=Certified(0.9, input_bound=1e3)),
+])
+def test_weights_as_large_as_the_dtype_holds(make, dtype, scale):
+    module = huge(make(dtype), scale)
+    module.project_(certify=False)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    module = huge(module, scale)
+    module.project_()
+    assert module.certificate().rate <= module.stability.rate
+    before = snapshot(module)
+    module.project_()
+    assert unchanged(module, before)
+
+
+def test_a_projection_that_fails_writes_nothing(monkeypatch):
+    module = huge(StableLSTM(3, 4), 10.0)
+    before = snapshot(module)
+    monkeypatch.setattr("stable_rnn.stability.projection._lower_forget", lambda *a: None)
+    with pytest.raises(RuntimeError, match=r"weight_hh_l0 does not reach the set: .*forget gate may reach .*allowed: 0.55"):
+        module.project_()
+    assert unchanged(module, before)
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1", "weight_hh_l1", "bias_hh_l0", "bias_ih_l1"])
+@pytest.mark.parametrize("make", [StableLSTM, StableRNN])
+def test_values_that_are_no_numbers_are_named_and_nothing_is_written(make, name, value, certify):
+    module = spoil(make(3, 5, 2), 10.0)
+    with torch.no_grad():
+        getattr(module, name).view(-1)[3] = value
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinite values"):
+        module.project_(certify=certify)
+    assert all(torch.equal(p.nan_to_num(7.0), before[n].nan_to_num(7.0)) for n, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("certify", [False, True])
+def test_weights_without_values(certify):
+    for make in (StableLSTM, StableRNN, StableLSTMCell):
+        module = make(3, 5, device="meta")
+        for call in (lambda m=module: m.project_(certify=certify), lambda m=module: certificate(m)):
+            with pytest.raises(ValueError, match="weight_.* is on the meta device and holds no values"):
+                call()
+
+
+def weight_normed(module, name):
+    with pytest.warns(FutureWarning):
+        return nn.utils.weight_norm(module, name)
+
+
+@pytest.mark.parametrize("certify", [False, True])
+@pytest.mark.parametrize("compute", [nn.utils.parametrizations.weight_norm, weight_normed])
+def test_computed_weights_are_refused(compute, certify):
+    module = compute(spoil(StableLSTM(3, 5), 10.0), "weight_ih_l0")
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="weight_ih_l0 of .*LSTM is computed from other parameters"):
+        module.project_(certify=certify)
+    assert unchanged(module, before)
+    module = compute(StableRNN(3, 5), "weight_ih_l0")
+    module.project_(certify=certify)  # never writes W_ih

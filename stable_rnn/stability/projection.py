@@ -13,7 +13,7 @@ from ..ops.spectral import SpectralState, row_project_, spectral_project_
 from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
 from .contraction import gate_scales
-from .weights import Names, cell_of, layer_names, on_cpu, read
+from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, on_cpu, read
 
 if TYPE_CHECKING:
     from .sets import Certified
@@ -37,66 +37,107 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
 
     In the 2-norm: RNN ||W_hh||_2 <= rate; LSTM ||D W_hh||_2 <= rate with D of `gate_scales`, ||W_hr||_2 <= 1. In the max-norm: the same
     of row sums. LSTM without a clamp: for each unit of the forget gate the rows of W_ih and W_hh and a positive bias are scaled
-    together until sigmoid(row sums + bias) <= forget. Raises ValueError for NaN or infinite weights, or a set that doesn't fit the module.
+    together until sigmoid(row sums + bias) <= forget.
+
+    Raises ValueError, before anything is written: for weights or biases with NaN or infinite values or on the meta device, weights that
+    other parameters compute (a parametrization, weight norm), a set that doesn't fit the module.
     """
     cell = cell_of(module)
     stability.check(cell)
     if cell == "lstm" and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
         raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
                          "here doesn't")
-    (_certified if certify else _step)(module, stability, cell)
+    projected_names(module, stability)
+    levels, weights = layer_names(module), _checked_weights(module)
+    if not certify:
+        _step(weights, levels, stability, cell, _warm.setdefault(module, SpectralState()))
+        return
+    found = {name: w.clone() for name, w in weights.items()}
+    _certified(found, levels, stability, cell)
+    for name, w in weights.items():
+        if not torch.equal(w, found[name]):
+            w.copy_(found[name])
 
 
-def _certified(module: nn.Module, stability: Certified, cell: str) -> None:
-    levels = layer_names(module)
+def projected_names(module: nn.Module, stability: Certified) -> list[str]:
+    """The names of the weights that `project_` may write. ValueError if one of them is computed from other parameters."""
+    kinds = ("weight_hh", "weight_hr")
+    if cell_of(module) == "lstm" and stability.cap == 1:
+        kinds = KINDS
+    found = [name for name in _names(module, kinds) if getattr(module, name, None) is not None]
+    for name in found:
+        if name not in module._parameters and name not in module._buffers:
+            raise ValueError(f"project_: {name} of {type(module).__name__} is computed from other parameters (by a parametrization or "
+                             "weight norm), so that writing to it has no effect; remove that, or set stability=None")
+    return found
+
+
+def _names(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
+    return [names[kind] for level in layer_names(module) for names in level for kind in kinds]
+
+
+def _checked_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights and biases by name, detached. One look at their sums tells whether all values are finite, or may not be."""
+    found = {name: getattr(module, name, None) for name in _names(module, KINDS)}
+    found = {name: w.detach() for name, w in found.items() if w is not None}
+    for name, w in found.items():
+        check_values(name, w)
+    sums = torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in found.values()])
+    if not torch.isfinite(sums).all():
+        for name, w in found.items():
+            check_finite(name, w)
+    return found
+
+
+def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> None:
     norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
     bound = stability.input_limit(cell)
-    x = torch.full((getattr(module, levels[0][0]["weight_ih"]).shape[1],), bound, dtype=torch.float64)
+    x = torch.full((weights[levels[0][0]["weight_ih"]].shape[1],), bound, dtype=torch.float64)
     x2 = length(x) if math.isfinite(bound) else math.inf
     for level in levels:
         made = []
         for names in level:
             for attempt in range(ATTEMPTS):
-                w = read(lambda name: getattr(module, name, None), names, cell)
-                layer, h = layer_certificate(w, x, x2, None, stability.cap, stability.target, norms)
+                layer, h = layer_certificate(read(weights.get, names, cell), x, x2, None, stability.cap, stability.target, norms)
                 if layer.rate <= stability.rate:
                     break
                 margin = FIRST_MARGIN * 8**attempt
-                _into_balls(_balls(module, names, stability, cell, margin), True, SpectralState())
-                _into_rows(module, names, stability, cell, margin, x)
+                _into_balls(_balls(weights, names, stability, cell, margin), True, SpectralState())
+                _into_rows(weights, names, stability, cell, margin, x)
             else:
-                raise RuntimeError(f"project_: {names['weight_hh']} does not reach the set; is it computed from other parameters?")
+                forget = "" if layer.forget is None else f", its forget gate may reach {layer.forget:.6g} (allowed: {stability.forget:g})"
+                raise RuntimeError(f"project_: {names['weight_hh']} does not reach the set: rate {layer.rate:.6g}{forget}")
             made.append((layer, h))
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
 
 
-def _step(module: nn.Module, stability: Certified, cell: str) -> None:
-    state = _warm.setdefault(module, SpectralState())
-    levels = layer_names(module)
-    balls = [ball for level in levels for names in level for ball in _balls(module, names, stability, cell, FIRST_MARGIN)]
+def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str, state: SpectralState) -> None:
+    balls = [ball for level in levels for names in level for ball in _balls(weights, names, stability, cell, FIRST_MARGIN)]
     _into_balls(balls, False, state)
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:
-                x = torch.full_like(_wide(getattr(module, names["weight_ih"])[0]), stability.input_bound)
-            _into_rows(module, names, stability, cell, FIRST_MARGIN, x)
-        x = torch.cat([_state_bound(module, names) for names in level])
+                x = torch.full_like(_wide(weights[names["weight_ih"]][0]), stability.input_bound)
+            _into_rows(weights, names, stability, cell, FIRST_MARGIN, x)
+        x = torch.cat([_state_bound(weights, names) for names in level])
 
 
 # ---- the 2-norm
 
 
-def _balls(module: nn.Module, names: Names, stability: Certified, cell: str, margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
-    """(W, D, bound): what has to obey ||diag(D) W||_2 <= bound. None for the max-norm set."""
+def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str,
+           margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
+    """(W, D, bound): what has to obey ||diag(D) W||_2 <= bound, D <= 1. None for the max-norm set."""
     if stability.norm == "inf":
         return []
-    w_hh, w_hr = getattr(module, names["weight_hh"]), getattr(module, names["weight_hr"], None)
+    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     if cell != "lstm":
         return [(w_hh, None, stability.rate)]
     hidden = w_hh.shape[0] // 4
     scales = gate_scales(_any_gates(hidden, stability.forget), *stability.target)
-    balls = [(w_hh, scales.to(w_hh.device)[:, None], stability.rate * (1 - margin))]
+    most = float(scales.max())  # divided out, so that no product with a large weight overflows
+    balls = [(w_hh, (scales / most).to(w_hh.device)[:, None], stability.rate * (1 - margin) / most)]
     return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
 
@@ -110,10 +151,10 @@ def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool,
     matrices, changed = [], []
     for w, scales, _ in balls:
         if scales is None:
-            matrices.append(w.detach())
+            matrices.append(w)
             continue
         kind = torch.float64 if certify or w.dtype == torch.float64 else torch.float32
-        scaled = (scales.to(kind) * w.detach().to(kind)).contiguous()
+        scaled = (scales.to(kind) * w.to(kind)).contiguous()
         matrices.append(scaled)
         changed.append((w, scales.to(kind), scaled, scaled.clone()))
     if matrices:
@@ -125,9 +166,9 @@ def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool,
 # ---- rows: the max-norm, and the forget gate's bound
 
 
-def _into_rows(module: nn.Module, names: Names, stability: Certified, cell: str, margin: float, x: Tensor) -> None:
+def _into_rows(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float, x: Tensor) -> None:
     """x (I,) >= |inputs of the layer|."""
-    w_hh, w_hr = getattr(module, names["weight_hh"]).detach(), getattr(module, names["weight_hr"], None)
+    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     rate = stability.rate * (1 - margin)
     if stability.norm == "inf" and cell != "lstm":
         row_project_(w_hh, rate)
@@ -139,28 +180,42 @@ def _into_rows(module: nn.Module, names: Names, stability: Certified, cell: str,
         for gate, limit in zip(w_hh.chunk(4), limits):
             row_project_(gate, limit)
         if w_hr is not None:
-            row_project_(w_hr.detach(), 1 - margin)
+            row_project_(w_hr, 1 - margin)
     if cell == "lstm" and stability.cap == 1:
-        _lower_forget(module, names, stability.forget, margin, x)
+        _lower_forget(weights, names, stability.forget, margin, x)
 
 
-def _lower_forget(module: nn.Module, names: Names, forget: float, margin: float, x: Tensor) -> None:
-    """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts."""
-    w_ih, w_hh = (getattr(module, names[kind]).detach().chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
-    biases = [b.detach().chunk(4)[1] for b in (getattr(module, names[kind], None) for kind in ("bias_ih", "bias_hh")) if b is not None]
-    rows = times(_wide(w_ih).abs(), x.to(_wide(w_ih))) + times(_wide(w_hh).abs(), _state_bound(module, names))
+def _lower_forget(weights: dict[str, Tensor], names: Names, forget: float, margin: float, x: Tensor) -> None:
+    """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts.
+
+    What is stored is rounded towards zero (weights) and down (biases), since next to a large bias any other rounding is no small part of
+    the limit; `spare` is for that of the sums in float64, here and in the certificate."""
+    w_ih, w_hh = (weights[names[kind]].chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
+    biases = [weights[names[kind]].chunk(4)[1] for kind in ("bias_ih", "bias_hh") if names[kind] in weights]
+    rows = times(_wide(w_ih).abs(), x.to(_wide(w_ih))) + times(_wide(w_hh).abs(), _state_bound(weights, names))
     bias = sum((_wide(b) for b in biases), torch.zeros_like(rows))
     limit = math.log(forget / (1 - forget)) * (1 - margin)
-    scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias) / rows).clamp(max=1.0)
+    spare = (w_ih.shape[1] + w_hh.shape[1] + 32) * torch.finfo(rows.dtype).eps * 4
+    scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias * (1 - spare)) / rows)
+    over = scale < 1
+    if not over.any():
+        return
     for w in (w_ih, w_hh):
-        w.mul_(scale[:, None])
+        w[over] = _least(_wide(w[over]) * scale[over, None], w.dtype, 0.0)
+    over &= bias > 0
     for b in biases:
-        b.mul_(torch.where(bias > 0, scale, 1.0))
+        b[over] = _least(_wide(b[over]) * scale[over], b.dtype, -math.inf)
 
 
-def _state_bound(module: nn.Module, names: Names) -> Tensor:
+def _least(value: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
+    """The value in another dtype, rounded towards 0 or -inf; one more place than needed where it is exact."""
+    stored = value.to(dtype)
+    return torch.nextafter(stored, torch.full_like(stored, towards))
+
+
+def _state_bound(weights: dict[str, Tensor], names: Names) -> Tensor:
     """|h| (P,) of an LSTM layer whatever its weights but W_hr."""
-    w_hh, w_hr = getattr(module, names["weight_hh"]), getattr(module, names["weight_hr"], None)
+    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     if w_hr is None:
         return torch.ones_like(_wide(w_hh[0]))
     return times(_wide(w_hr).abs(), torch.ones_like(_wide(w_hr[0])))

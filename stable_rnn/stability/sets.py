@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .projection import project_
+from .projection import project_, projected_names
 
 NORMS = ("2", "inf", "auto")
 
@@ -40,6 +40,10 @@ class Stability:
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         """Move the module's weights into the set, in place. certify=False: a cheap step for training loops, which may stop short."""
+
+    def projected_names(self, module: nn.Module) -> list[str]:
+        """The names of the module's tensors that `project_` may write: by default any of its own parameters."""
+        return [name for name, _ in module.named_parameters(recurse=False)]
 
 
 def check_stability(stability: Stability | None, mode: str) -> Stability | None:
@@ -89,7 +93,8 @@ class Certified(Stability):
     input_bound  bound of |x_t| for which the LSTM's weights keep the forget gate below `forget`; then 1/2 < forget < rate
     cap          True: the LSTM cell clamps its forget gate at `forget` instead, 0 < forget < rate; holds for inputs of any size
 
-    The RNN's rate needs no bound of the inputs; `forget` and `cap` don't matter to it. Formulas: stability/README.md, after Miller &
+    The RNN's rate needs no bound of the inputs, and `forget` and `cap` don't matter to it; its truncation error and window do assume
+    input_bound, whatever `cap` is. Only the LSTM's hold for inputs of any size with cap=True. Formulas: stability/README.md, after Miller &
     Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
     """
 
@@ -140,6 +145,9 @@ class Certified(Stability):
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         project_(module, self, certify)
+
+    def projected_names(self, module: nn.Module) -> list[str]:
+        return projected_names(module, self)
 
     def __repr__(self) -> str:
         return (f"Certified(rate={self.rate}, norm={self.norm!r}, forget={self.forget}, input_bound={self.input_bound}, "

@@ -9,6 +9,7 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
+KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
@@ -85,9 +86,19 @@ def layer_names(module: nn.Module) -> list[list[Names]]:
 
 
 def read_module(module: nn.Module) -> list[list[LayerWeights]]:
-    """All layers and directions of a module. ValueError names a weight with NaN or infinite entries."""
+    """All layers and directions of a module. ValueError names a weight with NaN or infinite entries or on the meta device."""
     cell = cell_of(module)
     return [[read(lambda name: getattr(module, name, None), names, cell) for names in level] for level in layer_names(module)]
+
+
+def check_values(name: str, w: Tensor) -> None:
+    if w.is_meta:
+        raise ValueError(f"{name} is on the meta device and holds no values; give it some first, module.to_empty(device=...) and weights")
+
+
+def check_finite(name: str, w: Tensor) -> None:
+    if not torch.isfinite(w).all():
+        raise ValueError(f"{name} holds NaN or infinite values")
 
 
 def read(get, names: Names, cell: str) -> LayerWeights:
@@ -97,9 +108,9 @@ def read(get, names: Names, cell: str) -> LayerWeights:
         found = get(names[kind])
         if found is None:
             return None
+        check_values(names[kind], found)
         found = found.detach().to("cpu", torch.float64)
-        if not torch.isfinite(found).all():
-            raise ValueError(f"{names[kind]} holds NaN or infinite values")
+        check_finite(names[kind], found)
         return found
 
     w_ih, w_hh = matrix("weight_ih"), matrix("weight_hh")
