@@ -86,6 +86,12 @@ void recurrence_windowed_backward(int cell, int dtype, int threads, int64_t hidd
                              Pointer{dxp}, Pointer{dh0}, Pointer{dc0}});
 }
 
+void input_projection(int dtype, int threads, int64_t rows, int64_t input, int64_t sums, Address x, Address w_ih, Address b_ih,
+                      Address b_hh, Address xp) {
+  run(input_projection_cpu, InputProjectionParams{dtype, threads, rows, input, sums, Pointer{x}, Pointer{w_ih}, Pointer{b_ih},
+                                                  Pointer{b_hh}, Pointer{xp}});
+}
+
 void cell_step(int cell, int dtype, int threads, int64_t batch, int64_t input, int64_t hidden, float cap,
                Address x, Address h, Address c, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
                Address h_out, Address c_out) {
@@ -147,6 +153,8 @@ PYBIND11_MODULE(_C, module) {
              arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
              arg("dz") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
              arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
+  module.def("input_projection", input_projection,
+             arg("dtype"), arg("threads"), arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
   module.def("cell_step", cell_step,
              arg("cell"), arg("dtype"), arg("threads"), arg("batch"), arg("input"), arg("hidden"), arg("cap"),
              arg("x"), arg("h"), arg("c"), arg("w_ih"), arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));

@@ -71,6 +71,11 @@ STABLE_RNN_STATIC Run window_run(const Lanes& lanes, int64_t id, bool) {
   return run;
 }
 
+// At most so many steps has a lane.
+STABLE_RNN_STATIC int64_t most_steps(const Lanes& lanes) {
+  return lanes.steps - lanes.warmup > lanes.stride ? lanes.stride + lanes.warmup : lanes.steps;
+}
+
 STABLE_RNN_STATIC int64_t lanes_per_row(const Lanes& lanes) {
   return lanes.steps ? (lanes.steps - 1) / lanes.stride + 1 : 0;
 }

@@ -7,12 +7,14 @@
 namespace stable_rnn {
 namespace {
 
+constexpr const char* bad_dtype = "dtype must be 0 (float32) or 1 (bfloat16)";
+
 constexpr int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
 
 template <class Params>
 const char* check(const Params& p) {
   if (p.cell < RNN_TANH || p.cell > LSTM) return "cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)";
-  if (p.dtype != F32 && p.dtype != BF16) return "dtype must be 0 (float32) or 1 (bfloat16)";
+  if (p.dtype != F32 && p.dtype != BF16) return bad_dtype;
   if (p.hidden < 0 || !(p.cap > 0 && p.cap <= 1)) return "hidden must not be negative, and cap must lie in (0, 1]";
   return nullptr;
 }
@@ -70,6 +72,12 @@ const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams& p) {
   if (p.hidden == 0 || p.first >= p.last) return nullptr;
   const auto entries = longest_first(p.lanes, p.first, p.last, window_run, false);
   return STABLE_RNN_DISPATCH(windowed_backward(p, entries.data(), int64_t(entries.size())));
+}
+
+const char* input_projection_cpu(const InputProjectionParams& p) {
+  if (p.dtype != F32 && p.dtype != BF16) return bad_dtype;
+  if (p.rows < 0 || p.input < 0 || p.sums < 0) return "rows, input and sums must not be negative";
+  return p.rows == 0 || p.sums == 0 ? nullptr : STABLE_RNN_DISPATCH(input_projection(p));
 }
 
 const char* cell_step_cpu(const CellStepParams& p) {

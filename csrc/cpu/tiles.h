@@ -18,10 +18,13 @@ struct Tiling {
   int64_t rows, count;   // of a tile (the last may have fewer), tiles
 
   // `weights`: their number, which is also the multiply-adds of a lane's step.
-  Tiling(int wanted, int64_t lanes, int64_t hidden, int64_t weights) : threads(wanted < 1 ? 1 : wanted) {
-    constexpr int64_t worth_a_thread = 16000;      // multiply-adds of a step, against the wait for the others
+  Tiling(int wanted, int64_t lanes, int64_t steps, int64_t hidden, int64_t weights) : threads(wanted < 1 ? 1 : wanted) {
+    constexpr int64_t worth_a_start = 100000;      // multiply-adds in all that pay for waking a thread
+    constexpr int64_t worth_a_thread = 16000;      // of a step, against the wait for the others
     constexpr int64_t cached = 65536;              // weights that stay in the cache of a core beside a tile
     constexpr int64_t most_rows = 16 * block_rows;
+    const double useful_starts = double(lanes) * double(steps) * double(weights) / worth_a_start;
+    if (useful_starts < threads) threads = useful_starts < 1 ? 1 : int(useful_starts);
     const int64_t vectors = ceil_div(hidden, width), turns = ceil_div(vectors, threads);
     const bool even = 5 * vectors >= 4 * turns * threads;   // of units, over the threads
     const int64_t own_rows = weights > cached && even ? 8 * block_rows : block_rows / 2;   // that make a thread's own tile worthwhile

@@ -9,6 +9,7 @@ import torch
 from stable_rnn import _native
 
 CELLS = ["rnn_tanh", "rnn_relu", "lstm"]
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 NAN = float("nan")
 
 
@@ -226,7 +227,7 @@ def loop_windowed(case, made, first, last, kind=torch.float64):
     return out
 
 
-def _at(tensor):
+def at(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -234,8 +235,8 @@ def _head(case):
     """The arguments up to the selection; the tensors behind the addresses are kept on the case."""
     case.kept = [None if case.plain_base else torch.tensor(case.base), None if case.lengths is None else torch.tensor(case.lengths),
                  None if case.select is None else torch.tensor(case.select)]
-    return (CELLS.index(case.cell), 1 if case.dtype == torch.bfloat16 else 0, case.threads, case.hidden, case.p, case.cap, case.steps,
-            case.batch, case.step, case.stride, case.warmup, *map(_at, case.kept), 0 if case.select is None else len(case.select))
+    return (CELLS.index(case.cell), DTYPES[case.dtype], case.threads, case.hidden, case.p, case.cap, case.steps,
+            case.batch, case.step, case.stride, case.warmup, *map(at, case.kept), 0 if case.select is None else len(case.select))
 
 
 def _poisoned(case, **columns):
@@ -250,7 +251,7 @@ def run_forward(case, made):
         out |= _poisoned(case, c_n=(batch, H, dtype), gates=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
                          c_end=(case.lanes, H, f32))
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
-    _native.lib.recurrence_forward(*_head(case), *(_at(made.get(k)) for k in names), **{k: _at(v) for k, v in out.items()})
+    _native.lib.recurrence_forward(*_head(case), *(at(made.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
     return out
 
 
@@ -262,7 +263,7 @@ def run_backward(case, made, saved):
         out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
     names = ("dy", "y", "gates", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
-    _native.lib.recurrence_backward(*_head(case), *(_at(both.get(k)) for k in names), **{k: _at(v) for k, v in out.items()})
+    _native.lib.recurrence_backward(*_head(case), *(at(both.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
     return out
 
 
@@ -276,8 +277,8 @@ def run_windowed(case, made, first, last):
     if case.lstm:
         out["dc0"] = torch.zeros(case.batch, case.hidden)
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")
-    inputs = (_at(made[k]) for k in names)
-    _native.lib.recurrence_windowed_backward(*_head(case), first, last, *inputs, **{k: _at(v) for k, v in out.items()})
+    inputs = (at(made[k]) for k in names)
+    _native.lib.recurrence_windowed_backward(*_head(case), first, last, *inputs, **{k: at(v) for k, v in out.items()})
     return out
 
 

@@ -223,49 +223,42 @@ def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
     assert torch.equal(found["y"], expected["y"])
 
 
+def project(x, w_ih, b_ih, b_hh, threads=1):
+    xp = torch.full((x.shape[0], w_ih.shape[0]), loop.NAN, dtype=x.dtype)
+    _native.lib.input_projection(loop.DTYPES[x.dtype], threads, *x.shape, w_ih.shape[0], *map(loop.at, (x, w_ih, b_ih, b_hh, xp)))
+    return xp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, inputs, sums", [(0, 3, 4), (1, 1, 1), (5, 0, 7), (3, 33, 31), (29, 70, 260), (400, 40, 65), (64, 128, 600)])
+def test_input_projection(dtype, rows, inputs, sums, isa):
+    x, w, b_ih, b_hh = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (sums, inputs), (sums,), (sums,)))
+    for biases in ((b_ih, b_hh), (None, None)):
+        found = project(x, w, *biases)
+        exact = x.double() @ w.double().T + sum(b.double() for b in biases if b is not None)
+        eager = x.float() @ w.float().T + sum(b.float() for b in biases if b is not None)
+        assert_like(dict(xp=found), dict(xp=exact), dict(xp=eager), dtype, 1, inputs)
+        assert all(torch.equal(project(x, w, *biases, threads=n), found) for n in (2, 3))
+        if rows:
+            assert torch.equal(project(x[rows // 2 :][:1], w, *biases), found[rows // 2 :][:1])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch, inputs, hidden", [(1, 1, 1), (1, 64, 64), (3, 5, 33), (29, 70, 130), (2, 0, 7)])
-def test_cell_step_is_the_recurrence(cell, dtype, batch, inputs, hidden, isa):
-    case = Case(cell, 1, batch, hidden, stride=1, warmup=0, dtype=dtype, cap=0.9 if cell == "lstm" else 1.0)
-    made = case.draw()
-    sums = case.gates * hidden
-    x, w_ih = torch.randn(batch, inputs).to(dtype), (torch.randn(sums, inputs) / max(inputs, 1) ** 0.5).to(dtype)
-    b_ih, b_hh = torch.randn(sums).to(dtype), torch.randn(sums).to(dtype)
-    h, c = torch.full_like(made["h0"], loop.NAN), None if made["c0"] is None else torch.full_like(made["c0"], loop.NAN)
-
-    def call(bias=True, state=True):
-        at = [loop._at(t) for t in (x, made["h0"] if state else None, made["c0"] if state else None, w_ih, made["w_hh"])]
-        at += [b_ih.data_ptr(), b_hh.data_ptr()] if bias else [0, 0]
-        _native.lib.cell_step(CELLS.index(cell), 0 if dtype == torch.float32 else 1, 2, batch, inputs, hidden, case.cap, *at, h.data_ptr(),
-                              loop._at(c))
-
-    for bias, state in ((True, True), (False, False)):
-        call(bias, state)
-        # the same sums: z of a recurrence with no state and xp = 0 is not to be had, so xp comes from a cell whose W_hh is x's weights
-        exact = x.double() @ w_ih.double().T + (b_ih.double() + b_hh.double() if bias else 0)
-        given = made if state else made | dict(h0=torch.zeros_like(made["h0"]), c0=None if c is None else torch.zeros_like(c))
-        case_made = given | dict(xp=exact)
-        want = loop.loop_forward(case, case_made)
-        eager = loop.loop_forward(case, given | dict(xp=exact.to(dtype)), torch.float32)
-        found = dict(h_n=h, c_n=c) if c is not None else dict(h_n=h)
-        assert_like(found, {k: want[k] for k in found}, {k: eager[k] for k in found}, dtype, 2, hidden + inputs)
-
-
-def test_cell_step_bitwise_given_xp(isa):
-    """Inputs that make xp exact: one input of 1 and no bias, so that xp is the column of W_ih."""
-    for cell in CELLS:
-        for hidden in (1, 33, 130):
-            case = Case(cell, 1, 5, hidden, stride=1, warmup=0)
-            made = case.draw()
-            w_ih = made["xp"][:1].T.contiguous()
-            made["xp"] = w_ih.T.repeat(5, 1).contiguous()
-            found = loop.run_forward(case, made)
-            h, c, x = torch.empty(5, hidden), torch.empty(5, hidden), torch.ones(5, 1)
-            _native.lib.cell_step(CELLS.index(cell), 0, 1, 5, 1, hidden, 1.0, x.data_ptr(), made["h0"].data_ptr(), loop._at(made["c0"]),
-                                  w_ih.data_ptr(), made["w_hh"].data_ptr(), 0, 0, h.data_ptr(), c.data_ptr())
-            assert torch.equal(h, found["h_n"])
-            assert not case.lstm or torch.equal(c, found["c_n"])
+def test_cell_step_is_bitwise_projection_and_recurrence(cell, dtype, batch, inputs, hidden, isa):
+    case = Case(cell, 1, batch, hidden, stride=1, warmup=0, dtype=dtype, cap=0.7 if cell == "lstm" else 1.0)
+    made, sums = case.draw(), case.gates * hidden
+    x, w_ih, b_ih, b_hh = (torch.randn(*shape).to(dtype) for shape in ((batch, inputs), (sums, inputs), (sums,), (sums,)))
+    for biases, state in (((b_ih, b_hh), ("h0", "c0")), ((None, None), ())):
+        given = [made[k] if k in state else None for k in ("h0", "c0")]
+        h, c = (torch.full((batch, hidden), loop.NAN, dtype=dtype) for _ in range(2))
+        _native.lib.cell_step(CELLS.index(cell), loop.DTYPES[dtype], 2, batch, inputs, hidden, case.cap,
+                              *map(loop.at, (x, *given, w_ih, made["w_hh"], *biases, h, c)))
+        zeros = {k: None if made[k] is None else torch.zeros_like(made[k]) for k in ("h0", "c0") if k not in state}
+        expected = loop.run_forward(case, made | zeros | dict(xp=project(x, w_ih, *biases)))
+        assert torch.equal(h, expected["h_n"])
+        assert not case.lstm or torch.equal(c, expected["c_n"])
 
 
 @pytest.mark.parametrize("cell", CELLS)

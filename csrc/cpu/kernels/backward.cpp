@@ -61,7 +61,7 @@ struct Tensors {
 template <class T, bool lstm>
 const char* run_backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
   using Tile = BackwardTile<T, lstm, Tensors<T>>;
-  const Tiling tiling(p.threads, lanes, p.hidden, gates_of(p.cell) * p.hidden * p.out);
+  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, gates_of(p.cell) * p.hidden * p.out);
   BackwardWeights weights(p.hidden, p.out, lstm, p.w_hr != nullptr, tiling.panel_threads());
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out);

@@ -42,7 +42,7 @@ struct Outputs {
 template <class T, bool lstm>
 const char* run_forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
   using Tile = ForwardTile<T, lstm, Outputs<T>>;
-  const Tiling tiling(p.threads, lanes, p.hidden, gates_of(p.cell) * p.hidden * p.out);
+  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, gates_of(p.cell) * p.hidden * p.out);
   ForwardWeights weights(p.hidden, p.out, lstm, p.w_hr != nullptr, tiling.panel_threads());
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out, weights.projected);

@@ -144,10 +144,10 @@ const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes)
   using Forward = ForwardTile<T, lstm, Recorder<T, lstm>>;
   using Backward = BackwardTile<T, lstm, Player<T, lstm>>;
   const bool projected = p.w_hr != nullptr;
-  const Tiling tiling(p.threads, lanes, p.hidden, Windows<T, lstm>::gates() * p.hidden * p.out);
+  Windows<T, lstm> windows(p);
+  const Tiling tiling(p.threads, lanes, 2 * windows.most_steps, p.hidden, Windows<T, lstm>::gates() * p.hidden * p.out);
   ForwardWeights forward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
   BackwardWeights backward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
-  Windows<T, lstm> windows(p);
   const int64_t starts = windows.from_zero();
   const int64_t cells = lstm ? tiling.rows * (windows.most_steps + 1) * windows.c_stride : 0;
   const int64_t last = lstm ? 0 : tiling.rows * windows.h_stride;

@@ -118,6 +118,17 @@ struct WindowedBackwardParams {
   float* dc0;             // [B, H]
 };
 
+// The input projection xp = x W_ih^T + b_ih + b_hh of many rows, summed in the order of CellStepParams.
+struct InputProjectionParams {
+  int dtype, threads;
+  int64_t rows, input, sums;
+  const void* x;          // [rows, I]
+  const void* w_ih;       // [sums, I]
+  const void* b_ih;       // [sums] or null
+  const void* b_hh;       // [sums] or null
+  void* xp;               // [rows, sums], written
+};
+
 // One step of a plain cell, for streaming: xp = x W_ih^T + b_ih + b_hh, rounded to the storage type, then the step of ForwardParams.
 struct CellStepParams {
   int cell, dtype, threads;
@@ -140,6 +151,7 @@ struct CellStepParams {
 const char* recurrence_forward_cpu(const ForwardParams&);
 const char* recurrence_backward_cpu(const BackwardParams&);
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
+const char* input_projection_cpu(const InputProjectionParams&);
 const char* cell_step_cpu(const CellStepParams&);
 
 }  // namespace stable_rnn

@@ -1,0 +1,60 @@
+// xp = x W_ih^T + b_ih + b_hh: the product of a step, over all times at once.
+#include "kernels.h"
+#include "tiles.h"
+
+namespace stable_rnn {
+namespace STABLE_RNN_NS {
+namespace {
+
+template <class T>
+const char* project(const InputProjectionParams& p) {
+  constexpr bool convert = sizeof(T) != sizeof(float);
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  const Tiling tiling(p.threads, p.rows, 1, p.sums, p.sums * p.input);
+  Panels panels(p.input, p.sums, 1, tiling.panel_threads());
+  const int64_t stride = convert ? state_stride(p.input) : p.input;
+  const int64_t tile_floats = convert ? tiling.rows * stride : 0;
+  Workspace memory;
+  if (!memory.allocate(Workspace::bytes<float>(panels.floats()) + Workspace::bytes<float>(tiling.teams() * tile_floats)))
+    return out_of_memory;
+  panels.data = memory.take<float>(panels.floats());
+  float* tiles = memory.take<float>(tiling.teams() * tile_floats);
+  Counter counter;
+
+  parallel(tiling.threads, [&](const Team& team) {
+    for (int64_t i = team.begin(panels.count); i < team.end(panels.count); ++i) pack_rows(panels, i, in(p.w_ih));
+    team.sync();
+    for_each_tile(team, tiling, p.rows, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+      const float* rows = static_cast<const float*>(p.x) + first * p.input;
+      if constexpr (convert) {
+        float* tile = tiles + slot * tile_floats;
+        own.sync();   // nobody reads the last tile any more
+        for (int64_t r = own.begin(n); r < own.end(n); ++r)
+          begin_state(tile + r * stride, p.input, in(p.x) + (first + r) * p.input, nullptr);
+        own.sync();
+        rows = tile;
+      }
+      each_panel(own, panels, first / tiling.rows, [&](int64_t i) {
+        const int64_t unit = panels.first(i) * width;
+        const int size = panels.size(i);
+        multiply(rows, stride, n, panels, i, [&](int64_t r, const Vec* sums) {
+          for (int v = 0; v < size; ++v) {
+            const int64_t at = unit + v * width, left = p.sums - at;
+            Vec xp = sums[v];
+            if (p.b_ih) xp = xp + load(in(p.b_ih) + at, left);
+            if (p.b_hh) xp = xp + load(in(p.b_hh) + at, left);
+            store(static_cast<T*>(p.xp) + (first + r) * p.sums + at, xp, left);
+          }
+        });
+      });
+    });
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+const char* input_projection(const InputProjectionParams& p) { return p.dtype == BF16 ? project<bf16>(p) : project<float>(p); }
+
+}  // namespace STABLE_RNN_NS
+}  // namespace stable_rnn
