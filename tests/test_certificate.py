@@ -544,6 +544,29 @@ def test_errors():
         certificate(nn.Linear(3, 4))
 
 
+@pytest.mark.parametrize("lengths, error, text", [
+    (torch.tensor([6, 2]), ValueError, r"shape \(3,\), one per sequence; got \(2,\)"),
+    (torch.tensor([[6, 2, 1]]), ValueError, r"shape \(3,\)"),
+    (torch.tensor([6, 7, 1]), ValueError, r"0\.\.6, got \[6, 7, 1\]"),
+    (torch.tensor([6, -1, 1]), ValueError, r"0\.\.6"),
+    (torch.tensor([6.0, 2.0, 1.0]), TypeError, "integers"),
+    ([6, 2, 1], TypeError, "must be a Tensor"),
+])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_that_do_not_fit(lengths, error, text, batch_first):
+    module = nn.LSTM(2, 4, batch_first=batch_first)
+    with pytest.raises(error, match=text):
+        certificate(module, torch.rand(3, 6, 2) if batch_first else torch.rand(6, 3, 2), lengths=lengths)
+
+
+def test_lengths_need_an_input_without_its_own():
+    module, lengths = nn.LSTM(2, 4), torch.tensor([3, 2])
+    with pytest.raises(ValueError, match="lengths need an input"):
+        certificate(module, lengths=lengths)
+    with pytest.raises(ValueError, match="PackedSequence has its own lengths"):
+        certificate(module, pack_padded_sequence(torch.rand(3, 2, 2), lengths), lengths=lengths)
+
+
 @pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l1_reverse", "bias_hh_l1", "weight_hr_l0"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_no_numbers_are_named(name, value):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..layout import check_lengths
 from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
 from .contraction import Contraction, lstm_contractions, norm2, power, relu_bound, rnn_contractions, series
 from .rounding import local_error
@@ -184,14 +185,16 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     PackedSequence; `lengths` (B,) masks padding), they hold for these inputs, and are sharper: layer 0's gates are bounded by what
     W_ih x_t + b really is. Upper layers are bounded by what the lower ones can give out.
 
-    Raises ValueError for weights or inputs with NaN or infinite entries, a negative bound or inputs of another width; TypeError for
-    modules that have no certificate, a GRU for instance.
+    Raises ValueError for weights or inputs with NaN or infinite entries, weights on the meta device, a negative bound, inputs of another
+    width, lengths without an input or that don't fit it; TypeError for modules that have no certificate, a GRU for instance.
     """
     stability = getattr(module, "stability", None)
     levels = read_module(module)
     width = levels[0][0].w_ih.shape[1]
     if input is not None and input_bound is not None:
         raise ValueError("certificate: pass input or input_bound, not both")
+    if input is None and lengths is not None:
+        raise ValueError("certificate: lengths need an input to belong to")
     data = None if input is None else _rows(input, lengths, width, getattr(module, "batch_first", False))
     if stability is not None:
         bound = stability.input_limit(levels[0][0].cell) if input_bound is None else input_bound
@@ -269,6 +272,8 @@ def _checked_bound(bound: float) -> float:
 def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, batch_first: bool) -> Tensor:
     """All input vectors (N, I) in float64."""
     if isinstance(input, PackedSequence):
+        if lengths is not None:
+            raise ValueError("certificate: a PackedSequence has its own lengths; pass no others")
         input = input.data
     if not isinstance(input, Tensor):
         raise TypeError(f"certificate: input must be a tensor or a PackedSequence, got {type(input).__name__}")
@@ -278,8 +283,9 @@ def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, ba
     if lengths is not None:
         if data.dim() != 3:
             raise ValueError(f"certificate: lengths need an input of three dimensions, got the shape {tuple(input.shape)}")
-        steps = torch.arange(data.shape[1 if batch_first else 0])
-        real = steps[:, None] < lengths.detach().cpu()  # (T, B)
+        batch, steps = data.shape[:2] if batch_first else data.shape[1::-1]
+        lengths = check_lengths(lengths.cpu() if isinstance(lengths, Tensor) else lengths, batch, steps, data.device)
+        real = torch.arange(steps)[:, None] < lengths  # (T, B)
         data = data[real.mT if batch_first else real]
     data = data.reshape(-1, width)
     if not len(data):
