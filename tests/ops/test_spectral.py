@@ -285,3 +285,27 @@ def test_inference_tensors(certify):
         W = torch.randn(16, 16) * 10
         spectral_project_(W, 1.0, certify=certify)
     assert torch.linalg.matrix_norm(W, 2) < 1.1
+
+
+@pytest.mark.parametrize("project", [spectral_project_, spectral_projection, row_project_,
+                                     lambda W, bound: spectral_project_([W], [bound]), lambda W, bound: row_project_(W, [bound] * 4)])
+@pytest.mark.parametrize("bound, error, text", [
+    ("1.0", TypeError, "bound must be a number or several, got '1.0'"),
+    (True, TypeError, "bound must be a number or several, got True"),
+    (torch.tensor(True), TypeError, "bound must be a number or several, got True"),
+    (torch.tensor(1.0, requires_grad=True), ValueError, "bound requires grad"),
+])
+def test_bounds_that_are_no_constant_numbers(project, bound, error, text):
+    W = torch.randn(4, 4) * 10
+    before = W.clone()
+    with pytest.raises(error, match=text):
+        project(W, bound)
+    assert torch.equal(W, before)
+
+
+def test_a_state_of_another_kind():
+    W = torch.randn(4, 4) * 10
+    before = W.clone()
+    with pytest.raises(TypeError, match="state must be a SpectralState or None, got dict"):
+        spectral_project_(W, 1.0, state={})
+    assert torch.equal(W, before)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .norm import check_dtype
+from .norm import check_bound, check_dtype
 
 
 class SpectralProjection(torch.autograd.Function):
@@ -90,10 +90,11 @@ def spectral_projection(W: Tensor, bound: float) -> Tensor:
     generalized ones and higher ones do not exist. Matrices inside pass unchanged. Works under `torch.func.vmap` and `torch.compile`.
 
     bound  > 0, a number.
-    Raises ValueError for NaN or infinite entries, fewer than two dimensions, a bound that is not positive and finite; TypeError for
-    other dtypes.
+    Raises ValueError for NaN or infinite entries, fewer than two dimensions, a bound that is not positive and finite or requires grad;
+    TypeError for other dtypes and a bound that is no number.
     """
     check_dtype(W)
+    check_bound(bound)
     bound = float(bound)
     if not 0 < bound < math.inf:
         raise ValueError(f"bound must be positive and finite, got {bound}")

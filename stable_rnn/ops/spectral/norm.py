@@ -27,6 +27,19 @@ def check_matrix(W: Tensor, name: str = "W") -> Tensor:
     return W
 
 
+def check_bound(bound: object) -> None:
+    """Raises TypeError for what is no number, list or tensor of numbers, ValueError for a tensor that requires grad. Values: elsewhere."""
+    if isinstance(bound, Tensor) and bound.requires_grad:
+        raise ValueError("bound requires grad, and its gradient would be lost: it is a constant here, pass bound.detach()")
+    if hasattr(bound, "tolist"):  # tensors and arrays
+        bound = bound.tolist()
+    if isinstance(bound, (list, tuple)):
+        for each in bound:
+            check_bound(each)
+    elif isinstance(bound, bool) or not isinstance(bound, (int, float)):
+        raise TypeError(f"bound must be a number or several, got {bound!r}")
+
+
 def shift(x: Tensor, exponent: Tensor) -> Tensor:
     """x * 2**exponent for float64 x, in two factors so that neither power overflows."""
     half = torch.div(exponent, 2, rounding_mode="floor")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .norm import check_dtype, check_matrix, prove, scaled, shift, spectral_norm_bound, width
+from .norm import check_bound, check_dtype, check_matrix, prove, scaled, shift, spectral_norm_bound, width
 from .reference import fresh_vectors, krylov
 
 METHODS = ("clip", "scale")
@@ -81,8 +81,8 @@ def spectral_project_(
     Returns float64, 0-dimensional for one matrix, (number of matrices,) otherwise: upper bounds of the norms after a certified call,
     estimates from below after an uncertified one.
 
-    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite, an unknown
-    method, a tensor that is no matrix; TypeError for other dtypes.
+    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite or
+    requires grad, an unknown method, a tensor that is no matrix; TypeError for other dtypes, a bound that is no number, another state.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -93,6 +93,8 @@ def spectral_project_(
         if isinstance(matrix, Tensor) and matrix.dim() != 2:
             raise ValueError(f"{name} must be a matrix (m, n), got the shape {tuple(matrix.shape)}")
         check_matrix(matrix, name) if certify else check_dtype(matrix, name)  # the step looks for NaN itself
+    if state is not None and not isinstance(state, SpectralState):
+        raise TypeError(f"state must be a SpectralState or None, got {type(state).__name__}")
     matrices = [matrix.detach() for matrix in matrices]
     bounds = _bounds(bound, len(matrices))
     state = SpectralState() if state is None else state
@@ -126,6 +128,7 @@ def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: Sp
 
 
 def _bounds(bound: float | Sequence[float] | Tensor, count: int) -> list[float]:
+    check_bound(bound)
     values = bound.tolist() if isinstance(bound, Tensor) else bound
     values = [float(b) for b in values] if isinstance(values, (list, tuple)) else [float(values)] * count
     if len(values) != count:

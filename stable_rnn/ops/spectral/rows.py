@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .norm import UNIT, check_matrix, shift
+from .norm import UNIT, check_bound, check_matrix, shift
 
 METHODS = ("l1", "scale")
 
@@ -25,8 +25,8 @@ def row_project_(W: Tensor, bound: float | Sequence[float] | Tensor, method: str
     untouched. Any real floating dtype, any strides.
 
     bound  > 0: a number, or one per row, of a shape that broadcasts to (..., m).
-    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite or does not
-    fit the rows, an unknown method; TypeError for other dtypes.
+    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite, does not
+    fit the rows or requires grad, an unknown method; TypeError for other dtypes and a bound that is no number.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -54,6 +54,7 @@ def _projected(rows: Tensor, limit: Tensor, gamma: float, method: str) -> Tensor
 
 
 def _limits(bound: float | Sequence[float] | Tensor, rows: Tensor) -> Tensor:
+    check_bound(bound)
     limit = torch.as_tensor(bound, dtype=torch.float64, device=rows.device)
     if not ((limit > 0) & torch.isfinite(limit)).all():
         raise ValueError(f"bound must be positive and finite, got {bound}")
