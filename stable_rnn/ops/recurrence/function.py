@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference, run
+from . import native, reference, run
 from .problem import Problem, weight_gradients
 
 ops = torch.ops.stable_rnn
@@ -30,7 +30,7 @@ class FusedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
-        return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
+        return ops.recurrence(_project_now(x, w_ih, bias, numbers[-1]), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -57,7 +57,7 @@ class WindowedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
-        return ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
+        return ops.recurrence(_project_now(x, w_ih, bias, numbers[-1]), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -70,13 +70,25 @@ class WindowedRecurrence(torch.autograd.Function):
         x, w_ih, bias, *state = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
-        dz, *rest = _window_adjoint((dy, dh_n, dc_n), state, project(x, w_ih, bias), ctx.problem)
+        dz, *rest = _window_adjoint((dy, dh_n, dc_n), state, _project_now(x, w_ih, bias, ctx.problem.backend), ctx.problem)
         return *_input_gradients(dz, x, w_ih, ctx.needs_input_grad), *rest, None, *_NOTHING
 
 
 def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     """xp for all times in one GEMM; without weights, x is xp."""
     return x if w_ih is None else F.linear(x, w_ih, bias)
+
+
+def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+    """`project` where no gradient goes through it: by the kernel if it can."""
+    if w_ih is not None and _plain(x) and native.can_project(x, w_ih, bias, backend):
+        return native.project(x, w_ih, bias)
+    return project(x, w_ih, bias)
+
+
+def _plain(x: Tensor) -> bool:
+    """Nothing watches: no subclass, no dispatch mode, no functional transform."""
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
 
 
 def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
@@ -143,8 +155,9 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
     else:
-        # outside of graphs and dispatch modes the op's own code, without the dispatcher's price at every step of a stream
-        plain = not graph and type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
+        # outside of graphs and modes the op's own code, without the dispatcher's price at every step of a stream
+        plain = not graph and _plain(x)
+        xp = _project_now(x, w_ih, bias, p.backend) if plain else project(x, w_ih, bias)
         y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
-            project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
+            xp, w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
     return y, h_n, c_n, report

@@ -1,6 +1,8 @@
 """The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`)."""
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -10,6 +12,8 @@ from .problem import CELLS, Adjoint, Output, Problem
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
+_LARGE = 1 << 22  # bytes
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
@@ -25,6 +29,14 @@ def can_run(p: Problem | None, xp: Tensor) -> tuple[bool, str]:
 
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A fresh output. Large ones ask for huge pages before they are touched: page faults would cost as much as the kernel."""
+    t = like.new_empty(shape, dtype=dtype)
+    if t.nbytes >= _LARGE:
+        _native.lib.prefer_huge_pages(t.data_ptr(), t.nbytes)
+    return t.zero_() if zero else t
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -54,7 +66,7 @@ def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tenso
     hidden = w_hh.shape[0] // (4 if lstm else 1)
     if out is None:
         empty = xp.new_empty(0)
-        make = xp.new_empty if lengths is None else xp.new_zeros  # rows past a length are zero
+        make = partial(_make, xp, lengths is not None)  # rows past a length are zero
         kept = [make(n, 4 * hidden), make(n, hidden, dtype=torch.float32)] if save and lstm else [empty, empty]
         ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
         out = Output(make(n, width), *kept, torch.empty_like(h0), torch.empty_like(c0) if lstm else empty, *ends)
@@ -76,7 +88,7 @@ def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Te
     hidden = w_hh.shape[0] // (4 if lstm else 1)
     if out is None:
         empty = y.new_empty(0)
-        make = y.new_empty if lengths is None else y.new_zeros
+        make = partial(_make, y, lengths is not None)
         ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
         out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), torch.empty_like(dh_n),
                       torch.empty_like(c0) if lstm else empty, *ends)
@@ -93,7 +105,7 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = _dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
     hidden = w_hh.shape[0] // (4 if p.cell == "lstm" else 1)
-    made = lambda *shape: xp.new_zeros(*shape, dtype=torch.float32)  # noqa: E731
+    made = partial(_make, xp, True, dtype=torch.float32)
     dxp, dh0, dc0 = made(*xp.shape), made(batch, width), made(batch, hidden)
     dw_hh, dw_hr = made(*w_hh.shape), None if w_hr is None else made(*w_hr.shape)
     columns = [w_hh.shape[0], width] + ([width, hidden] if w_hr is not None else [])
@@ -116,6 +128,21 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         dc0 = dc0 if c0 is None else torch.where(none, dc_n.float(), dc0)
     found = (dxp, dw_hh, dw_hr, dh0, None if c0 is None else dc0)
     return tuple(None if t is None else t.to(xp.dtype) for t in found)
+
+
+def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> bool:
+    """Whether the kernel computes xp: float32, and enough rows to pay for packing the weights (in bfloat16 torch's product is faster)."""
+    return (_native.lib is not None and backend in ("auto", "cpu") and x.dim() == w_ih.dim() == 2 and x.shape[0] >= _ROWS
+            and x.shape[0] * w_ih.numel() >= _WORK and x.shape[1] == w_ih.shape[1] and (bias is None or bias.shape == w_ih.shape[:1])
+            and all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, w_ih, bias) if t is not None))
+
+
+def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S)."""
+    x, w_ih, bias = _dense(x, w_ih, bias)
+    xp = _make(x, False, x.shape[0], w_ih.shape[0])
+    _native.lib.input_projection(0, torch.get_num_threads(), *x.shape, w_ih.shape[0], _at(x), _at(w_ih), _at(bias), 0, _at(xp))
+    return xp
 
 
 def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
