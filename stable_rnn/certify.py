@@ -18,22 +18,25 @@ from .stability import certificate_from_state_dict
 def certify(path: str, input_bound: float) -> None:
     """Print the certificate of each recurrent layer in the file; `UserError` when there is none to be had."""
     console = Console(highlight=False)
-    found = False
+    found, skipped = False, []
     for where, state_dict in state_dicts(load(path)):
         try:
-            with warnings.catch_warnings(record=True) as remarks:  # layers without a certificate, a GRU for instance
+            with warnings.catch_warnings(record=True) as remarks:  # why layers have no certificate
                 warnings.simplefilter("always")
                 certificates = certificate_from_state_dict(state_dict, input_bound)
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
-        for remark in remarks:
-            print(f"stable-rnn {remark.message}", file=sys.stderr)
+        skipped += [str(remark.message).removeprefix("certificate: ") for remark in remarks]
         for name, certificate in certificates.items():
             found = True
             console.rule(".".join(part for part in (where, name) if part) or "the model", align="left")
             console.print(str(certificate), soft_wrap=True, markup=False)
+    if not found and skipped:
+        raise UserError(f"{path}: no recurrent layer with a certificate: {'; '.join(skipped)}")
     if not found:
         raise UserError(f"{path}: no recurrent layer found (looked for tensors named weight_ih_l0, weight_hh_l0, ...)")
+    for reason in skipped:
+        print(f"stable-rnn certify: {reason}", file=sys.stderr)
 
 
 def load(path: str) -> object:

@@ -106,6 +106,54 @@ def test_certify_refuses_weights_that_are_no_numbers(capsys, tmp_path):
     refused(capsys, "certify", save(tmp_path / "part.pt", state))
 
 
+@pytest.mark.parametrize("name, shape", [
+    ("bias_ih_l0", (15,)), ("bias_hh_l0", (4, 4)), ("weight_ih_l0", (12, 2)), ("weight_ih_l0", (32,)), ("weight_hh_l0", (16,)),
+    ("weight_hr_l0", (4, 4)), ("weight_hr_l0", (4,)),
+])
+def test_certify_refuses_shapes_that_contradict(capsys, tmp_path, name, shape):
+    state = nn.LSTM(2, 4, proj_size=3 if "hr" in name else 0).state_dict()
+    state[name] = torch.zeros(shape)
+    line = refused(capsys, "certify", save(tmp_path / "shapes.pt", {f"enc.{key}": value for key, value in state.items()}))
+    assert f"enc.{name} has the shape {shape}" in line
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize("make, reason", [
+    (lambda: nn.utils.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
+     "has no weight_hh_l0, only enc.weight_hh_l0_g, enc.weight_hh_l0_v (a computed weight"),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
+     "has no weight_hh_l0, only enc.parametrizations.weight_hh_l0.original0"),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.RNNCell(2, 4), "weight_ih").state_dict(),
+     "has no weight_ih, only enc.parametrizations"),
+    (lambda: without(nn.LSTM(2, 4, 2, bidirectional=True).state_dict(), "weight_ih_l1"), "has no weight_ih_l1; skipped"),
+    (lambda: {key: value for key, value in nn.LSTM(2, 4, 3).state_dict().items() if "_l1" not in key}, "has the layers 0, 2 only"),
+    (lambda: nn.LSTM(2, 4, 2).state_dict() | {"weight_ih_l1": torch.zeros(16, 5)}, "inputs of size 5, the layer below gives 4"),
+    (lambda: nn.LSTM(2, 4, 2).state_dict() | nn.RNN(2, 4).state_dict(), "layers of several kinds (lstm, rnn_tanh)"),
+    (lambda: nn.GRU(2, 4).state_dict(), "looks like a GRU"),
+    (lambda: {"weight_ih_l0": torch.zeros(8, 2), "weight_hh_l0": torch.zeros(8, 4)}, "(8, 4), of no RNN or LSTM"),
+])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_certify_says_what_it_skips_and_why(capsys, tmp_path, make, reason):
+    state = {f"enc.{key}": value for key, value in make().items()}
+    line = refused(capsys, "certify", save(tmp_path / "alone.pt", state))
+    assert "alone.pt: no recurrent layer with a certificate: enc " in line and reason in line
+    state |= {f"dec.{key}": value for key, value in nn.LSTM(2, 4).state_dict().items()}
+    assert main(["certify", str(save(tmp_path / "both.pt", state))]) == 0
+    out, err = capsys.readouterr()
+    assert "dec" in out and "enc" not in out and reason in err and err.startswith("stable-rnn certify: enc ") and err.count("\n") == 1
+
+
+def test_certify_of_zero_weights(capsys, tmp_path):
+    for name, module in (("lstm.pt", nn.LSTM(2, 4)), ("rnn.pt", nn.RNN(2, 4, 2))):
+        state = {key: torch.zeros_like(value) for key, value in module.state_dict().items()}
+        assert main(["certify", str(save(tmp_path / name, state))]) == 0
+        out = capsys.readouterr().out
+        assert "|h| <= 0" in out and "<= -0" not in out
+
+
 def test_arguments_are_refused_with_one_line(capsys):
     assert "COMMAND" in refused(capsys)
     assert "nonsense" in refused(capsys, "nonsense")

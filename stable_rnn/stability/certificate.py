@@ -207,10 +207,11 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
     """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
 
     A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. Nor does it know of a clamped forget gate.
-    GRU layers are skipped with a warning. ValueError names a weight with NaN or infinite entries."""
-    stacks, gru = read_state_dict(state_dict)
-    for prefix in gru:
-        warnings.warn(f"certificate: {prefix or 'the model'} looks like a GRU, which has no certificate here; skipped", stacklevel=3)
+    What has no certificate (GRU layers, weights that are missing or computed, layers that don't chain) is skipped with a warning that says
+    why. ValueError names a weight with NaN or infinite entries or of a shape that doesn't fit the others."""
+    stacks, skipped = read_state_dict(state_dict)
+    for prefix, reason in skipped.items():
+        warnings.warn(f"certificate: {prefix or 'the model'} {reason}; skipped", stacklevel=3)
     found = {}
     for prefix, levels in stacks.items():
         made = certify(levels, _checked_bound(input_bound))
@@ -257,7 +258,7 @@ def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None
         h2 = min(length(h), *(c.start * c.out[1] for c in found))
     best = min(found, key=lambda c: c.rate)
     sizes = w.w_ih.shape[1], w.w_hh.shape[1]
-    layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, forget, float(h.max()), h2, tuple(found), sizes, cell_bound)
+    layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, forget, float(h.abs().max()), h2, tuple(found), sizes, cell_bound)
     return layer, h
 
 
@@ -266,7 +267,7 @@ def _checked_bound(bound: float) -> float:
         raise TypeError(f"input_bound must be a number, got {bound!r}")
     if not bound >= 0:
         raise ValueError(f"input_bound must be 0 or more, got {bound}")
-    return float(bound)
+    return abs(float(bound))  # -0.0 is 0
 
 
 def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, batch_first: bool) -> Tensor:

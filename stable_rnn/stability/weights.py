@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -9,6 +10,8 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
+# prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
+HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?")
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
@@ -119,29 +122,41 @@ def read(get, names: Names, cell: str) -> LayerWeights:
     return LayerWeights(cell, names.tag, w_ih, w_hh, bias, matrix("weight_hr"))
 
 
-def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], list[str]]:
-    """Every stack of recurrent layers by its prefix, and the prefixes of those that are GRUs.
+def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, str]]:
+    """Every stack of recurrent layers by its prefix, and why others were skipped, by theirs.
 
-    The cell is told by the number of gates; a single gate is taken for tanh."""
+    The cell is told by the number of gates; a single gate is taken for tanh. ValueError for shapes that contradict each other."""
     tags: dict[str, set[str]] = {}
     for key in state_dict:
-        prefix, _, name = key.rpartition(".")
-        if name.startswith("weight_hh"):
-            tags.setdefault(prefix, set()).add(name.removeprefix("weight_hh").removeprefix("_"))
-    stacks, gru = {}, []
+        named = HIDDEN_WEIGHT.fullmatch(key) if isinstance(key, str) else None
+        if named:
+            tags.setdefault(named[1] or "", set()).add(named[2] or "")
+    stacks, skipped = {}, {}
     for prefix, found in tags.items():
         start = prefix + "." if prefix else ""
-        cells = {_cell_of_shapes(state_dict, start, tag) for tag in found}
-        if cells == {"gru"}:
-            gru.append(prefix)
-        elif len(cells) == 1 and None not in cells:
-            get = lambda name, start=start: state_dict.get(start + name)  # noqa: E731
-            levels: dict[int, list[LayerWeights]] = {}
-            for tag in sorted(found, key=lambda t: (_level(t), t)):
-                levels.setdefault(_level(tag), []).append(read(get, Names(tag), cells.copy().pop()))
-            if _chained(levels):
-                stacks[prefix] = [levels[level] for level in sorted(levels)]
-    return stacks, gru
+        try:
+            stacks[prefix] = _read_stack(state_dict, start, sorted(found, key=lambda t: (_level(t), t)))
+        except LookupError as reason:
+            skipped[prefix] = str(reason.args[0])
+    return stacks, skipped
+
+
+def _read_stack(state_dict: Mapping[str, Tensor], start: str, tags: list[str]) -> list[list[LayerWeights]]:
+    """LookupError with the reason if this is no stack that has a certificate."""
+    cells = {_cell_of_shapes(state_dict, start, Names(tag)) for tag in tags}
+    if len(cells) > 1:
+        raise LookupError(f"has layers of several kinds ({', '.join(sorted(cells))})")
+    levels: dict[int, list[LayerWeights]] = {}
+    for tag in tags:
+        levels.setdefault(_level(tag), []).append(read(lambda name: state_dict.get(start + name), Names(tag), min(cells)))
+    if sorted(levels) != list(range(len(levels))):
+        raise LookupError(f"has the layers {', '.join(map(str, sorted(levels)))} only")
+    for level in range(1, len(levels)):
+        width = sum(w.w_hh.shape[1] for w in levels[level - 1])
+        for w in levels[level]:
+            if w.w_ih.shape[1] != width:
+                raise LookupError(f"has a {Names(w.tag)['weight_ih']} for inputs of size {w.w_ih.shape[1]}, the layer below gives {width}")
+    return [levels[level] for level in range(len(levels))]
 
 
 def _level(tag: str) -> int:
@@ -149,20 +164,34 @@ def _level(tag: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, tag: str) -> str | None:
-    """The cell whose shapes these are, or None if they are no recurrent layer's."""
-    names = Names(tag)
-    w_ih, w_hh, w_hr = (state_dict.get(start + names[kind]) for kind in ("weight_ih", "weight_hh", "weight_hr"))
-    if not isinstance(w_ih, Tensor) or not isinstance(w_hh, Tensor) or w_ih.dim() != 2 or w_hh.dim() != 2:
-        return None
-    hidden = w_hh.shape[1] if w_hr is None else w_hr.shape[1]
-    gates, rest = divmod(w_hh.shape[0], hidden) if hidden else (0, 1)
-    return None if rest or w_ih.shape[0] != w_hh.shape[0] else {1: "rnn_tanh", 3: "gru", 4: "lstm"}.get(gates)
+def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) -> str:
+    """The cell whose shapes these are. LookupError with the reason for what has no certificate, ValueError for shapes that don't fit."""
+    for kind in ("weight_ih", "weight_hh"):
+        name = names[kind]
+        if not isinstance(state_dict.get(start + name), Tensor):
+            parts = re.compile(rf"{re.escape(start)}(parametrizations\.)?{name}(?!_reverse|_l\d)[._].*")
+            akin = ", ".join(key for key in state_dict if isinstance(key, str) and parts.fullmatch(key))
+            raise LookupError(f"has no {name}" + (f", only {akin} (a computed weight, by weight norm for instance)" if akin else ""))
+    found = {kind: state_dict[start + names[kind]] for kind in KINDS if state_dict.get(start + names[kind]) is not None}
+    shapes = {kind: tuple(getattr(w, "shape", ())) for kind, w in found.items()}
 
+    def check(kind: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            hidden = f"{names['weight_hh']} {shapes['weight_hh']}"
+            raise ValueError(f"{start}{names[kind]} has the shape {shapes[kind]}, which doesn't fit {hidden}: {wanted}")
 
-def _chained(levels: dict[int, list[LayerWeights]]) -> bool:
-    """Whether the layers are numbered from 0 and each takes what the one below gives."""
-    if sorted(levels) != list(range(len(levels))):
-        return False
-    widths = [sum(w.w_hh.shape[1] for w in levels[level]) for level in sorted(levels)]
-    return all(w.w_ih.shape[1] == width for level, width in enumerate(widths[:-1], 1) for w in levels[level])
+    for kind in ("weight_ih", "weight_hh", "weight_hr"):
+        check(kind, len(shapes.get(kind, (0, 0))) == 2, "a matrix is needed")
+    rows, out = shapes["weight_hh"]
+    hidden = shapes["weight_hr"][1] if "weight_hr" in shapes else out
+    gates, rest = divmod(rows, hidden) if hidden else (0, 1)
+    if gates == 3 and not rest:
+        raise LookupError("looks like a GRU, which has no certificate here")
+    if rest or gates not in (1, 4):
+        raise LookupError(f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM (1 or 4 gates)")
+    check("weight_ih", shapes["weight_ih"][0] == rows, f"{rows} rows are needed")
+    for kind in ("bias_ih", "bias_hh"):
+        check(kind, shapes.get(kind, (rows,)) == (rows,), f"({rows},) is needed")
+    if "weight_hr" in shapes:
+        check("weight_hr", shapes["weight_hr"][0] == out, f"{out} rows are needed")
+    return "lstm" if gates == 4 else "rnn_tanh"
