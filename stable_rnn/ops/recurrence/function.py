@@ -79,10 +79,10 @@ def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if w_ih is None else F.linear(x, w_ih, bias)
 
 
-def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: str, passing: bool = False) -> Tensor:
     """`project` where no gradient goes through it: by the kernel if it can."""
     if w_ih is not None and _plain(x) and native.can_project(x, w_ih, bias, backend):
-        return native.project(x, w_ih, bias)
+        return native.project(x, w_ih, bias, passing)
     return project(x, w_ih, bias)
 
 
@@ -157,7 +157,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     else:
         # outside of graphs and modes the op's own code, without the dispatcher's price at every step of a stream
         plain = not graph and _plain(x)
-        xp = _project_now(x, w_ih, bias, p.backend) if plain else project(x, w_ih, bias)
+        xp = _project_now(x, w_ih, bias, p.backend, passing=True) if plain else project(x, w_ih, bias)
         y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
             xp, w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
     return y, h_n, c_n, report

@@ -1,7 +1,9 @@
 """The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`)."""
 from __future__ import annotations
 
+import threading
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from .problem import CELLS, Adjoint, Output, Problem
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
-_LARGE = 1 << 22  # bytes
+_LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
+_scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
@@ -37,6 +40,16 @@ def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = Non
     if t.nbytes >= _LARGE:
         _native.lib.prefer_huge_pages(t.data_ptr(), t.nbytes)
     return t.zero_() if zero else t
+
+
+def _borrow(*shape: int) -> Tensor:
+    """Float32 memory of this thread: what the allocator would map and clear anew at each call of this size is kept, up to a limit."""
+    size = prod(shape)
+    if not _LARGE <= 4 * size <= _KEPT:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
+        _scratch.memory = _make(torch.empty(0, dtype=torch.float32, device="cpu"), False, size)
+    return _scratch.memory[:size].view(shape)
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -137,10 +150,10 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
             and all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, w_ih, bias) if t is not None))
 
 
-def project(x: Tensor, w_ih: Tensor, bias: Tensor | None) -> Tensor:
-    """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S)."""
+def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
+    """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S). `passing`: it lies in this thread's scratch memory, until the next call."""
     x, w_ih, bias = _dense(x, w_ih, bias)
-    xp = _make(x, False, x.shape[0], w_ih.shape[0])
+    xp = (_borrow if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
     _native.lib.input_projection(0, torch.get_num_threads(), *x.shape, w_ih.shape[0], _at(x), _at(w_ih), _at(bias), 0, _at(xp))
     return xp
 
