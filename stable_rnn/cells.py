@@ -64,17 +64,19 @@ class StableCellBase(CheckedAttributes, nn.RNNCellBase):
         _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
         return h, c
 
-    def _check(self, name: str, x: Tensor, states: dict[str, Tensor]) -> None:
+    def _check(self, x: Tensor, *states: Tensor) -> None:
         """torch's own shape errors."""
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        for which, h in states.items():
+        expected = x.shape[0], self.hidden_size
+        for number, h in enumerate(states):
+            if h.shape == expected:
+                continue
             if h.shape[0] != x.shape[0]:
-                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match {which} batch size {h.shape[0]}")
-            if h.shape[1] != self.hidden_size:
-                raise RuntimeError(f"{which} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{number} batch size {h.shape[0]}")
+            raise RuntimeError(f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
         if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
-            raise RuntimeError(f"{name}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
+            raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
 
 
 class StableRNNCell(StableCellBase):
@@ -97,7 +99,7 @@ class StableRNNCell(StableCellBase):
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         h = x.new_zeros(x.shape[0], self.hidden_size) if hx is None else hx if batched else hx.unsqueeze(0)
-        self._check("StableRNNCell", x, {"hidden0": h})
+        self._check(x, h)
         h, _ = self._step(x, h, None)
         return h if batched else h.squeeze(0)
 
@@ -129,6 +131,6 @@ class StableLSTMCell(StableCellBase):
                     raise ValueError(f"LSTMCell: Expected hx[{which}] to be 1D or 2D, got {value.dim()}D instead")
             if not batched:
                 h, c = h.unsqueeze(0), c.unsqueeze(0)
-        self._check("StableLSTMCell", x, {"hidden0": h, "hidden1": c})
+        self._check(x, h, c)
         h, c = self._step(x, h, c)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

@@ -165,21 +165,25 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     kind, gradient = x.dtype, torch.is_grad_enabled()
-    return kind in _DTYPES and all(
-        type(t) in _PLAIN and t.dtype is kind and t.is_cpu and not (gradient and t.requires_grad)
-        for t in (x, h, c, *weights) if t is not None)
+    if kind not in _DTYPES:
+        return False
+    for t in (x, h, c, *weights):
+        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in _PLAIN or gradient and t.requires_grad):
+            return False
+    return True
 
 
 def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float) -> tuple[Tensor, Tensor | None]:
     """One step of a cell: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh as in `nn.LSTMCell`."""
-    x, h, c, *weights = _dense(x, h, c, *weights)
-    rows = h.shape[1] * (4 if cell == "lstm" else 1)
-    for name, w, shape in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights,
-                              ((rows, x.shape[1]), (rows, h.shape[1]), (rows,), (rows,)), strict=True):
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
+    _, _, _, w_ih, w_hh, b_ih, b_hh = tensors
+    (batch, inputs), hidden = x.shape, h.shape[1]
+    rows = hidden * 4 if cell == "lstm" else hidden
+    for name, w, shape in (("weight_ih", w_ih, (rows, inputs)), ("weight_hh", w_hh, (rows, hidden)), ("bias_ih", b_ih, (rows,)),
+                           ("bias_hh", b_hh, (rows,))):
         if w is not None and w.shape != shape:
             raise ValueError(f"{name} is {tuple(w.shape)}; expected {shape}")
-    h_out = torch.empty_like(h)
-    c_out = None if c is None else torch.empty_like(c)
-    _native.lib.cell_step(CELLS.index(cell), _DTYPES[x.dtype], torch.get_num_threads(), x.shape[0], x.shape[1], h.shape[1], cap,
-                          _at(x), _at(h), _at(c), *map(_at, weights), _at(h_out), _at(c_out))
+    h_out, c_out = torch.empty_like(h), None if c is None else torch.empty_like(c)
+    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
+    _native.lib.cell_step(CELLS.index(cell), _DTYPES[x.dtype], torch.get_num_threads(), batch, inputs, hidden, cap, *addresses)
     return h_out, c_out
