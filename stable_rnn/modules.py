@@ -126,14 +126,14 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, batch: int) -> bool:
         name = dispatch.requested(self.backend)
         if name not in ("auto", "torch"):
             return False
         able, reason = self._torch_serves(x, lengths)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
-        return able and (name == "torch" or dispatch.torch_is_faster(x))
+        return able and (name == "torch" or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
@@ -145,7 +145,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
             batch = int(sizes[0])
             hx = self._zeros(x, batch) if hx is None else self._permute(hx, order)
             self._check_args(x, hx, sizes)
-            if self._runs_on_torch(x, None):
+            if self._runs_on_torch(x, None, batch):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, take, put = layout.packed(PackedSequence(x, sizes))
@@ -166,7 +166,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
         if lengths is not None:
             lengths = layout.check_lengths(lengths, batch, steps, x.device)
             x = layout.without_padding(x, lengths, self.batch_first)
-        if self._runs_on_torch(x, lengths):
+        if self._runs_on_torch(x, lengths, batch):
             y, hidden = self._run_torch(x, hx, None)
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
