@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracle.py
+sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, certificate_search.py
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ from torch import nn
 
 from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, project_after_step
 
-torch.set_num_threads(1)
-
 
 class Model(nn.Module):
     def __init__(self, **options):

@@ -12,8 +12,6 @@ from torch import nn
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
 from stable_rnn.stability import check_stability
 
-torch.set_num_threads(1)
-
 NORMS = ("2", "inf", "auto")
 
 

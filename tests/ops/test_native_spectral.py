@@ -6,7 +6,6 @@ from spectra import norm, projected, with_spectrum
 from stable_rnn import SpectralState, _native, spectral_project_
 from stable_rnn.ops.spectral import native, reference
 
-torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(_native.lib is None, reason=f"compiled module: {_native.reason}")
 SHAPES = ((1, 1), (2, 2), (1, 9), (9, 1), (5, 3), (31, 33), (63, 127), (200, 16), (16, 200), (256, 256), (1100, 20))
 

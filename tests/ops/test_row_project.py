@@ -7,7 +7,6 @@ import torch
 
 from stable_rnn import row_project_
 
-torch.set_num_threads(1)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("l1", "scale")
 

@@ -8,7 +8,6 @@ from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
 from stable_rnn import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
 
-torch.set_num_threads(1)
 BOUND = 0.99
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 METHODS = ("clip", "scale")

@@ -7,7 +7,6 @@ from spectra import norm, with_spectrum
 
 from stable_rnn import spectral_norm_bound
 
-torch.set_num_threads(1)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -6,7 +6,6 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from stable_rnn import SpectralState, spectral_projection
 
-torch.set_num_threads(1)
 ops = torch.ops.stable_rnn
 
 
