@@ -111,6 +111,7 @@ def test_lengths_equal_packed(kind, options):
     hx = hx if m.mode == "LSTM" else hx[0]
     y, hidden = m(x, hx, lengths=lengths)
     expected, hidden_expected = m(pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False), hx)
+    # float64: the same steps, products of other shapes
     torch.testing.assert_close(y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(hidden, hidden_expected, rtol=1e-12, atol=1e-12)
 
@@ -138,6 +139,7 @@ def test_plans_under_every_layout(kind, plan):
     packed, hidden = m(pack_sequence(parts, enforce_sorted=False), hx)
     padded, hidden_padded = m(nn.utils.rnn.pad_sequence(parts), hx, lengths=torch.tensor(sizes))
     unpacked, _ = pad_packed_sequence(packed)
+    # float64, two layers and two directions: the same steps, products of other shapes
     torch.testing.assert_close(unpacked, padded, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(hidden, hidden_padded, rtol=1e-11, atol=1e-11)
     for b, (y, state) in enumerate(alone):
