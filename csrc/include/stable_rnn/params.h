@@ -16,7 +16,9 @@
 namespace stable_rnn {
 
 enum Cell : int { RNN_TANH = 0, RNN_RELU = 1, LSTM = 2 };   // the order of ops/recurrence/problem.py
-enum DType : int { F32 = 0, BF16 = 1 };                      // storage of xp, weights, h and gates; arithmetic and cells are float32
+// Storage of xp, weights, h and gates; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits (CUDA only,
+// as F16 is).
+enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
 
 constexpr int gates_of(int cell) { return cell == LSTM ? 4 : 1; }
 
