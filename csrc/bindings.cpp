@@ -1,14 +1,16 @@
 // The Python module stable_rnn._C. Pointers come as integers (tensor.data_ptr(); 0 is null), sizes as integers; Python owns all memory.
 // Every entry point takes the fields of its struct in params.h, in that order, by position or by name; optional pointers default to 0.
+// The CUDA ones are named *_cuda and take the fields of CudaLaunch behind those; without STABLE_RNN_CUDA they do not exist.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "isa.h"
 #include "memory.h"
-#include "stable_rnn/params.h"
-#include "stable_rnn/spectral.h"
+#include "stable_rnn/cuda.h"
 
 namespace py = pybind11;
 using namespace stable_rnn;
@@ -24,88 +26,136 @@ struct Pointer {
   operator T*() const { return reinterpret_cast<T*>(address); }
 };
 
-template <class Params>
-void run(const char* (*kernel)(const Params&), const Params& params) {
+template <class Kernel>
+void run(const Kernel& kernel) {
   const char* problem;
   {
     py::gil_scoped_release unlocked;
-    problem = kernel(params);
+    problem = kernel();
   }
   if (problem) throw std::runtime_error(problem);
 }
+
+// The Python functions of a kernel, from the function that gathers its fields into its struct.
+template <class Params, class... Fields>
+auto on_cpu(Params (*gather)(Fields...), const char* (*kernel)(const Params&)) {
+  return [=](Fields... fields) { run([&] { return kernel(gather(fields...)); }); };
+}
+#ifdef STABLE_RNN_CUDA
+template <class Params, class... Fields>
+auto on_cuda(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CudaLaunch&)) {
+  return [=](Fields... fields, int device, Address stream, Address workspace, int64_t workspace_bytes) {
+    run([&] { return kernel(gather(fields...), CudaLaunch{device, Pointer{stream}, Pointer{workspace}, workspace_bytes}); });
+  };
+}
+#endif
 
 Lanes make_lanes(int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup, Address base, Address length,
                  Address select, int64_t n_select) {
   return {steps, batch, step, stride, warmup, Pointer{base}, Pointer{length}, Pointer{select}, n_select};
 }
 
-void recurrence_forward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
-                        int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                        Address base, Address length, Address select, int64_t n_select,
-                        Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
-                        Address y, Address h_n, Address c_n, Address gates, Address cells,
-                        Address h_start, Address c_start, Address h_end, Address c_end) {
-  run(recurrence_forward_cpu,
-      ForwardParams{cell, dtype, threads, hidden, out, cap,
-                    make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
-                    Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
-                    Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{gates}, Pointer{cells},
-                    Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}});
+ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                             int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                             Address base, Address length, Address select, int64_t n_select,
+                             Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
+                             Address y, Address h_n, Address c_n, Address gates, Address cells,
+                             Address h_start, Address c_start, Address h_end, Address c_end) {
+  return {cell, dtype, threads, hidden, out, cap,
+          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+          Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
+          Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{gates}, Pointer{cells},
+          Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}};
 }
 
-void recurrence_backward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
-                         int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                         Address base, Address length, Address select, int64_t n_select,
-                         Address dy, Address y, Address gates, Address cells, Address w_hh, Address w_hr, Address c0,
-                         Address dh_n, Address dc_n, Address dh_init, Address dc_init,
-                         Address dz, Address dh, Address dh0, Address dc0,
-                         Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
-  run(recurrence_backward_cpu,
-      BackwardParams{cell, dtype, threads, hidden, out, cap,
-                     make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
-                     Pointer{dy}, Pointer{y}, Pointer{gates}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
-                     Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init},
-                     Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
-                     Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}});
+BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                               int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                               Address base, Address length, Address select, int64_t n_select,
+                               Address dy, Address y, Address gates, Address cells, Address w_hh, Address w_hr, Address c0,
+                               Address dh_n, Address dc_n, Address dh_init, Address dc_init,
+                               Address dz, Address dh, Address dh0, Address dc0,
+                               Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
+  return {cell, dtype, threads, hidden, out, cap,
+          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+          Pointer{dy}, Pointer{y}, Pointer{gates}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
+          Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init},
+          Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
+          Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}};
 }
 
-void recurrence_windowed_backward(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
-                                  int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                                  Address base, Address length, Address select, int64_t n_select,
-                                  int64_t first, int64_t last,
-                                  Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
-                                  Address dy, Address dh_n, Address dc_n,
-                                  Address dz, Address h_prev, Address dh, Address m,
-                                  Address dxp, Address dh0, Address dc0) {
-  run(recurrence_windowed_backward_cpu,
-      WindowedBackwardParams{cell, dtype, threads, hidden, out, cap,
-                             make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
-                             Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
-                             Pointer{dy}, Pointer{dh_n}, Pointer{dc_n},
-                             Pointer{dz}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
-                             Pointer{dxp}, Pointer{dh0}, Pointer{dc0}});
+WindowedBackwardParams windowed_backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
+                                                int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
+                                                Address base, Address length, Address select, int64_t n_select,
+                                                int64_t first, int64_t last,
+                                                Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
+                                                Address dy, Address dh_n, Address dc_n,
+                                                Address dz, Address h_prev, Address dh, Address m,
+                                                Address dxp, Address dh0, Address dc0) {
+  return {cell, dtype, threads, hidden, out, cap,
+          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
+          Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
+          Pointer{dy}, Pointer{dh_n}, Pointer{dc_n},
+          Pointer{dz}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
+          Pointer{dxp}, Pointer{dh0}, Pointer{dc0}};
 }
 
-void input_projection(int dtype, int threads, int64_t rows, int64_t input, int64_t sums, Address x, Address w_ih, Address b_ih,
-                      Address b_hh, Address xp) {
-  run(input_projection_cpu, InputProjectionParams{dtype, threads, rows, input, sums, Pointer{x}, Pointer{w_ih}, Pointer{b_ih},
-                                                  Pointer{b_hh}, Pointer{xp}});
+InputProjectionParams input_projection_params(int dtype, int threads, int64_t rows, int64_t input, int64_t sums, Address x, Address w_ih,
+                                              Address b_ih, Address b_hh, Address xp) {
+  return {dtype, threads, rows, input, sums, Pointer{x}, Pointer{w_ih}, Pointer{b_ih}, Pointer{b_hh}, Pointer{xp}};
 }
 
-void cell_step(int cell, int dtype, int threads, int64_t batch, int64_t input, int64_t hidden, float cap,
-               Address x, Address h, Address c, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
-               Address h_out, Address c_out) {
-  run(cell_step_cpu, CellStepParams{cell, dtype, threads, batch, input, hidden, cap, Pointer{x}, Pointer{h}, Pointer{c},
-                                    Pointer{w_ih}, Pointer{w_hh}, Pointer{b_ih}, Pointer{b_hh}, Pointer{h_out}, Pointer{c_out}});
+CellStepParams cell_step_params(int cell, int dtype, int threads, int64_t batch, int64_t input, int64_t hidden, float cap,
+                                Address x, Address h, Address c, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
+                                Address h_out, Address c_out) {
+  return {cell, dtype, threads, batch, input, hidden, cap, Pointer{x}, Pointer{h}, Pointer{c},
+          Pointer{w_ih}, Pointer{w_hh}, Pointer{b_ih}, Pointer{b_hh}, Pointer{h_out}, Pointer{c_out}};
 }
 
 // matrices is a table of int64 with the fields of SpectralMatrix in its columns.
-void spectral_step(int threads, bool scale, int iterations, int64_t fresh, uint64_t seed, int64_t count, Address matrices,
-                   Address bounds, Address norms, Address near) {
-  run(spectral_step_cpu,
-      SpectralParams{threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms},
-                     Pointer{near}});
+SpectralParams spectral_params(int threads, bool scale, int iterations, int64_t fresh, uint64_t seed, int64_t count, Address matrices,
+                               Address bounds, Address norms, Address near) {
+  return {threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms},
+          Pointer{near}};
 }
+
+#ifdef STABLE_RNN_CUDA
+using Limits = std::array<int64_t, 4>;   // the fields of CudaLimits
+
+CudaLimits make_limits(const Limits& l) { return {int(l[0]), int(l[1]), l[2], int(l[3])}; }
+
+Limits limits_of(int device) {
+  CudaLimits found;
+  run([&] { return cuda_limits(device, &found); });
+  return {found.arch, found.sms, found.shared_bytes, found.max_cluster};
+}
+
+int64_t spectral_workspace(int64_t count, Address matrices, const Limits& limits) {
+  SpectralParams params{};
+  params.count = count;
+  params.matrices = Pointer{matrices};
+  return spectral_workspace_cuda(params, make_limits(limits));
+}
+
+py::dict recurrence_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const Limits& limits) {
+  const CudaPlan plan = recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, make_limits(limits));
+  py::dict fields;
+  if (plan.message) {
+    fields["message"] = plan.message;
+    return fields;
+  }
+  fields["message"] = py::none();
+  fields["blocks"] = plan.blocks;
+  fields["cluster"] = plan.cluster;
+  fields["lanes"] = plan.lanes;
+  fields["units"] = plan.units;
+  fields["warps"] = plan.warps;
+  fields["place"] = plan.place;
+  fields["teams"] = plan.teams;
+  fields["shared_bytes"] = plan.shared_bytes;
+  fields["workspace_bytes"] = plan.workspace_bytes;
+  return fields;
+}
+#endif
 
 py::dict cpu_features() {
   py::dict features;
@@ -130,22 +180,32 @@ PYBIND11_MODULE(_C, module) {
   using py::arg;
 
   // recurrence: stable_rnn/params.h
-  module.def("recurrence_forward", recurrence_forward,
-             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
-             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
-             arg("base"), arg("length"), arg("select"), arg("n_select"),
-             arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
-             arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("gates") = 0, arg("cells") = 0,
-             arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0);
-  module.def("recurrence_backward", recurrence_backward,
-             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
-             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
-             arg("base"), arg("length"), arg("select"), arg("n_select"),
-             arg("dy"), arg("y") = 0, arg("gates") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
-             arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0,
-             arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
-             arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0);
-  module.def("recurrence_windowed_backward", recurrence_windowed_backward,
+  const auto forward = [&](const char* name, auto function, auto... launch) {
+    module.def(name, function,
+               arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
+               arg("base"), arg("length"), arg("select"), arg("n_select"),
+               arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
+               arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("gates") = 0, arg("cells") = 0,
+               arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0, launch...);
+  };
+  const auto backward = [&](const char* name, auto function, auto... launch) {
+    module.def(name, function,
+               arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
+               arg("base"), arg("length"), arg("select"), arg("n_select"),
+               arg("dy"), arg("y") = 0, arg("gates") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
+               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0,
+               arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
+               arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, launch...);
+  };
+  const auto spectral = [&](const char* name, auto function, auto... launch) {   // stable_rnn/spectral.h
+    module.def(name, function, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),
+               arg("matrices"), arg("bounds"), arg("norms"), arg("near"), launch...);
+  };
+  forward("recurrence_forward", on_cpu(forward_params, recurrence_forward_cpu));
+  backward("recurrence_backward", on_cpu(backward_params, recurrence_backward_cpu));
+  module.def("recurrence_windowed_backward", on_cpu(windowed_backward_params, recurrence_windowed_backward_cpu),
              arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
              arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
              arg("base"), arg("length"), arg("select"), arg("n_select"), arg("first"), arg("last"),
@@ -153,15 +213,26 @@ PYBIND11_MODULE(_C, module) {
              arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
              arg("dz") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
              arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
-  module.def("input_projection", input_projection,
+  module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu),
              arg("dtype"), arg("threads"), arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
-  module.def("cell_step", cell_step,
+  module.def("cell_step", on_cpu(cell_step_params, cell_step_cpu),
              arg("cell"), arg("dtype"), arg("threads"), arg("batch"), arg("input"), arg("hidden"), arg("cap"),
              arg("x"), arg("h"), arg("c"), arg("w_ih"), arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));
+  spectral("spectral_step", on_cpu(spectral_params, spectral_step_cpu));
 
-  // spectral projection: stable_rnn/spectral.h
-  module.def("spectral_step", spectral_step, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),
-             arg("matrices"), arg("bounds"), arg("norms"), arg("near"));
+#ifdef STABLE_RNN_CUDA
+  forward("recurrence_forward_cuda", on_cuda(forward_params, recurrence_forward_cuda),
+          arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
+  backward("recurrence_backward_cuda", on_cuda(backward_params, recurrence_backward_cuda),
+           arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
+  spectral("spectral_step_cuda", on_cuda(spectral_params, spectral_step_cuda),
+           arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
+  module.def("spectral_workspace_cuda", spectral_workspace, arg("count"), arg("matrices"), arg("limits"),
+             "Bytes that spectral_step_cuda needs on a device with these limits.");
+  module.def("recurrence_plan_cuda", recurrence_plan, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"), arg("out"), arg("entries"),
+             arg("limits"), "How a shape would run on a device with these limits: the fields of CudaPlan.");
+  module.def("cuda_limits", limits_of, arg("device"), "(arch, sms, shared_bytes, max_cluster) of a device.");
+#endif
 
   // the machine
   module.def("prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"), arg("bytes"),
