@@ -1,24 +1,27 @@
 """Which code runs a recurrence: one visible rule.
 
-`auto` tries the compiled CPU kernels on CPU tensors, then the reference in plain torch. An argument `backend=`, or the environment
-variable `STABLE_RNN_BACKEND`, forces one, which then raises with the reason if it cannot run the problem. The backend `torch` (the
-framework's own recurrence) serves whole plain stacks and is picked by the modules, see `modules.py`.
+`auto` tries, on GPU tensors, the CUDA kernels and then Triton's, on CPU tensors the compiled C++ kernels; then the reference in plain
+torch. An argument `backend=`, or the environment variable `STABLE_RNN_BACKEND`, forces one, which then raises with the reason if it
+cannot run the problem. The backend `torch` (the framework's own recurrence) serves whole plain stacks and is picked by the modules,
+see `modules.py`.
 """
 from __future__ import annotations
 
 import os
 import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _native
-from .ops.recurrence import native, reference
+from .ops.recurrence import cuda, native, reference
 from .ops.recurrence.problem import Problem
 
-NAMES = ("auto", "cpu", "reference", "torch")
-_RUNNERS = {"cpu": native, "reference": reference}
+NAMES = ("auto", "cuda", "cpu", "reference", "torch")
+_RUNNERS = {"cuda": cuda, "cpu": native, "reference": reference}
+_GPU, _CPU = ("cuda",), ("cpu",)  # what `auto` tries before the reference
 _warned: set[str] = set()
 
 
@@ -30,13 +33,19 @@ class Backend(NamedTuple):
 
 def backends() -> list[Backend]:
     """Every backend, whether it can run here, and why or why not."""
-    return [
-        Backend("cuda", False, "not built in this version"),
-        Backend("triton", False, "not part of this version"),
+    gpu = torch.empty(0, device="cuda") if torch.cuda.is_available() else None
+    rows = [_on_gpu("cuda", gpu, "compiled CUDA kernels; float32, float16, bfloat16"),
+            Backend("triton", False, "not part of this version")]
+    return rows + [
         Backend("cpu", _native.lib is not None, _native.reason or "compiled C++ kernels; float32, bfloat16"),
         Backend("torch", True, "torch's own recurrence, for plain Recurrent() stacks"),
         Backend("reference", True, "plain torch, any dtype and device, slow"),
     ]
+
+
+def _on_gpu(name: str, gpu: Tensor | None, what: str) -> Backend:
+    able, reason = _RUNNERS[name].can_run(None, torch.empty(0) if gpu is None else gpu)
+    return Backend(name, able, what if able else reason)
 
 
 def check_name(name: str) -> str:
@@ -55,20 +64,24 @@ def requested(name: str) -> str:
     return forced
 
 
-def choose(p: Problem, xp: Tensor):
-    """The module (with `forward`, `backward`, `windowed_backward`) that runs this problem."""
+def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleType:
+    """The module (with `forward`, `backward`, `windowed_backward`) that runs this problem on tensors like x."""
     name = requested(p.backend)
     if name == "torch":
         raise ValueError("backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
-                         "auto, cpu, reference")
+                         "auto, cuda, cpu, reference")
     if name != "auto":
-        able, reason = _RUNNERS[name].can_run(p, xp)
+        able, reason = _RUNNERS[name].can_run(p, x, w_hh, w_hr)
         if not able:
             raise ValueError(f"backend {name!r} cannot run this problem: {reason}")
         return _RUNNERS[name]
-    able, reason = native.can_run(p, xp)
-    if able:
-        return native
+    reasons = []
+    for name in _GPU if x.device.type == "cuda" else _CPU:
+        able, reason = _RUNNERS[name].can_run(p, x, w_hh, w_hr)
+        if able:
+            return _RUNNERS[name]
+        reasons.append(reason)
+    reason = "; ".join(reasons)
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"stable_rnn runs its slow reference recurrence: {reason}", RuntimeWarning, stacklevel=2)
@@ -77,7 +90,8 @@ def choose(p: Problem, xp: Tensor):
 
 def torch_is_faster(cell: str, x: Tensor, hidden: int, batch: int) -> bool:
     """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, no compiled module, and the
-    inference of LSTMs of middling batches, where it was measured up to 6 % faster (benchmarks/README.md)."""
+    inference of LSTMs of middling batches, where it was measured up to 6 % faster (benchmarks/README.md). On GPUs cuDNN keeps every
+    plain recurrence until the kernels here are measured against it."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     return cell == "lstm" and not torch.is_grad_enabled() and hidden >= 256 and 32 <= batch < 128

@@ -89,7 +89,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
-        numbers = self.plan.numbers(x.dtype)
+        numbers = self.plan.numbers(x)
         h_n, c_n, reports = [], [], []
         noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
         notes: list[Note] = []
@@ -243,7 +243,7 @@ class StableRNN(StableRNNBase):
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
-    - `backend`: "auto" (default), "cpu", "reference", "torch"
+    - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
     lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
@@ -280,7 +280,7 @@ class StableLSTM(StableRNNBase):
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
       at f), or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
-    - `backend`: "auto" (default), "cpu", "reference", "torch"
+    - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
     of shapes (L*D, B, P) and (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past

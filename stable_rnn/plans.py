@@ -22,6 +22,7 @@ from torch import nn
 
 from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
+from .precision import TF32_EPS, tf32_allowed
 
 _LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
 
@@ -29,8 +30,8 @@ _LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
 class Plan:
     """Base of the plans."""
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
-        """The fields of a `Problem` that the plan sets: stride, warmup, tol, max_passes."""
+    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
+        """The fields of a `Problem` that the plan sets for tensors like x: stride, warmup, tol, max_passes."""
         raise NotImplementedError
 
 
@@ -38,7 +39,7 @@ class Plan:
 class Recurrent(Plan):
     """The plain recurrence over all T steps, with exact back-propagation through time."""
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
         return {"stride": WHOLE}
 
 
@@ -53,7 +54,7 @@ class Windowed(Plan):
     def __post_init__(self) -> None:
         _take_int(self, "k", 1)
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
         return {"stride": 1, "warmup": min(self.k - 1, _LONGEST)}
 
 
@@ -73,7 +74,7 @@ class Chunked(Plan):
         _take_int(self, "chunk", 1)
         _take_int(self, "warmup", 0)
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
         return {"stride": min(self.chunk, _LONGEST), "warmup": min(self.warmup, _LONGEST)}
 
 
@@ -83,9 +84,10 @@ class Verified(Plan):
 
     The result is a trajectory of the recurrence whose only defects are jumps of at most `tol` (relative to max(1, |state|)) at chunk
     borders, for any weights. `tol=None`: about the rounding error of one step, 4 eps of the dtype for what is stored and 12 eps of the
-    arithmetic (float32, or float64) for the sums; in float32 1.9e-6. `tol=0`: borders agree bitwise, and the result is that of
-    the plain recurrence on the same backend. Where checking does not pay (after `max_passes`, or when reruns stop shrinking) it runs
-    `Recurrent` and says so in `module.last_report`. The backward pass checks the adjoint likewise, relative to its largest value.
+    arithmetic (float32, or float64) for the sums; in float32 1.9e-6, or 1.2e-2 where torch's switch lets GPU products be TF32.
+    `tol=0`: borders agree bitwise, and the result is that of the plain recurrence on the same backend. Where checking does not pay
+    (after `max_passes`, or when reruns stop shrinking) it runs `Recurrent` and says so in `module.last_report`. The backward pass
+    checks the adjoint likewise, relative to its largest value.
     `chunk` and `warmup` are chosen when not given: 32 steps, or what a clamped forget gate needs to forget down to `tol`."""
 
     tol: float | None = None
@@ -105,16 +107,17 @@ class Verified(Plan):
             _take_int(self, "warmup", 0)
         _take_int(self, "max_passes", 1)
 
-    def numbers(self, dtype: torch.dtype) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
         return {"stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
                 "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
-                "tol": step_rounding(dtype) if self.tol is None else float(self.tol), "max_passes": self.max_passes}
+                "tol": step_rounding(x) if self.tol is None else float(self.tol), "max_passes": self.max_passes}
 
 
-def step_rounding(dtype: torch.dtype) -> float:
-    """About what rounding does to one step, relative to max(1, |state|). Less, and two sound runs of a slowly forgetting model, whose
-    rounding errors live on for a while, would not agree."""
-    return 4 * torch.finfo(dtype).eps + 12 * torch.finfo(arithmetic(dtype)).eps
+def step_rounding(x: torch.Tensor) -> float:
+    """About what rounding does to one step on tensors like x, relative to max(1, |state|): 4 eps of what is stored, 12 eps of what is
+    multiplied. Less, and two sound runs of a slowly forgetting model, whose rounding errors live on for a while, would not agree."""
+    products = TF32_EPS if x.is_cuda and x.dtype == torch.float32 and tf32_allowed() else torch.finfo(arithmetic(x.dtype)).eps
+    return 4 * torch.finfo(x.dtype).eps + 12 * products
 
 
 @dataclass(frozen=True)

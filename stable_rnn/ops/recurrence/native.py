@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import _native
-from .problem import CELLS, Adjoint, Output, Problem
+from .compiled import DTYPES, Kernels, at, dense, sizes
+from .problem import CELLS, Problem
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TAKEN = (torch.float32, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
 _LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
@@ -20,18 +21,14 @@ _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
-def can_run(p: Problem | None, xp: Tensor) -> tuple[bool, str]:
+def can_run(p: Problem | None, xp: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
     if _native.lib is None:
         return False, f"the compiled module is missing ({_native.reason})"
     if xp.device.type != "cpu":
         return False, f"the compiled kernels run on the CPU, the tensors are on {xp.device}"
-    if xp.dtype not in _DTYPES:
+    if xp.dtype not in _TAKEN:
         return False, f"the compiled kernels take float32 and bfloat16, not {xp.dtype}"
     return True, ""
-
-
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -52,70 +49,15 @@ def _borrow(*shape: int) -> Tensor:
     return _scratch.memory[:size].view(shape)
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _sizes(p: Problem, w_hh: Tensor, batch: int) -> tuple:
-    """The numbers that every kernel begins with, up to the schedule."""
-    gates = 4 if p.cell == "lstm" else 1
-    return (CELLS.index(p.cell), _DTYPES[w_hh.dtype], torch.get_num_threads(), w_hh.shape[0] // gates, w_hh.shape[1], p.cap,
-            p.steps, batch, p.step, p.stride, p.warmup)
-
-
-def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> list[Tensor]:
-    """Start and end states of all lanes, zero where no lane runs."""
-    count, c_width = p.lanes() * batch, hidden if p.cell == "lstm" else 0
-    return [like.new_zeros(count, width, dtype=torch.float32) for width in (out, c_width, out, c_width)]
-
-
-def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
-            p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
-            c_init: Tensor | None = None, out: Output | None = None) -> Output:
-    """As `reference.forward`; `out` is written in place."""
-    xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = _dense(xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init)
-    n, batch, width = xp.shape[0], h0.shape[0], w_hh.shape[1]
-    lstm = p.cell == "lstm"
-    hidden = w_hh.shape[0] // (4 if lstm else 1)
-    if out is None:
-        empty = xp.new_empty(0)
-        make = partial(_make, xp, lengths is not None)  # rows past a length are zero
-        kept = [make(n, 4 * hidden), make(n, hidden, dtype=torch.float32)] if save and lstm else [empty, empty]
-        ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
-        out = Output(make(n, width), *kept, torch.empty_like(h0), torch.empty_like(c0) if lstm else empty, *ends)
-    _native.lib.recurrence_forward(
-        *_sizes(p, w_hh, batch), _at(base), _at(lengths), _at(ids), 0 if ids is None else len(ids),
-        _at(xp), _at(w_hh), _at(w_hr), _at(h0), _at(c0), _at(h_init), _at(c_init),
-        out.y.data_ptr(), out.h_n.data_ptr(), *(t.data_ptr() for t in (out.c_n, out.gates, out.cells, *out[5:])))
-    return out
-
-
-def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
-             c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False, ids: Tensor | None = None,
-             dh_init: Tensor | None = None, dc_init: Tensor | None = None, out: Adjoint | None = None) -> Adjoint:
-    """As `reference.backward`; `out` is written in place."""
-    dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init = _dense(
-        dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init)
-    n, batch, width = y.shape[0], dh_n.shape[0], w_hh.shape[1]
-    lstm = p.cell == "lstm"
-    hidden = w_hh.shape[0] // (4 if lstm else 1)
-    if out is None:
-        empty = y.new_empty(0)
-        make = partial(_make, y, lengths is not None)
-        ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
-        out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), torch.empty_like(dh_n),
-                      torch.empty_like(c0) if lstm else empty, *ends)
-    _native.lib.recurrence_backward(
-        *_sizes(p, w_hh, batch), _at(base), _at(lengths), _at(ids), 0 if ids is None else len(ids),
-        _at(dy), _at(y), _at(gates), _at(cells), _at(w_hh), _at(w_hr), _at(c0), _at(dh_n), _at(dc_n), _at(dh_init), _at(dc_init),
-        *(t.data_ptr() for t in out))
-    return out
+_kernels = Kernels(lambda *fields: _native.lib.recurrence_forward(*fields), lambda *fields: _native.lib.recurrence_backward(*fields),
+                   lambda t: DTYPES[t.dtype], _make)
+forward, backward = _kernels.forward, _kernels.backward
 
 
 def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
                       c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
-    dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = _dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
+    dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
     hidden = w_hh.shape[0] // (4 if p.cell == "lstm" else 1)
     made = partial(_make, xp, True, dtype=torch.float32)
@@ -129,9 +71,9 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         last = min(first + group, lanes)
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         _native.lib.recurrence_windowed_backward(
-            *_sizes(p, w_hh, batch), _at(base), _at(lengths), 0, 0, first, last,
-            _at(xp), _at(w_hh), _at(w_hr), _at(h0), _at(c0), _at(dy), _at(dh_n), _at(dc_n),
-            _at(dz), _at(h_prev), *(map(_at, projected) if projected else (0, 0)), _at(dxp), _at(dh0), _at(dc0))
+            *sizes(p, DTYPES[w_hh.dtype], w_hh, batch), at(base), at(lengths), 0, 0, first, last,
+            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n),
+            at(dz), at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
             dw_hr.addmm_(projected[0].T, projected[1])
@@ -152,9 +94,9 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
     """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S). `passing`: it lies in this thread's scratch memory, until the next call."""
-    x, w_ih, bias = _dense(x, w_ih, bias)
+    x, w_ih, bias = dense(x, w_ih, bias)
     xp = (_borrow if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
-    _native.lib.input_projection(0, torch.get_num_threads(), *x.shape, w_ih.shape[0], _at(x), _at(w_ih), _at(bias), 0, _at(xp))
+    _native.lib.input_projection(0, torch.get_num_threads(), *x.shape, w_ih.shape[0], at(x), at(w_ih), at(bias), 0, at(xp))
     return xp
 
 
@@ -165,7 +107,7 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     kind, gradient = x.dtype, torch.is_grad_enabled()
-    if kind not in _DTYPES:
+    if kind not in _TAKEN:
         return False
     for t in (x, h, c, *weights):
         if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in _PLAIN or gradient and t.requires_grad):
@@ -185,5 +127,5 @@ def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple,
             raise ValueError(f"{name} is {tuple(w.shape)}; expected {shape}")
     h_out, c_out = torch.empty_like(h), None if c is None else torch.empty_like(c)
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
-    _native.lib.cell_step(CELLS.index(cell), _DTYPES[x.dtype], torch.get_num_threads(), batch, inputs, hidden, cap, *addresses)
+    _native.lib.cell_step(CELLS.index(cell), DTYPES[x.dtype], torch.get_num_threads(), batch, inputs, hidden, cap, *addresses)
     return h_out, c_out

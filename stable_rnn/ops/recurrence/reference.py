@@ -217,5 +217,5 @@ def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: T
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if c0 is not None else None
 
 
-def can_run(p: Problem, xp: Tensor) -> tuple[bool, str]:
+def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
     return True, "plain torch, any dtype and device"

@@ -16,7 +16,7 @@ def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ..
     p = Problem(*numbers).resolved(h0.shape[0])
     tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
     check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
-    backend = choose(p, xp)
+    backend = choose(p, xp, w_hh, w_hr)
     if p.checked:
         out, found = verified.run(backend, tensors, p, save)
     else:
@@ -30,7 +30,7 @@ def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *nu
     tensors = (dy, dh_n, None if c0 is None else dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths)
     saved = {} if c0 is None else dict(gates=gates, cells=cells)
     check(p, dy, dh_n, base, lengths, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, dc_n=tensors[2], **saved)
-    backend = choose(p, dy)
+    backend = choose(p, dy, w_hh, w_hr)
     if p.checked:
         out, found = verified.run_back(backend, tensors, p)
     else:
@@ -43,7 +43,7 @@ def windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *nu
     p = Problem(*numbers).resolved(h0.shape[0])
     tensors = (dy, dh_n, None if c0 is None else dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=tensors[2])
-    found = choose(p, xp).windowed_backward(*tensors, p)
+    found = choose(p, xp, w_hh, w_hr).windowed_backward(*tensors, p)
     return _fresh(tensors, *(xp.new_empty(0) if t is None else t for t in found))
 
 

@@ -1,0 +1,72 @@
+"""The backward pass of windows, composed from a backend's `forward` and `backward`: what the GPU backends use.
+
+A group of windows is gathered into a bounded workspace as sequences of k steps, end to end; they run forward again, saving their
+states, and back. The overlaps add up one step of the windows after the other, and dW by one GEMM a group: a fixed order, no two
+additions to one place at a time.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, row_base, row_length, weight_gradients
+
+WORKSPACE = 1 << 25  # elements that a group may use at once
+
+
+def windowed_backward(backend, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
+                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+    """As `reference.windowed_backward`, by `backend.forward` and `backend.backward`."""
+    n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
+    first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
+    windows = p.lanes() * batch
+    width = 2 * xp.shape[1] + w_hh.shape[0] + 3 * w_hh.shape[1]  # xp, gates, dz; y, dy and the cells
+    group = max(1, min(windows, WORKSPACE // (k * max(1, width))))
+    f32 = dict(dtype=torch.float32, device=device)
+    dxp = torch.zeros(n + 1, xp.shape[1], **f32)  # the last row takes what belongs to no time
+    dw_hh, dw_hr = torch.zeros(w_hh.shape, **f32), None if w_hr is None else torch.zeros(w_hr.shape, **f32)
+    from_start = min(k, p.steps)
+    early = from_start * batch  # ids of the windows from time 0
+    dh0, dc0 = (None if t is None else torch.zeros(early, t.shape[1], **f32) for t in (h0, c0))
+    local = Problem(p.cell, k, 1, stride=k, cap=p.cap, backend=p.backend)
+
+    for first in range(0, windows, group):
+        ids = torch.arange(first, min(first + group, windows), device=device)
+        t, b = ids // batch, ids % batch
+        begin = (t - k + 1).clamp(min=0)
+        last = t + 1 == length[b]
+        steps = torch.where(t < length[b], t + 1 - begin, 0)  # of each window
+        q = torch.arange(k, device=device)
+        rows = torch.where(q < steps[:, None], first_row[b][:, None] + (begin[:, None] + q) * p.step, n)  # (windows, k)
+        some = lambda x, keep: None if x is None else torch.where(keep[:, None], x[b], 0)  # noqa: B023, E731
+        begins = [some(x, t < k) for x in (h0, c0)]
+        ends = [some(x, last) for x in (dh_n, dc_n)]
+        xs = _rows(xp, rows.flatten())
+        dys = torch.zeros(len(ids), k, dy.shape[1], dtype=dy.dtype, device=device)
+        at_end = (steps - 1).clamp(min=0)
+        dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
+        places = torch.arange(len(ids), device=device) * k
+        out = backend.forward(xs, w_hh, w_hr, *begins, places, steps, local)
+        back = backend.backward(dys.flatten(0, 1), *ends, out.y, out.gates, out.cells, w_hh, w_hr, begins[1], places, steps, local)
+        dz = back.dz.view(len(ids), k, -1)
+        for j in range(k):  # the steps that are j before a window's last: no two windows share their rows
+            at = steps - 1 - j
+            here = rows.gather(1, at.clamp(min=0)[:, None])[:, 0]
+            dxp.index_add_(0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float())
+        found = weight_gradients(True, w_hr is not None, back.dz, back.dh, out.y, out.gates, out.cells, begins[0], places, steps, local)
+        for total, part in zip((dw_hh, dw_hr), found):
+            if total is not None:
+                total += part
+        for total, part in ((dh0, back.dh0), (dc0, back.dc0)):
+            if total is not None and first < early:
+                total[first : first + len(ids)] = part[: early - first]
+    dh0, dc0 = (None if x is None else x.view(from_start, batch, x.shape[1]).sum(0) for x in (dh0, dc0))
+    if lengths is not None:  # a row without any time hands its gradients straight through
+        none = (lengths == 0)[:, None]
+        dh0, dc0 = (None if x is None else torch.where(none, end.float(), x) for x, end in ((dh0, dh_n), (dc0, dc_n)))
+    return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], dw_hh, dw_hr, dh0, dc0))
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of x, zeros for the number behind the last."""
+    return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, rows)
