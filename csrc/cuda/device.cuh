@@ -1,0 +1,306 @@
+// Everything that the kernels ask of the device, and how they are launched. Kernels use nothing else (no static __shared__, no intrinsics),
+// so the same source also runs on the CPU: with STABLE_RNN_EXECUTOR, tests/executor/executor.h gives these names to g++.
+//
+// Blocks and grids are one-dimensional, a block has a multiple of 32 threads. "Warp" functions must be called by all 32 lanes together.
+// Kernels are `template <...> __global__ void name(const Params p)`. Compiled for sm_80 and up; clusters exist from sm_90 on.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "stable_rnn/cell.h"
+
+namespace stable_rnn {
+
+// Storage types. Conversion rounds to nearest even; a NaN becomes 0x7fff, on host and device.
+struct Bf16 {
+  uint16_t bits;
+  Bf16() = default;
+  STABLE_RNN_HD explicit Bf16(float value) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    uint32_t u;
+    std::memcpy(&u, &value, 4);
+    bits = static_cast<uint16_t>(value != value ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+#endif
+  }
+  STABLE_RNN_HD operator float() const {
+    const uint32_t u = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &u, 4);
+    return value;
+  }
+};
+
+struct F16 {
+  uint16_t bits;
+  F16() = default;
+  STABLE_RNN_HD explicit F16(float value) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    uint32_t u, sum;
+    std::memcpy(&u, &value, 4);
+    const uint32_t sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    std::memcpy(&value, &u, 4);
+    const float shifted = value + 0.5f;               // rounds to a multiple of 2^-24, the smallest step of the type
+    std::memcpy(&sum, &shifted, 4);
+    const uint32_t small = sum - 0x3f000000, normal = ((u + 0xfff + (u >> 13 & 1)) >> 13) - (112 << 10);
+    bits = static_cast<uint16_t>(value != value ? 0x7fff : sign | (u >= 0x477ff000 ? 0x7c00 : u < 0x38800000 ? small : normal));
+#endif
+  }
+  STABLE_RNN_HD operator float() const {
+    float value;
+#ifdef __CUDA_ARCH__
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+#else
+    const bool special = (bits & 0x7c00) == 0x7c00;   // infinite or NaN
+    uint32_t u = (bits & 0x7fffu) << 13 | (special ? 0x7f800000u : 0u);
+    std::memcpy(&value, &u, 4);
+    if (!special) value *= 0x1p112f;
+    std::memcpy(&u, &value, 4);
+    u |= (bits & 0x8000u) << 16;
+    std::memcpy(&value, &u, 4);
+#endif
+    return value;
+  }
+};
+
+// Product types of mma().
+struct Bf16Tag {};
+struct F16Tag {};
+struct Tf32Tag {};
+
+// What launch() needs. cluster: blocks of a cluster, 1 for none. cooperative: all blocks run at the same time, so they may wait for flags.
+struct Grid {
+  int blocks, threads, cluster;
+  int64_t shared_bytes;
+  bool cooperative;
+  void* stream;
+};
+
+// Null, or why no kernel can run here: no driver, or one too old for the runtime that is linked in (both versions are named).
+const char* cuda_driver_problem();
+
+}  // namespace stable_rnn
+
+#ifdef STABLE_RNN_EXECUTOR
+#include "executor.h"
+#else
+#include <cuda_runtime.h>
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "the kernels need sm_80 or later"
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define STABLE_RNN_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define STABLE_RNN_CLUSTER_ASM(...) __trap()   // launch() never puts blocks into clusters there
+#endif
+
+namespace stable_rnn {
+
+// --- where a thread is
+
+__device__ __forceinline__ int thread_index() { return threadIdx.x; }
+__device__ __forceinline__ int thread_count() { return blockDim.x; }
+__device__ __forceinline__ int block_index() { return blockIdx.x; }
+__device__ __forceinline__ int block_count() { return gridDim.x; }
+
+extern __shared__ __align__(128) char stable_rnn_shared_memory[];
+__device__ __forceinline__ char* shared_memory() { return stable_rnn_shared_memory; }   // Grid::shared_bytes of it
+
+// --- block and warp
+
+__device__ __forceinline__ void block_sync() { __syncthreads(); }
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+template <class T>
+__device__ __forceinline__ T shuffle(T value, int source_lane) {   // 0 <= source_lane < 32
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32-bit and 64-bit values");
+  return __shfl_sync(0xffffffffu, value, source_lane);
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {      // from lane ^ mask
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32-bit and 64-bit values");
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// --- c += a b on tensor cores, one warp: a (16, K) by rows, b (K, 8) by columns, K = 16 (16-bit) or 8 (TF32, its inputs from to_tf32).
+// With g = lane / 4, t = lane % 4:   c[0,1] = C[g][2t, 2t+1],  c[2,3] = C[g+8][2t, 2t+1]
+//   16-bit, two to a register:       a = A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..];   b = B[2t..][g], B[2t+8..][g]
+//   TF32:                            a = A[g][t],    A[g+8][t],    A[g][t+4],    A[g+8][t+4];      b = B[t][g],    B[t+4][g]
+
+#define STABLE_RNN_MMA(shape, types)                                                                                                \
+  asm("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16Tag) {
+  STABLE_RNN_MMA("m16n8k16", "bf16.bf16");
+}
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F16Tag) {
+  STABLE_RNN_MMA("m16n8k16", "f16.f16");
+}
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tf32Tag) {
+  STABLE_RNN_MMA("m16n8k8", "tf32.tf32");
+}
+#undef STABLE_RNN_MMA
+
+__device__ __forceinline__ uint32_t to_tf32(float value) {   // the nearest with 10 bits of mantissa, ties away from zero
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+// --- copies from global to shared memory that overlap with what follows: issue, commit the group, wait until at most `pending` groups of
+// this thread are under way; then a block_sync() before other threads read. Both addresses are multiples of `bytes`.
+
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "4, 8 or 16 bytes");
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (bytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// --- cluster. Every thread of every block arrives, and then waits, in turn; what was written before arriving is seen after waiting.
+// Another block's shared memory may be touched only between its first and its last cluster_sync().
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ __forceinline__ int cluster_size() {
+  int size = 1;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+__device__ __forceinline__ void cluster_arrive() { STABLE_RNN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { STABLE_RNN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+template <class T>
+__device__ __forceinline__ T* cluster_map(T* shared, int rank) {   // the same place in the shared memory of block `rank` of the cluster
+  T* there = shared;
+  STABLE_RNN_CLUSTER_ASM("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+  return there;
+}
+
+// --- between blocks of a cooperative grid, through the L2 cache. Writing: data, block_sync(), then one thread signals. Reading: one thread
+// waits, block_sync(), then data by load_l2 (the L1 cache may hold what was there before).
+
+__device__ __forceinline__ void flag_signal(unsigned* flag, unsigned value) {
+  asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void flag_wait(const unsigned* flag, unsigned at_least) {
+  unsigned value;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  while (value < at_least);
+}
+
+template <class T>
+__device__ __forceinline__ T load_l2(const T* global) {   // T of 4, 8 or 16 bytes, aligned to its size
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
+  constexpr int words = sizeof(T) / 4;
+  uint32_t r[words];
+  if constexpr (words == 1)
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r[0]) : "l"(global));
+  else if constexpr (words == 2)
+    asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(global));
+  else
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(global));
+  T value;
+  memcpy(&value, r, sizeof(T));
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ void store_l2(T* global, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
+  constexpr int words = sizeof(T) / 4;
+  uint32_t r[words];
+  memcpy(r, &value, sizeof(T));
+  if constexpr (words == 1)
+    asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(global), "r"(r[0]) : "memory");
+  else if constexpr (words == 2)
+    asm volatile("st.global.cg.v2.u32 [%0], {%1,%2};" ::"l"(global), "r"(r[0]), "r"(r[1]) : "memory");
+  else
+    asm volatile("st.global.cg.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(global), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+#undef STABLE_RNN_CLUSTER_ASM
+
+// --- host
+
+// Null where all is well, else CUDA's message; the runtime's record of it is cleared, so that no later call reports it again.
+inline const char* cuda_message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+// Enqueues kernel(params); works while the stream is being captured. Returns null or CUDA's message.
+template <class Params>
+const char* launch(void (*kernel)(Params), const Grid& grid, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t error = cudaSuccess;
+  if (grid.shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+  if (error == cudaSuccess && grid.cluster > 8)
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error != cudaSuccess) return cuda_message(error);
+
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(grid.stream);
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = grid.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  if (grid.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cuda_message(cudaLaunchKernelExC(&config, function, arguments));
+}
+
+// body() with `device` current; the caller's device is current again afterwards. body returns null or a message, and so does this.
+template <class Body>
+const char* with_device(int device, const Body& body) {
+  if (const char* problem = cuda_driver_problem()) return problem;
+  int before;
+  if (const char* problem = cuda_message(cudaGetDevice(&before))) return problem;
+  if (before == device) return body();
+  if (const char* problem = cuda_message(cudaSetDevice(device))) return problem;
+  const char* problem = body();
+  const char* restored = cuda_message(cudaSetDevice(before));
+  return problem ? problem : restored;
+}
+
+}  // namespace stable_rnn
+#endif
