@@ -10,6 +10,8 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 TORCH  ?= torch==2.13.0
 TESTS  ?= tests
+# The CPU build of torch has no use for CUDA kernels; tests compile them all the same. CUDA=auto where torch is built with CUDA.
+CUDA   ?= off
 DEMO   ?=
 V      := .venv/bin
 CPP    := CMakeLists.txt $(shell find csrc -type f)
@@ -34,7 +36,7 @@ bench: .venv/installed
 # The compiled module is part of the install: newer C++ sources install again (`make build` is the quick way).
 .venv/installed: pyproject.toml setup.py $(CPP)
 	$(LOCK) sh -ec '[ -x $(V)/pip ] || $(PYTHON) -m venv .venv; $(V)/pip install --quiet "$(TORCH)"; \
-	  $(V)/pip install "$(TORCH)" -e ".[demo,test,dev]"; touch $@'
+	  STABLE_RNN_CUDA=$(CUDA) $(V)/pip install "$(TORCH)" -e ".[demo,test,dev]"; touch $@'
 
 $(V)/cmake:
 	$(MAKE) .venv/installed
@@ -43,7 +45,7 @@ $(V)/cmake:
 build: | $(V)/cmake
 	$(LOCK) sh -ec '$(V)/cmake -S . -B build -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(V)/ninja -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/build/module \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(V)/python -Dpybind11_DIR=$$($(V)/python -m pybind11 --cmakedir); \
+	  -DSTABLE_RNN_CUDA=$(CUDA) -DPython_EXECUTABLE=$(CURDIR)/$(V)/python -Dpybind11_DIR=$$($(V)/python -m pybind11 --cmakedir); \
 	  $(V)/cmake --build build; \
 	  for module in build/module/_C*; do cp $$module stable_rnn/new.tmp; mv -f stable_rnn/new.tmp stable_rnn/$${module##*/}; done; \
 	  if [ -f .venv/installed ]; then touch .venv/installed; fi'

@@ -1,10 +1,16 @@
 """Builds `stable_rnn/_C` with CMake. Everything else is in pyproject.toml.
 
 STABLE_RNN_NATIVE=on    the default: build it, or fail with a message (an install that is silently slow helps nobody)
-STABLE_RNN_NATIVE=off   pure-Python wheel, no compiler needed: everything runs through the reference backend
+STABLE_RNN_NATIVE=off   pure-Python wheel, no compiler needed: GPUs run Triton's kernels, CPUs the reference backend
+
+STABLE_RNN_CUDA=auto    the default: the CUDA kernels too, where nvcc is found (CUDACXX, PATH, CUDA_HOME, /usr/local/cuda) and works
+STABLE_RNN_CUDA=on      with them, or fail with a message
+STABLE_RNN_CUDA=off     without them
+STABLE_RNN_CUDA_ARCHS   architectures instead of all supported ones, such as "90a" or "80-real;90a-real": a much shorter build
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,11 +29,25 @@ stable_rnn: the compiled module could not be built: {reason}.
   Everything then works through the reference backend (plain torch, slow)."""
 
 
-def native_wanted() -> bool:
-    choice = os.environ.get("STABLE_RNN_NATIVE", "on").lower()
-    if choice not in ("on", "off"):
-        raise OptionError(f"STABLE_RNN_NATIVE={choice!r}: allowed are 'on' and 'off'")
-    return choice == "on"
+NO_CUDA = """
+stable_rnn: the CUDA kernels could not be built: {reason}.
+  STABLE_RNN_CUDA=on asks for them. Without it they are built where that is possible; with STABLE_RNN_CUDA=off, never."""
+
+
+def choice(name: str, *allowed: str) -> str:
+    """The environment variable `name`; the first allowed value where it is not set."""
+    value = os.environ.get(name, allowed[0]).lower()
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, where its toolkits usually are."""
+    named = os.environ.get("CUDACXX")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [named, "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
 class CMakeBuild(build_ext):
@@ -41,12 +61,28 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
+        cuda, compiler = choice("STABLE_RNN_CUDA", "auto", "on", "off"), nvcc()
+        if cuda == "on" and compiler is None:
+            raise CompileError(NO_CUDA.format(reason="nvcc was not found on CUDACXX, PATH, CUDA_HOME or in /usr/local/cuda"))
+        without = [*configure, "-DSTABLE_RNN_CUDA=OFF"]
+        if cuda == "off" or compiler is None:
+            return self.cmake(without)
+        archs = os.environ.get("STABLE_RNN_CUDA_ARCHS", "").replace(",", ";")
+        try:
+            self.cmake([*configure, "-DSTABLE_RNN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={compiler}", f"-DSTABLE_RNN_CUDA_ARCHS={archs}"])
+        except CompileError as error:
+            if cuda == "on":
+                raise CompileError(NO_CUDA.format(reason="CMake failed, its output is above")) from error
+            print(NO_CUDA.format(reason=f"CMake failed with {compiler}, its output is above") + "\n  Going on without them.", flush=True)
+            self.cmake(without)
+
+    def cmake(self, configure: list[str]) -> None:
         # A directory of its own, always new: the paths of pip's build environment must not survive in a CMake cache.
         with tempfile.TemporaryDirectory(prefix="stable_rnn-build-") as build:
-            self.cmake("-S", str(ROOT), "-B", build, "-G", "Ninja", *configure)
-            self.cmake("--build", build)
+            self.run_cmake("-S", str(ROOT), "-B", build, "-G", "Ninja", *configure)
+            self.run_cmake("--build", build)
 
-    def cmake(self, *arguments: str) -> None:
+    def run_cmake(self, *arguments: str) -> None:
         try:
             run = subprocess.run(["cmake", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         except FileNotFoundError as error:  # only without build isolation
@@ -59,6 +95,6 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("stable_rnn._C", sources=[])] if native_wanted() else [],
+    ext_modules=[Extension("stable_rnn._C", sources=[])] if choice("STABLE_RNN_NATIVE", "on", "off") == "on" else [],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -85,7 +85,7 @@ def test_sdist_gives_the_native_wheel_without_torch_in_the_build(tree, tmp_path)
     # pip's build isolation: the build environment has what pyproject.toml asks for and nothing else
     run(sys.executable, "-c", "from setuptools import build_meta; build_meta.build_sdist('sdist')", cwd=tree)
     (sdist,) = (tree / "sdist").glob("*.tar.gz")
-    run(sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "-w", tmp_path)
+    run(sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "-w", tmp_path, STABLE_RNN_CUDA="off")
     (wheel,) = tmp_path.glob("*.whl")
     archive = zipfile.ZipFile(wheel)
     names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -105,7 +105,32 @@ def test_without_a_compiler_the_message_names_the_way_out(tree):
 
 def test_a_wrong_choice_is_named(tree):
     out = run(sys.executable, "setup.py", "--version", ok=False, cwd=tree, STABLE_RNN_NATIVE="maybe")
-    assert "STABLE_RNN_NATIVE='maybe': allowed are 'on' and 'off'" in out
+    assert "STABLE_RNN_NATIVE='maybe': allowed are 'on', 'off'" in out
+    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", "nowhere", ok=False, cwd=tree, STABLE_RNN_CUDA="maybe")
+    assert "STABLE_RNN_CUDA='maybe': allowed are 'auto', 'on', 'off'" in out
+
+
+def test_cuda_without_its_compiler_is_an_error_where_asked_for_and_left_out_elsewhere(tree, tmp_path):
+    hidden = dict(cwd=tree, CUDACXX="", CUDA_HOME="", PATH=str(Path(sys.executable).parent))
+    if shutil.which("/usr/local/cuda/bin/nvcc"):
+        pytest.skip("nvcc lies where it is always looked for")
+    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, ok=False, STABLE_RNN_CUDA="on", **hidden)
+    assert "nvcc was not found" in out and "STABLE_RNN_CUDA=off" in out
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_cuda_wheel_loads_without_a_driver(tree, tmp_path):
+    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path, cwd=tree,
+        STABLE_RNN_CUDA="on", STABLE_RNN_CUDA_ARCHS="90a-real")
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    binary = next((tmp_path / "installed").rglob("_C*"))
+    needed = run("readelf", "-d", binary)
+    assert "libcuda" not in needed and "libtorch" not in needed
+    assert use(tmp_path / "installed") == "True None"
+    show = "from stable_rnn import backends; print(next(b for b in backends() if b.name == 'cuda'))"
+    out = run(sys.executable, "-c", show, PYTHONPATH=str(tmp_path / "installed"))
+    assert "available=True" in out or "driver" in out or "on cpu" in out
 
 
 @pytest.mark.parametrize(("name", "content"), [
