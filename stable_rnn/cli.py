@@ -10,6 +10,9 @@ from typing import NoReturn
 from ._errors import UserError
 from ._version import __version__
 
+CELLS = ("rnn_tanh", "rnn_relu", "lstm")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage above it."""
@@ -37,7 +40,14 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="what is installed, which backends run here and why others do not")
-    doctor.add_argument("--explain", action="store_true", help="also say what each backend is for and how to get it")
+    doctor.add_argument("--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets")
+    doctor.add_argument(
+        "--shape",
+        action="append",
+        type=shape,
+        metavar="CELL,H,LANES[,DTYPE]",
+        help="explain this shape, such as lstm,256,1,bfloat16; LANES: rows of the batch, or windows or chunks in all; may be given again",
+    )
     doctor.set_defaults(run=_doctor)
 
     certify = commands.add_parser("certify", help="the certificate of every recurrent layer in a checkpoint")
@@ -89,11 +99,22 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
+def shape(text: str) -> tuple[str, int, int, str]:
+    """An argparse type: cell, hidden size, lanes, dtype."""
+    cell, *rest = text.split(",")
+    dtype = rest.pop() if len(rest) == 3 else "float32"
+    if cell not in CELLS or dtype not in DTYPES or len(rest) != 2 or not all(n.isdecimal() and 0 < int(n) < 2**31 for n in rest):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no shape: CELL,H,LANES[,DTYPE] with a cell of {', '.join(CELLS)}, numbers above 0, a dtype of {', '.join(DTYPES)}"
+        )
+    return cell, int(rest[0]), int(rest[1]), dtype
+
+
 # torch takes a second to import: not before the arguments are known to be good.
 def _doctor(arguments: argparse.Namespace) -> None:
     from .doctor import doctor
 
-    doctor(arguments.explain)
+    doctor(arguments.explain, arguments.shape or [])
 
 
 def _certify(arguments: argparse.Namespace) -> None:

@@ -13,10 +13,14 @@ from rich.table import Table
 from . import _native
 from ._version import __version__
 from .dispatch import backends
+from .ops.recurrence import cuda
+from .precision import tf32_allowed
 
 EXPLAIN = {
-    "cuda": "Fused kernels for NVIDIA GPUs.",
-    "triton": "GPU kernels that Triton compiles at first use.",
+    "cuda": "Fused kernels for NVIDIA GPUs from sm_80 (A100) on, every plan, float32, float16 and bfloat16. Missing: install from source "
+    "with nvcc at hand and STABLE_RNN_CUDA=on; an older driver or GPU is served by triton.",
+    "triton": "GPU kernels that Triton compiles at first use, for NVIDIA from sm_75 on and AMD: no compiler needed. "
+    "Missing: pip install triton.",
     "cpu": "Compiled C++ kernels, every plan, float32 and bfloat16. Missing after an install with STABLE_RNN_NATIVE=off: install again "
     "without it, with a C++17 compiler at hand. In a source tree: make build.",
     "torch": "torch's own recurrence (oneDNN, cuDNN): plan Recurrent() without a clamped forget gate, where it is the faster one.",
@@ -24,8 +28,13 @@ EXPLAIN = {
 }
 
 
-def doctor(explain: bool = False) -> None:
-    """Print versions, threads, GPU state and the table of backends."""
+Shape = tuple[str, int, int, str]  # cell, hidden size, lanes, dtype
+SHAPES: list[Shape] = [("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)]
+H100 = (90, 132, 227 * 1024, 16)  # `CudaLimits`
+
+
+def doctor(explain: bool = False, shapes: list[Shape] | None = None) -> None:
+    """Print versions, threads, GPU state and the table of backends; `explain` also what each is for, and the kernels of `shapes`."""
     console = Console(highlight=False)
     facts = Table("", "", show_header=False, box=None)
     for name, value in _facts().items():
@@ -46,6 +55,27 @@ def doctor(explain: bool = False) -> None:
             "running, do not load the compiled module.",
             soft_wrap=True,
         )
+    if explain or shapes:
+        _print_shapes(console, shapes or SHAPES)
+
+
+def _print_shapes(console: Console, shapes: list[Shape]) -> None:
+    """Which CUDA kernel each shape gets, on this machine's GPU or, without one, on an H100."""
+    limits, reason = (None, "") if cuda.lib is None else cuda.device_limits(0)
+    where = "an H100, for there is no GPU here" if limits is None else torch.cuda.get_device_name()
+    console.print(f"\nCUDA kernels on {where}:" if cuda.lib else "\nWhich CUDA kernel a shape gets: they are not built in.", soft_wrap=True)
+    if cuda.lib is None:
+        return
+    table = Table("cell, H, lanes, dtype", "", "team and tile")
+    for cell, hidden, lanes, dtype in shapes:
+        kind = cuda.DTYPES.get(getattr(torch, dtype))
+        kind = cuda.TF32 if dtype == "float32" and tf32_allowed() else kind
+        for backward in (False, True):
+            said = f"torch or the reference: no kernel takes {dtype}"
+            if kind is not None:
+                said = cuda.describe(limits or H100, backward, cell, kind, hidden, lanes)
+            table.add_row(f"{cell}, {hidden}, {lanes}, {dtype}" if not backward else "", "backward" if backward else "forward", said)
+    console.print(table)
 
 
 def _facts() -> dict[str, str]:
@@ -56,7 +86,7 @@ def _facts() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "cuda": f"not built in this version; {_gpu()}",
+        "cuda": f"{'kernels built in' if cuda.lib else 'kernels not built in'}; {_gpu()}",
         "STABLE_RNN_BACKEND": os.environ.get("STABLE_RNN_BACKEND", "not set"),
     }
 

@@ -33,6 +33,8 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
     limits, reason = device_limits(x.device.index or 0)
     if limits is None:
         return False, reason
+    if limits[0] < 80:
+        return False, "the CUDA kernels need sm_80 or newer (A100)"
     if p is None or w_hh is None:
         return True, ""
     for backward in (False, True):
