@@ -1,4 +1,4 @@
-"""What the CPU and the CUDA kernels share: the fields of `params.h`, taken from tensors, and fresh outputs."""
+"""What the kernels share: the fields of `params.h`, taken from tensors, and fresh outputs."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -37,10 +37,11 @@ def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> lis
 class Kernels:
     """A backend's `forward` and `backward` over two entry points that take the fields of `ForwardParams` and `BackwardParams`.
 
-    `dtype` gives the `DType` of a tensor, `make(like, zero, *shape, dtype=)` a fresh output."""
+    `dtype` gives the `DType` of a tensor, `make(like, zero, *shape, dtype=)` a fresh output, `at` what stands for a tensor in a field."""
 
-    def __init__(self, forward: Callable, backward: Callable, dtype: Callable[[Tensor], int], make: Callable[..., Tensor]):
-        self._forward, self._backward, self._dtype, self._make = forward, backward, dtype, make
+    def __init__(self, forward: Callable, backward: Callable, dtype: Callable[[Tensor], int], make: Callable[..., Tensor],
+                 at: Callable = at):
+        self._forward, self._backward, self._dtype, self._make, self._at = forward, backward, dtype, make, at
 
     def forward(self, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None,
                 lengths: Tensor | None, p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None,
@@ -56,10 +57,11 @@ class Kernels:
             kept = [make(n, 4 * hidden), make(n, hidden, dtype=torch.float32)] if save and lstm else [empty, empty]
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
             out = Output(make(n, width), *kept, torch.empty_like(h0), torch.empty_like(c0) if lstm else empty, *ends)
+        at = self._at
         self._forward(
             *sizes(p, self._dtype(xp), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
             at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(h_init), at(c_init),
-            out.y.data_ptr(), out.h_n.data_ptr(), *(t.data_ptr() for t in (out.c_n, out.gates, out.cells, *out[5:])))
+            at(out.y), at(out.h_n), at(out.c_n), at(out.gates), at(out.cells), *map(at, out[5:]))
         return out
 
     def backward(self, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor,
@@ -78,8 +80,9 @@ class Kernels:
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
             out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), torch.empty_like(dh_n),
                           torch.empty_like(c0) if lstm else empty, *ends)
+        at = self._at
         self._backward(
             *sizes(p, self._dtype(dy), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
             at(dy), at(y), at(gates), at(cells), at(w_hh), at(w_hr), at(c0), at(dh_n), at(dc_n), at(dh_init), at(dc_init),
-            *(t.data_ptr() for t in out))
+            *map(at, out))
         return out
