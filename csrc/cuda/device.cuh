@@ -11,7 +11,7 @@
 
 namespace stable_rnn {
 
-// Storage types. Conversion rounds to nearest even; a NaN becomes 0x7fff, on host and device.
+// Storage types (F16 is the name of the DType). Conversion rounds to nearest even; a NaN becomes 0x7fff, on host and device.
 struct Bf16 {
   uint16_t bits;
   Bf16() = default;
@@ -32,10 +32,10 @@ struct Bf16 {
   }
 };
 
-struct F16 {
+struct Half {
   uint16_t bits;
-  F16() = default;
-  STABLE_RNN_HD explicit F16(float value) {
+  Half() = default;
+  STABLE_RNN_HD explicit Half(float value) {
 #ifdef __CUDA_ARCH__
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
 #else
