@@ -1,0 +1,166 @@
+"""Builds the CUDA kernels for the block executor (`executor.h`) with g++ and loads them.
+
+`module()` is `stable_rnn._C` with the CUDA entry points running on CPU tensors; `primitives()` the small kernels of `kernels.cu`.
+Objects are kept in `build/executor/` under the hash of what they are made from.
+
+    python tests/executor/build.py [--asan]     prints the path of the module
+"""
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "executor"
+CXX = os.environ.get("CXX", "g++")
+INCLUDE = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda", "csrc/cpu", "tests/executor")]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *INCLUDE]
+# Sums are fused only where the source says so, as in the other builds; memory is read as one type and written as another, as on a device.
+KERNEL = ["-DSTABLE_RNN_EXECUTOR", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+EXECUTOR = [HERE / "executor.cpp", HERE / "primitives.cpp"]
+LIMITS = (90, 132, 232448, 16)  # CudaLimits of executor.cpp: an H100
+
+
+def missing() -> str:
+    """Why nothing can be built here, or an empty string."""
+    if not shutil.which(CXX):
+        return f"no C++ compiler ({CXX})"
+    return "" if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
+
+
+def _flags(source: Path, asan: bool) -> list[str]:
+    if source.name == "bindings.cpp":
+        import pybind11
+
+        return [*COMMON, "-O1", "-DSTABLE_RNN_CUDA", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    if source.parent.name == "cpu":
+        return [*COMMON, "-O1"]
+    fma = ["-mfma"] if "fma" in _cpu_flags() else []
+    return [*COMMON, *KERNEL, *fma, *(["-O1", *SANITIZE] if asan else ["-O2"]), "-x", "c++"]
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def _object(source: Path, asan: bool) -> Path:
+    command = [CXX, *_flags(source, asan)]
+    needs = _run([*command, "-MM", "-MT", "", str(source)]).replace("\\\n", " ").split()[1:]
+    digest = hashlib.sha256(" ".join([_run([CXX, "-dumpfullversion"]), *command]).encode())
+    for name in needs:
+        digest.update(Path(name).read_bytes())
+    made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    if not made.exists():
+        _move_into(made, lambda to: _run([*command, "-c", str(source), "-o", to]))
+    return made
+
+
+def _move_into(path: Path, write) -> None:
+    """`write(name)` a file and move it to `path`, so that nobody sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{path}.{os.getpid()}.tmp"
+    write(name)
+    os.replace(name, path)
+
+
+def _link(name: str, sources: list[Path], asan: bool) -> Path:
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _object(source, asan), sources))
+    digest = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    made = CACHE / digest / name
+    if not made.exists():
+        sanitize = SANITIZE if asan else []
+        _move_into(made, lambda to: _run([CXX, "-shared", *sanitize, *map(str, objects), "-o", to]))
+    return made
+
+
+def build_module(asan: bool = False) -> Path:
+    csrc = ROOT / "csrc"
+    sources = [csrc / "bindings.cpp", csrc / "cpu/isa.cpp", csrc / "cpu/memory.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    return _link("_C" + sysconfig.get_config_var("EXT_SUFFIX"), [*sources, HERE / "absent.cpp", *EXECUTOR], asan)
+
+
+def build_primitives(asan: bool = False) -> Path:
+    return _link("primitives.so", [HERE / "kernels.cu", *EXECUTOR], asan)
+
+
+@cache
+def module() -> ModuleType:
+    """The module of the default build."""
+    return load(build_module())
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("stable_rnn_executor._C", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@cache
+def primitives() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_primitives()))
+
+
+def _library(of: ModuleType | ctypes.CDLL) -> ctypes.CDLL:
+    return of if isinstance(of, ctypes.CDLL) else ctypes.CDLL(of.__file__)
+
+
+@contextmanager
+def schedule(of: ModuleType | ctypes.CDLL, descending: bool) -> Iterator[None]:
+    """Blocks and threads run in descending order inside."""
+    library = _library(of)
+    library.executor_schedule(int(descending))
+    try:
+        yield
+    finally:
+        library.executor_schedule(0)
+
+
+@contextmanager
+def limits(of: ModuleType | ctypes.CDLL, arch: int, sms: int, shared_bytes: int, max_cluster: int) -> Iterator[None]:
+    """`of` runs on another device inside: the fields of `CudaLimits`."""
+    library = _library(of)
+
+    def choose(arch: int, sms: int, shared_bytes: int, max_cluster: int) -> None:
+        library.executor_limits(arch, sms, ctypes.c_int64(shared_bytes), max_cluster)
+
+    choose(arch, sms, shared_bytes, max_cluster)
+    try:
+        yield
+    finally:
+        choose(*LIMITS)
+
+
+def sanitized_environment() -> dict[str, str]:
+    """For a Python process that loads a module built with `asan=True`."""
+    preload = _run([CXX, "-print-file-name=libasan.so"]).strip()
+    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+if __name__ == "__main__":
+    print(build_module("--asan" in sys.argv))

@@ -1,0 +1,141 @@
+// A CPU block executor: gives g++ the names of csrc/cuda/device.cuh, so that a kernel's own source runs without a GPU.
+//
+// Threads are fibers of one CPU thread. The blocks of a cluster, or of a cooperative grid, run interleaved; those of an ordinary grid one
+// after the other. A warp runs until all of its lanes wait or have ended, then the next one: whatever a kernel forgets to wait for has not
+// happened yet, in one of the two schedules (threads and blocks ascending, or descending).
+//
+// What a device would leave undefined is made visible here:
+//   - shared memory is filled with NaN before a block's first thread runs and after its last one, and exactly as large as asked for;
+//   - copy_async fills its destination with NaN; the data land at copy_wait, which demands that neither end was written in between;
+//   - lanes of a warp at different collectives, addresses that are not aligned or not in shared memory, and threads that all wait end the
+//     launch with a message that names them;
+//   - sums of mma are rounded towards zero, as tensor cores do; TF32 inputs lose the bits that they do not read.
+// It cannot show races that need weaker memory than a CPU's, nor bank conflicts, nor anything about speed.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "stable_rnn/cuda.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+namespace stable_rnn {
+
+namespace executor {
+
+struct Position {   // of the thread that runs
+  int thread, threads, block, blocks, cluster;
+  char* shared;
+};
+extern Position position;
+
+enum class Product { bf16, f16, tf32 };
+
+const char* run(const Grid& grid, void (*body)(const void* call), const void* call);
+uint64_t exchange(const char* name, uint64_t value, int source_lane);
+void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product);
+void copy(void* shared, const void* global, int bytes);
+void land(int pending);
+void* map(void* shared, int rank);
+void check_aligned(const char* name, const void* address, int bytes);
+
+}  // namespace executor
+
+inline int thread_index() { return executor::position.thread; }
+inline int thread_count() { return executor::position.threads; }
+inline int block_index() { return executor::position.block; }
+inline int block_count() { return executor::position.blocks; }
+inline char* shared_memory() { return executor::position.shared; }
+
+void block_sync();
+void warp_sync();
+
+template <class T>
+T shuffle_from(const char* name, T value, int source_lane) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32-bit and 64-bit values");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = executor::exchange(name, bits, source_lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+template <class T>
+T shuffle(T value, int source_lane) { return shuffle_from("shuffle", value, source_lane); }
+template <class T>
+T shuffle_xor(T value, int mask) { return shuffle_from("shuffle_xor", value, thread_index() % 32 ^ mask); }
+
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16Tag) {
+  executor::multiply(c, a, b, executor::Product::bf16);
+}
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F16Tag) {
+  executor::multiply(c, a, b, executor::Product::f16);
+}
+inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Tf32Tag) {
+  executor::multiply(c, a, b, executor::Product::tf32);
+}
+
+inline uint32_t to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return value != value ? 0x7fffffff : (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & 0xffffe000;
+}
+
+template <int bytes>
+void copy_async(void* shared, const void* global) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "4, 8 or 16 bytes");
+  executor::copy(shared, global, bytes);
+}
+void copy_commit();
+template <int pending>
+void copy_wait() { executor::land(pending); }
+
+inline int cluster_rank() { return executor::position.block % executor::position.cluster; }
+inline int cluster_size() { return executor::position.cluster; }
+void cluster_arrive();
+void cluster_wait();
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+template <class T>
+T* cluster_map(T* shared, int rank) { return static_cast<T*>(executor::map(shared, rank)); }
+
+void flag_signal(unsigned* flag, unsigned value);
+void flag_wait(const unsigned* flag, unsigned at_least);
+
+template <class T>
+T load_l2(const T* global) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
+  executor::check_aligned("load_l2", global, sizeof(T));
+  return *global;
+}
+template <class T>
+void store_l2(T* global, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
+  executor::check_aligned("store_l2", global, sizeof(T));
+  *global = value;
+}
+
+template <class Params>
+const char* launch(void (*kernel)(Params), const Grid& grid, const Params& params) {
+  struct Call {
+    void (*kernel)(Params);
+    const Params& params;
+  } const call{kernel, params};
+  return executor::run(grid, [](const void* c) { static_cast<const Call*>(c)->kernel(static_cast<const Call*>(c)->params); }, &call);
+}
+
+template <class Body>
+const char* with_device(int device, const Body& body) { return device == 0 ? body() : "invalid device ordinal"; }
+
+}  // namespace stable_rnn

@@ -1,0 +1,227 @@
+// Small kernels over the primitives of device.cuh, for tests/test_executor.py; also compiled for a GPU, where there is one.
+#include "device.cuh"
+
+namespace stable_rnn {
+namespace {
+
+struct Params {
+  const void* in;
+  const void* more;
+  const void* init;
+  void* out;
+  unsigned* flags;
+  int count, mode;
+};
+
+template <class T>
+__device__ __forceinline__ T* shared_as(int offset_bytes = 0) {
+  return reinterpret_cast<T*>(shared_memory() + offset_bytes);
+}
+
+__device__ __forceinline__ int global_thread() { return block_index() * thread_count() + thread_index(); }
+
+// out [blocks * threads, 6]: where each thread believes to be
+__global__ void where(const Params p) {
+  int* out = static_cast<int*>(p.out) + 6 * int64_t(global_thread());
+  out[0] = thread_index();
+  out[1] = thread_count();
+  out[2] = block_index();
+  out[3] = block_count();
+  out[4] = cluster_rank();
+  out[5] = cluster_size();
+}
+
+// out[i] = in[source[i]] within each warp; mode 1: of doubles; 2: in[i ^ count]
+__global__ void shuffles(const Params p) {
+  const int i = global_thread(), source = static_cast<const int*>(p.more)[i];
+  if (p.mode == 1)
+    static_cast<double*>(p.out)[i] = shuffle(static_cast<const double*>(p.in)[i], source);
+  else
+    static_cast<float*>(p.out)[i] = p.mode == 2 ? shuffle_xor(static_cast<const float*>(p.in)[i], p.count)
+                                                : shuffle(static_cast<const float*>(p.in)[i], source);
+}
+
+// One warp: in [32, 4] and more [32, 2] registers, init and out [32, 4] sums; mode: DType. `count` products in a row.
+__global__ void products(const Params p) {
+  const int lane = thread_index();
+  uint32_t a[4], b[2];
+  float c[4];
+  for (int i = 0; i < 4; ++i) a[i] = static_cast<const uint32_t*>(p.in)[4 * lane + i];
+  for (int i = 0; i < 2; ++i) b[i] = static_cast<const uint32_t*>(p.more)[2 * lane + i];
+  for (int i = 0; i < 4; ++i) c[i] = static_cast<const float*>(p.init)[4 * lane + i];
+  for (int i = 0; i < p.count; ++i) {
+    if (p.mode == 1) mma(c, a, b, Bf16Tag{});
+    if (p.mode == 2) mma(c, a, b, F16Tag{});
+    if (p.mode == 3) mma(c, a, b, Tf32Tag{});
+  }
+  for (int i = 0; i < 4; ++i) static_cast<float*>(p.out)[4 * lane + i] = c[i];
+}
+
+// in -> out, count floats; mode 1: to Bf16 and back, 2: to Half and back, 3: to TF32
+__global__ void conversions(const Params p) {
+  for (int i = global_thread(); i < p.count; i += block_count() * thread_count()) {
+    const float x = static_cast<const float*>(p.in)[i];
+    uint32_t bits = 0;
+    if (p.mode == 1) bits = Bf16(x).bits;
+    if (p.mode == 2) bits = Half(x).bits;
+    if (p.mode == 3) bits = to_tf32(x);
+    static_cast<uint32_t*>(p.out)[i] = bits;
+    Bf16 bf16;
+    Half half;
+    bf16.bits = half.bits = static_cast<uint16_t>(bits);
+    if (p.mode != 3) static_cast<float*>(p.out)[p.count + i] = p.mode == 1 ? float(bf16) : float(half);
+  }
+}
+
+// Each thread writes its number; its left neighbour reads it. mode 1 forgets the barrier, 2 the second one, which lets a fast warp
+// overwrite what a slow one has yet to read.
+__global__ void neighbours(const Params p) {
+  int* shared = shared_as<int>();
+  const int i = thread_index(), next = (i + 32) % thread_count();
+  for (int step = 0; step < p.count; ++step) {
+    shared[i] = 1000 * step + i;
+    if (p.mode != 1) block_sync();
+    static_cast<int*>(p.out)[int64_t(step) * thread_count() + i] = shared[next];
+    if (p.mode != 2) block_sync();
+  }
+}
+
+// out: what a thread finds at its copies' destinations before waiting, after waiting for all but one group, and after all.
+// mode 1: a misaligned source; 2: outside shared memory; 3, 4: source, destination written under way
+__global__ void copies(const Params p) {
+  const int i = thread_index(), n = thread_count();
+  float* shared = shared_as<float>();
+  float* out = static_cast<float*>(p.out);
+  const float* in = static_cast<const float*>(p.in);
+  copy_async<4>(shared + i, in + i);
+  copy_commit();
+  if (p.mode == 1) copy_async<8>(shared + 4 * n, in + 1);
+  copy_async<16>(shared + n + 4 * i + (p.mode == 2 ? 4 * n : 0), in + n + 4 * i);
+  copy_commit();
+  if (p.mode == 3) const_cast<float*>(in)[i] = -1.f;
+  if (p.mode == 4) shared[i] = -1.f;
+  if (p.mode == 5) out[i] = shared[i], out[n + i] = shared[n + 4 * i];   // too early
+  copy_wait<1>();
+  out[2 * n + i] = shared[i];
+  if (p.mode == 5) out[3 * n + i] = shared[n + 4 * i];                    // too early
+  copy_wait<0>();
+  block_sync();
+  for (int j = 0; j < 5; ++j) out[4 * n + j * n + i] = shared[j * n + i];
+}
+
+// Each block sends its number to all others of its cluster; out [blocks, cluster]. mode 1: sends before the others have begun;
+// 2: reads from blocks that may have ended; 3: arrives twice; 4: waits without arriving; 5: an address that is not shared memory
+__global__ void cluster_exchange(const Params p) {
+  const int rank = cluster_rank(), size = cluster_size(), i = thread_index();
+  int* shared = shared_as<int>();
+  int* out = static_cast<int*>(p.out) + int64_t(block_index()) * size;
+  if (p.mode == 3) cluster_arrive();
+  if (p.mode == 4) cluster_wait();
+  if (p.mode != 1) cluster_sync();
+  if (i < size) cluster_map(p.mode == 5 ? out : shared, i)[rank] = 10 * block_index();
+  cluster_arrive();
+  int own = i < size ? shared[rank] : 0;   // another place of the source while the barrier is under way
+  cluster_wait();
+  if (i < size) out[i] = shared[i];
+  if (p.mode == 2) {
+    if (i < size) out[i] = *cluster_map(shared + i, (rank + 1) % size) + 0 * own;
+    return;
+  }
+  cluster_sync();
+}
+
+// A token goes round the blocks of a cooperative grid `count` times; each adds one. mode 1: waits for what never comes.
+__global__ void token(const Params p) {
+  const int block = block_index(), blocks = block_count();
+  int* value = static_cast<int*>(p.out);
+  for (int round = 0; round < p.count; ++round) {
+    if (thread_index() == 0) flag_wait(p.flags + block, round + 1 + p.mode);
+    block_sync();
+    const int seen = load_l2(value);
+    block_sync();
+    if (thread_index() == 0) {
+      store_l2(value, seen + 1);
+      flag_signal(p.flags + (block + 1) % blocks, round + 1 + (block + 1 == blocks));
+    }
+  }
+}
+
+struct alignas(8) Two { float v[2]; };
+struct alignas(16) Four { float v[4]; };
+
+// Through L2 by 4, 8 and 16 bytes; mode 1: misaligned
+__global__ void through_l2(const Params p) {
+  const int i = thread_index(), n = thread_count();
+  const float* in = static_cast<const float*>(p.in);
+  float* out = static_cast<float*>(p.out);
+  store_l2(out + i, load_l2(in + i));
+  store_l2(reinterpret_cast<Two*>(out + n) + i, load_l2(reinterpret_cast<const Two*>(in + n + p.mode) + i));
+  store_l2(reinterpret_cast<Four*>(out + 3 * n) + i, load_l2(reinterpret_cast<const Four*>(in + 3 * n) + i));
+}
+
+// Faults: 0: one thread misses the barrier; 1: a warp in two collectives; 2: a write just past shared memory; 3: shared memory as found;
+// 4: a write to another thread's stack is none of ours, but a read past a global array is (AddressSanitizer)
+__global__ void faults(const Params p) {
+  const int i = thread_index();
+  float* shared = shared_as<float>();
+  if (p.mode == 0 && i != 5) block_sync();
+  if (p.mode == 1) static_cast<float*>(p.out)[i] = i % 2 ? shuffle(1.f, 0) : shuffle_xor(1.f, 1);
+  if (p.mode == 2) shared[i + 1] = 1.f;
+  if (p.mode == 3) static_cast<float*>(p.out)[i] = shared[i];
+  if (p.mode == 4) static_cast<float*>(p.out)[i] = static_cast<const float*>(p.in)[i + 1];
+}
+
+// h' = tanh-like(W h + x), hidden units split over the blocks of a team that meet in a cluster (mode 0) or through L2 (mode 1).
+// W [H, H], x [count, H], out [count, H]; one thread a unit.
+__global__ void recurrence(const Params p) {
+  const int threads = thread_count(), hidden = block_count() * threads, unit = global_thread();
+  const float* w = static_cast<const float*>(p.in) + int64_t(unit) * hidden;
+  float* out = static_cast<float*>(p.out);
+  for (int i = thread_index(); i < 2 * hidden; i += threads) shared_as<float>()[i] = 0.f;
+  block_sync();
+  if (p.mode == 0) cluster_sync();
+  for (int t = 0; t < p.count; ++t) {
+    const float* h = shared_as<float>() + t % 2 * hidden;
+    float* next = shared_as<float>() + (t + 1) % 2 * hidden;
+    float sum = static_cast<const float*>(p.more)[int64_t(t) * hidden + unit];
+    for (int k = 0; k < hidden; ++k) sum = fma(w[k], h[k], sum);
+    const float value = sum / (1.f + (sum < 0.f ? -sum : sum));
+    store_l2(out + int64_t(t) * hidden + unit, value);
+    if (p.mode == 0) {
+      for (int rank = 0; rank < cluster_size(); ++rank) cluster_map(next, rank)[unit] = value;
+      cluster_sync();
+    } else {
+      block_sync();
+      if (thread_index() == 0) flag_signal(p.flags + block_index(), t + 1);
+      if (thread_index() < block_count()) flag_wait(p.flags + thread_index(), t + 1);
+      block_sync();
+      for (int i = thread_index(); i < hidden; i += threads) next[i] = load_l2(out + int64_t(t) * hidden + i);
+      block_sync();
+    }
+  }
+}
+
+struct Entry {
+  const char* name;
+  void (*kernel)(Params);
+};
+constexpr Entry kernels[] = {{"where", where}, {"shuffles", shuffles}, {"products", products}, {"conversions", conversions},
+                             {"neighbours", neighbours}, {"copies", copies}, {"cluster_exchange", cluster_exchange}, {"token", token},
+                             {"through_l2", through_l2}, {"faults", faults}, {"recurrence", recurrence}};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, int blocks, int threads, int cluster,
+                                                                         int64_t shared_bytes, int cooperative, void* stream, const void* in,
+                                                                         const void* more, const void* init, void* out, unsigned* flags,
+                                                                         int count, int mode) {
+  for (const Entry& entry : kernels)
+    if (std::strcmp(entry.name, name) == 0)
+      return with_device(0, [&] {
+        return launch(entry.kernel, Grid{blocks, threads, cluster, shared_bytes, cooperative != 0, stream},
+                      Params{in, more, init, out, flags, count, mode});
+      });
+  return "no such kernel";
+}
+
+}  // namespace stable_rnn

@@ -1,0 +1,76 @@
+// What executor.cpp (launching, scheduling) and primitives.cpp (what threads call) share.
+#pragma once
+#include <vector>
+
+#include "device.cuh"
+#include "fiber.h"
+
+namespace stable_rnn::executor {
+
+constexpr int WARP = 32;
+constexpr unsigned char POISON = 0xff;   // four or two of them are a NaN
+
+struct Barrier {
+  unsigned round = 0;
+  int arrived = 0, expected = 0;
+
+  void arrive() {
+    if (++arrived == expected) {
+      arrived = 0;
+      ++round;
+    }
+  }
+};
+
+struct Operands {   // of one lane in a collective; results go where they came from
+  uint64_t* value;
+  int source;
+  float* c;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+struct Warp {
+  Barrier barrier;
+  const char* collective;   // that its lanes are in
+  Operands lanes[WARP];
+};
+
+struct Block {
+  Barrier barrier;
+  Barrier* cluster;
+  char* shared;
+  size_t bytes;
+  int running;
+  bool begun;
+};
+
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  int bytes;
+  unsigned char data[16];
+};
+
+struct Fiber {
+  Side side;
+  Position position;
+  Block* block;
+  Warp* warp;
+  const unsigned* word;   // waits until *word >= least
+  unsigned least;
+  const char* at;         // what it waits in
+  unsigned cluster_round; // that ends cluster_wait; 0: has not arrived
+  bool ended;
+  std::vector<Copy> copies;     // under way
+  std::vector<size_t> groups;   // copies before the end of each committed group
+};
+
+extern Fiber* running;           // null in the scheduler
+extern std::vector<Block> blocks;   // that run together
+
+[[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);   // ends the launch with a message; a thread does not return from it
+void wait(const unsigned* word, unsigned least, const char* at);
+void meet(Barrier& barrier, const char* at);
+
+}  // namespace stable_rnn::executor
