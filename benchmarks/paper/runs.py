@@ -1,0 +1,196 @@
+"""All runs of a task, each one finished as a JSON file: what exists is not repeated, what was interrupted is."""
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from stable_rnn import Recurrent, Windowed
+from stable_rnn._errors import UserError
+from stable_rnn.demo.report import whole
+
+from . import measure
+from .data import Data
+from .models import Config, Model, count, fitting_width
+from .tasks import Task
+from .train import OutOfTime, Setting, build, evaluate, searched, train
+
+DISTANCE_WINDOWS = [1, 2, 4, 8, 16, 32, 64]
+DISTANCE_EPOCHS = 10
+DISTANCE_SEED = 1
+
+
+@dataclass
+class Bench:
+    """One task's folder of results and the means to fill it."""
+
+    task: Task
+    data: Data
+    out: Path
+    epochs: int
+    deadline: float
+    progress: Progress
+
+    # ---- files
+
+    def stored(self, name: str, setting: Setting) -> dict | None:
+        """The result of a run with this setting; None if there is none, or one of another setting."""
+        try:
+            found = json.loads((self.out / name).read_text())
+        except (OSError, ValueError):
+            return None
+        return found if found.get("setting") == setting.stored() else None
+
+    def write(self, name: str, found: dict) -> None:
+        whole(self.out / name, lambda file: file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n"))
+
+    def weights(self, config: Config, seed: int) -> Path:
+        return self.out / "weights" / f"{config.slug}.{seed}.pt"
+
+    # ---- runs
+
+    def setting(self, config: Config, trial: int) -> Setting:
+        rate, dropout = searched(trial)
+        inputs = self.data.symbols or self.data.train[0][0].shape[1]
+        return Setting(rate, dropout, fitting_width(config, self.task, inputs, self.data.outputs), self.epochs, self.task.updates)
+
+    def search(self, config: Config, trial: int) -> None:
+        name, setting = f"{config.slug}.search-{trial}.json", self.setting(config, trial)
+        if not self.stored(name, setting):
+            self.run(name, config, setting, 0)
+
+    def best(self, config: Config, trials: int) -> Setting | None:
+        """The setting of the best validation score, once all trials are there."""
+        settings = [self.setting(config, trial) for trial in range(trials)]
+        found = [self.stored(f"{config.slug}.search-{trial}.json", setting) for trial, setting in enumerate(settings)]
+        if not all(found):
+            return None
+        sign = -1 if self.task.higher_is_better else 1
+        return settings[min(range(trials), key=lambda i: sign * found[i]["valid"] if found[i]["valid"] is not None else math.inf)]
+
+    def final(self, config: Config, trials: int, seed: int) -> None:
+        setting = self.best(config, trials)
+        name = f"{config.slug}.seed-{seed}.json"
+        if setting is None or (self.stored(name, setting) or {}).get("trials") == trials:
+            return
+
+        def more(model: Model) -> dict:
+            found: dict = dict(trials=trials, test=measure.finite(evaluate(model, self.task, self.data, self.data.test)))
+            self.weights(config, seed).parent.mkdir(exist_ok=True)
+            whole(self.weights(config, seed), lambda file: torch.save(model.state_dict(), file))
+            if config.recurrent:
+                found |= measure.certificates(model, self.task, self.data)
+                found["measured"] = measure.forgetting(model, self.data.test)
+                found["truncation"] = measure.truncation(model, self.task, self.data)
+            return found
+
+        self.run(name, config, setting, seed, more)
+
+    def run(self, name: str, config: Config, setting: Setting, seed: int, more: Callable[[Model], dict] = lambda model: {}) -> None:
+        begin = time.monotonic()
+        bar = self.progress.add_task(f"{name.removesuffix('.json')}", total=setting.epochs)
+        try:
+            model = build(config, self.task, self.data, setting, seed)
+            curve = train(model, self.task, self.data, setting, seed, self.deadline, lambda note: self.progress.advance(bar))
+            valid = measure.finite(evaluate(model, self.task, self.data, self.data.valid))
+            trained = time.monotonic() - begin
+            found = self.about(config, setting, seed) | dict(
+                parameters=count(model), context=getattr(model.body, "context", None), valid=valid,
+                curve=[measure.finite(v) for v in curve], **more(model), seconds_training=round(trained, 1),
+                seconds=round(time.monotonic() - begin, 1))
+            self.write(name, found)
+        finally:
+            self.progress.remove_task(bar)
+        self.progress.console.print(f"{name}: validation {valid:.4g}" if valid is not None else f"{name}: diverged", highlight=False)
+
+    def about(self, config: Config, setting: Setting, seed: int) -> dict:
+        return dict(task=self.task.name, config=config.name, stability=str(config.stability), setting=setting.stored(), seed=seed,
+                    metric=self.task.metric, **environment())
+
+    def distances(self, config: Config, trials: int) -> None:
+        """Truncated training against full: the same start, batches and dropout masks, under `Windowed(k)`; relative distance of weights."""
+        setting = self.best(config, trials)
+        if setting is None or not config.recurrent:
+            return
+        setting = Setting(setting.rate, setting.dropout, setting.width, min(DISTANCE_EPOCHS, setting.epochs), setting.updates)
+        name, begin = f"{config.slug}.distance.json", time.monotonic()
+        if self.stored(name, setting):
+            return
+        bar = self.progress.add_task(f"{config.slug}.distance", total=setting.epochs * (len(DISTANCE_WINDOWS) + 1))
+        try:
+            points, full, start, scale = [], None, vector(build(config, self.task, self.data, setting, DISTANCE_SEED)), 1.0
+            for plan in (Recurrent(), *map(Windowed, DISTANCE_WINDOWS)):
+                model = build(config, self.task, self.data, setting, DISTANCE_SEED)
+                train(model, self.task, self.data, setting, DISTANCE_SEED, self.deadline, lambda note: self.progress.advance(bar), plan)
+                here = vector(model)
+                if full is None:
+                    full, scale = here, (here - start).norm().item()
+                points.append(dict(k=getattr(plan, "k", None), distance=measure.finite((here - full).norm().item() / scale),
+                                   test=measure.finite(evaluate(model, self.task, self.data, self.data.test, plan))))
+            seconds = round(time.monotonic() - begin, 1)
+            self.write(name, self.about(config, setting, DISTANCE_SEED) | dict(moved=scale, points=points, seconds=seconds))
+        finally:
+            self.progress.remove_task(bar)
+
+    def speed(self, configs: list[Config], trials: int, seconds: float) -> None:
+        """Races the models whose weights are at hand; written once for the same models."""
+        models = {}
+        for config in configs:
+            setting, file = self.best(config, trials), self.weights(config, 1)
+            if setting is not None and file.is_file():
+                models[config.name] = build(config, self.task, self.data, setting, 1)
+                models[config.name].load_state_dict(torch.load(file, weights_only=True))
+        name = "speed.json"
+        done = json.loads((self.out / name).read_text()) if (self.out / name).is_file() else {}
+        if models and done.get("models") != list(models):
+            rows = measure.speed(models, self.data, seconds=seconds)
+            self.write(name, dict(task=self.task.name, models=list(models), rows=rows, **environment()))
+
+
+def vector(model: Model) -> torch.Tensor:
+    """The recurrent weights, where truncation acts first."""
+    return torch.cat([w.detach().flatten() for w in model.body.parameters()])
+
+
+def environment() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    return dict(commit=commit or None, torch=torch.__version__, machine=f"{platform.system()} {platform.machine()}", cores=os.cpu_count(),
+                threads=torch.get_num_threads())
+
+
+def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: int, seeds: int, epochs: int | None = None,
+             minutes: float | None = None, race_seconds: float = 20.0, console: Console | None = None) -> bool:
+    """Search, final runs, truncated training (JSB), speed; returns whether everything is done. `minutes` is a budget of wall time."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        bench = Bench(task, data, out, epochs or task.epochs, deadline, progress)
+        jobs = [lambda c=c, i=i: bench.search(c, i) for i in range(trials) for c in configs]
+        jobs += [lambda c=c, s=s: bench.final(c, trials, s) for s in range(1, seeds + 1) for c in configs]
+        jobs += [lambda c=c: bench.distances(c, trials) for c in configs if task.name == "jsb"]
+        jobs += [lambda: bench.speed(configs, trials, race_seconds)]
+        whole_bar = progress.add_task(task.title, total=len(jobs))
+        for job in jobs:
+            try:
+                if time.monotonic() > deadline:
+                    raise OutOfTime
+                job()
+            except OutOfTime:
+                progress.console.print(f"The budget of {minutes:g} minutes is spent; run the same command again to go on.", highlight=False)
+                return False
+            progress.advance(whole_bar)
+    return True
