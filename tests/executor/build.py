@@ -126,6 +126,16 @@ def primitives() -> ctypes.CDLL:
     return ctypes.CDLL(str(build_primitives()))
 
 
+@cache
+def gpu_primitives() -> ctypes.CDLL:
+    """The same kernels for the GPU of this machine."""
+    sources = [HERE / "kernels.cu", ROOT / "csrc/cuda/limits.cu"]
+    made = CACHE / "gpu" / "primitives.so"
+    _move_into(made, lambda to: _run(["nvcc", "-std=c++17", "-arch=native", "-fmad=false", "-shared", "-cudart=static", "-Xcompiler=-fPIC",
+                                      *INCLUDE, *map(str, sources), "-o", to]))
+    return ctypes.CDLL(str(made))
+
+
 def _library(of: ModuleType | ctypes.CDLL) -> ctypes.CDLL:
     return of if isinstance(of, ctypes.CDLL) else ctypes.CDLL(of.__file__)
 

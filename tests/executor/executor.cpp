@@ -100,15 +100,13 @@ void resume(Fiber& fiber) {
 }
 
 void fail_as_all_wait() {
-  std::string text = "the kernel hangs: ";
+  std::string text = "the kernel hangs, its threads are: ";
   const size_t threads = fibers[0].position.threads, shown = std::min<size_t>(blocks.size(), 4);
   for (size_t b = 0; b < shown; ++b) {
     std::map<std::string, int> places;
-    for (size_t i = b * threads; i < (b + 1) * threads; ++i)
-      ++places[fibers[i].ended ? "have ended" : std::string("wait in ") + fibers[i].at];
-    text += (b ? "; block " : "block ") + std::to_string(fibers[b * threads].position.block) + ": ";
-    for (const auto& [place, count] : places)
-      text += (place == places.begin()->first ? "" : ", ") + std::to_string(count) + " threads " + place;
+    for (size_t i = b * threads; i < (b + 1) * threads; ++i) ++places[fibers[i].ended ? "ended" : std::string("in ") + fibers[i].at];
+    text += (b ? "; block " : "block ") + std::to_string(fibers[b * threads].position.block) + ":";
+    for (const auto& [place, count] : places) text += (place == places.begin()->first ? " " : ", ") + std::to_string(count) + " " + place;
   }
   if (shown < blocks.size()) text += "; and " + std::to_string(blocks.size() - shown) + " more blocks";
   fail("%s", text.c_str());

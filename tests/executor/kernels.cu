@@ -160,15 +160,17 @@ __global__ void through_l2(const Params p) {
 }
 
 // Faults: 0: one thread misses the barrier; 1: a warp in two collectives; 2: a write just past shared memory; 3: shared memory as found;
-// 4: a write to another thread's stack is none of ours, but a read past a global array is (AddressSanitizer)
+// 4: a read `count` floats further; 5: a vector at an address that it may not have
 __global__ void faults(const Params p) {
   const int i = thread_index();
   float* shared = shared_as<float>();
+  float* out = static_cast<float*>(p.out);
   if (p.mode == 0 && i != 5) block_sync();
-  if (p.mode == 1) static_cast<float*>(p.out)[i] = i % 2 ? shuffle(1.f, 0) : shuffle_xor(1.f, 1);
+  if (p.mode == 1) out[i] = i % 2 ? shuffle(1.f, 0) : shuffle_xor(1.f, 1);
   if (p.mode == 2) shared[i + 1] = 1.f;
-  if (p.mode == 3) static_cast<float*>(p.out)[i] = shared[i];
-  if (p.mode == 4) static_cast<float*>(p.out)[i] = static_cast<const float*>(p.in)[i + 1];
+  if (p.mode == 3) out[i] = shared[i];
+  if (p.mode == 4) out[i] = static_cast<const float*>(p.in)[i + p.count];
+  if (p.mode == 5) out[i] = shared_as<const Two>(4)->v[1];
 }
 
 // h' = tanh-like(W h + x), hidden units split over the blocks of a team that meet in a cluster (mode 0) or through L2 (mode 1).
