@@ -1,4 +1,5 @@
-"""params.h in two forms for test_native_recurrence.py: as a call of the compiled module on poisoned tensors, and as plain loops.
+"""params.h in two forms for test_native_recurrence.py and test_cuda_recurrence.py: as a call of compiled kernels on poisoned tensors, and
+as plain loops.
 
 The loops take one lane and one step at a time. In float64 they are the oracle; in float32 they say what error eager torch makes.
 """
@@ -9,7 +10,8 @@ import torch
 from stable_rnn import _native
 
 CELLS = ["rnn_tanh", "rnn_relu", "lstm"]
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+TF32 = 3
 NAN = float("nan")
 
 
@@ -31,6 +33,7 @@ class Case:
     select: tuple[int, ...] | None = None
     init: bool = False
     threads: int = 1
+    tf32: bool = False  # products of float32 rounded to TF32
 
     def __post_init__(self):
         self.lstm = self.cell == "lstm"
@@ -235,7 +238,7 @@ def _head(case):
     """The arguments up to the selection; the tensors behind the addresses are kept on the case."""
     case.kept = [None if case.plain_base else torch.tensor(case.base), None if case.lengths is None else torch.tensor(case.lengths),
                  None if case.select is None else torch.tensor(case.select)]
-    return (CELLS.index(case.cell), DTYPES[case.dtype], case.threads, case.hidden, case.p, case.cap, case.steps,
+    return (CELLS.index(case.cell), TF32 if case.tf32 else DTYPES[case.dtype], case.threads, case.hidden, case.p, case.cap, case.steps,
             case.batch, case.step, case.stride, case.warmup, *map(at, case.kept), 0 if case.select is None else len(case.select))
 
 
@@ -244,18 +247,19 @@ def _poisoned(case, **columns):
     return {k: torch.full(v[:2], NAN, dtype=v[2]) for k, v in columns.items()}
 
 
-def run_forward(case, made):
+def run_forward(case, made, call=None):
+    """`call`: takes the arguments of `recurrence_forward`; null: the compiled module's."""
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
     out = _poisoned(case, y=(n, P, dtype), h_n=(batch, P, dtype), h_start=(case.lanes, P, f32), h_end=(case.lanes, P, f32))
     if case.lstm:
         out |= _poisoned(case, c_n=(batch, H, dtype), gates=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
                          c_end=(case.lanes, H, f32))
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
-    _native.lib.recurrence_forward(*_head(case), *(at(made.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
+    (call or _native.lib.recurrence_forward)(*_head(case), *(at(made.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
     return out
 
 
-def run_backward(case, made, saved):
+def run_backward(case, made, saved, call=None):
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
     out = _poisoned(case, dz=(n, case.gates * H, dtype), dh=(n, P, dtype), dh0=(batch, P, dtype), dh_start=(case.lanes, P, f32),
                     dh_end=(case.lanes, P, f32))
@@ -263,7 +267,7 @@ def run_backward(case, made, saved):
         out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
     names = ("dy", "y", "gates", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
-    _native.lib.recurrence_backward(*_head(case), *(at(both.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
+    (call or _native.lib.recurrence_backward)(*_head(case), *(at(both.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
     return out
 
 

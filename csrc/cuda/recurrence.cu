@@ -1,0 +1,98 @@
+// The entry points: what the CUDA kernels cannot do, the plan, and the two launches (prepare, then the recurrence).
+#include "recurrence_weights.cuh"
+#include "recurrence_launch.h"
+
+namespace stable_rnn {
+namespace {
+
+template <class Params>
+const char* check(const Params& p) {
+  if (!(p.cap > 0 && p.cap <= 1)) return "cap must lie in (0, 1]";
+  const Lanes& lanes = p.lanes;
+  if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
+    return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
+  if (lanes.steps >= int64_t(1) << 31) return "the CUDA kernels take fewer than 2^31 steps";
+  if (p.w_hr) return "the CUDA kernels take no projection of the state (w_hr, proj_size)";
+  return nullptr;
+}
+
+int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : lanes_per_row(lanes) * lanes.batch; }
+
+// What differs between the directions: where the states of a row without time come from and go to, and the kernels.
+void hand_through(const ForwardParams& p, PrepareParams& q) {
+  q.h_from = p.h0, q.h_to = p.h_n;
+  if (q.lstm) q.c_from = p.c0, q.c_to = p.c_n;
+}
+void hand_through(const BackwardParams& p, PrepareParams& q) {
+  q.h_from = p.dh_n, q.h_to = p.dh0;
+  if (q.lstm) q.c_from = p.dc_n, q.c_to = p.dc0;
+}
+template <int dtype> const char* launch_recurrence(const ForwardLaunch& q, const Grid& grid) { return launch_forward<dtype>(q, grid); }
+template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, const Grid& grid) { return launch_backward<dtype>(q, grid); }
+
+template <int dtype, class Params>
+const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const CudaLaunch& at) {
+  const int64_t entries = entries_of(p.lanes);
+  const Geometry g = geometry_of(backward, p.cell, dtype, p.hidden, plan);
+  const WorkspaceParts parts = workspace_parts(plan, g);
+  char* workspace = static_cast<char*>(at.workspace);
+  if (entries > 0 && at.workspace_bytes < parts.bytes) return "the workspace is smaller than the plan says";
+
+  PrepareParams q{};
+  q.geometry = g;
+  q.lanes = p.lanes;
+  q.lstm = p.cell == LSTM;
+  q.backward = backward;
+  q.hidden = p.hidden;
+  q.w_hh = p.w_hh;
+  hand_through(p, q);
+  if (p.lanes.length || p.lanes.steps == 0) q.empty_rows = p.lanes.batch;
+  if (entries > 0) {
+    q.packed = reinterpret_cast<Quad*>(workspace);
+    q.quads = plan.blocks * g.weights / 16;
+    q.meeting = reinterpret_cast<Quad*>(workspace + parts.flags);
+    q.meeting_quads = (parts.bytes - parts.flags) / 16;
+  }
+  const int64_t work = q.quads + q.meeting_quads + q.empty_rows * q.hidden, blocks = ceil_div(work, 256);
+  if (work == 0) return nullptr;
+  const Grid small{static_cast<int>(blocks < 1024 ? blocks : 1024), 256, 1, 0, false, at.stream};
+  if (const char* problem = launch(&prepare<dtype>, small, q)) return problem;
+  if (entries == 0) return nullptr;
+
+  const bool grid = plan.blocks > 1 && plan.cluster == 1;
+  const Meeting meeting{workspace + parts.inboxes, reinterpret_cast<unsigned*>(workspace + parts.flags)};
+  return launch_recurrence<dtype>(RecurrenceLaunch<Params>{p, g, meeting, q.packed, entries},
+                                  Grid{plan.teams * plan.blocks, 32 * plan.warps, plan.cluster, g.shared_bytes, grid, at.stream});
+}
+
+template <class Params>
+const char* run(bool backward, const Params& p, const CudaPlan& plan, const CudaLaunch& at) {
+  if (const char* problem = check(p)) return problem;
+  if (plan.message) return plan.message;
+  if (p.hidden == 0) return nullptr;
+  return with_device(at.device, [&]() -> const char* {
+    switch (p.dtype) {
+      case F32: return enqueue<F32>(backward, p, plan, at);
+      case BF16: return enqueue<BF16>(backward, p, plan, at);
+      case F16: return enqueue<F16>(backward, p, plan, at);
+      default: return enqueue<TF32>(backward, p, plan, at);
+    }
+  });
+}
+
+template <class Params>
+const char* plan_and_run(bool backward, const Params& p, const CudaLaunch& at) {
+  CudaLimits limits;
+  if (const char* problem = check(p)) return problem;
+  if (const char* problem = cuda_limits(at.device, &limits)) return problem;
+  return run(backward, p, recurrence_plan_cuda(backward, p.cell, p.dtype, p.hidden, p.out, entries_of(p.lanes), limits), at);
+}
+
+}  // namespace
+
+const char* recurrence_forward_planned(const ForwardParams& p, const CudaPlan& plan, const CudaLaunch& at) { return run(false, p, plan, at); }
+const char* recurrence_backward_planned(const BackwardParams& p, const CudaPlan& plan, const CudaLaunch& at) { return run(true, p, plan, at); }
+const char* recurrence_forward_cuda(const ForwardParams& p, const CudaLaunch& at) { return plan_and_run(false, p, at); }
+const char* recurrence_backward_cuda(const BackwardParams& p, const CudaLaunch& at) { return plan_and_run(true, p, at); }
+
+}  // namespace stable_rnn

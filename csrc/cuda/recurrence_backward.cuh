@@ -1,0 +1,239 @@
+// The adjoint recursion on lanes, in reverse time: carry = dz W_hh of the step after, plus dy, then the cell's vector-Jacobian product.
+//
+// A warp has 16 units times 8 * octets lanes of the product. An LSTM's sums run over 4 H rows of weights: four warps take a gate each, and
+// their sums are added in the order i, f, g, o. The sums change hands through shared memory, so that threads then hold consecutive units of
+// a lane (what they load and store is contiguous), the cells of a group spread over its warps.
+// The adjoint of the cell state stays in registers from stage to stage, and so does c, which is the next stage's c_prev before it.
+//
+// A stage of M lanes: 2 M G H^2 operations; bytes: LSTM 4 M H of gates, 4 M H of dz, M H of dy, and 4 M H bytes of cells; RNN M H each of y, dy
+// and dz; and the weights from where they stay. README.md has the floors.
+#pragma once
+#include "recurrence_launch.h"
+#include "recurrence_weights.cuh"
+#include "team.cuh"
+
+namespace stable_rnn {
+
+template <int dtype, bool lstm, int octets>
+struct BackwardWarp {
+  using A = Arithmetic<dtype>;
+  using Storage = typename A::Storage;
+  using Real = typename A::Real;
+  static constexpr int gates = lstm ? 4 : 1, group_units = 16;
+  static constexpr int cells = 4 * octets / gates, lanes = 8 * octets / gates;   // of a thread, and of a warp, once the sums have moved
+  static constexpr int pitch_of_sums = 9, sums_of_octet = 16 * pitch_of_sums;
+  static constexpr int gate_bytes = group_units * A::shape.element, row_bytes = gates * gate_bytes;
+
+  const BackwardParams& p;
+  const TileLanes& tile;
+  const float cap;         // as the saved forget gates were rounded
+  const int pitch, segment;
+  int first_lane;          // of the product
+  int gate;                // of the product
+  int lane;                // the thread's first cell: lanes lane, lane + 2, ...
+  int64_t first_unit, unit;
+  int outbox, own_sums;    // in shared memory; the sums of the group's first warp
+  float sums[1][octets][4];
+  float carry[cells], dh[cells], dz[cells][gates];
+  float dc[cells], c[cells];
+  Storage dy[cells], saved[cells][gates];   // of the next stage: gates, or y
+  float c_prev[cells];
+
+  __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
+      : p(p), tile(tile), cap(Storage(p.cap)), pitch(geometry.pitch), segment(geometry.segment) {
+    const int warp = thread_index() / 32, group = warp / gates;
+    gate = warp % gates;
+    first_lane = group / geometry.groups * (8 * octets);
+    lane = first_lane + gate * lanes + thread_index() % 32 / 16;
+    first_unit = int64_t(rank) * geometry.units + group % geometry.groups * group_units;
+    unit = first_unit + thread_index() % 16;
+    outbox = geometry.outbox + warp * geometry.outbox_of_warp;
+    own_sums = geometry.sums + group * gates * octets * sums_of_octet * 4;
+  }
+
+  // body(j, lane) for this thread's cells
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+    for (int j = 0; j < cells; ++j) body(j, lane + 2 * j);
+  }
+
+  __device__ __forceinline__ int64_t row(const Span& span, int64_t s) const { return row_at(span, s, -p.lanes.step); }
+
+  // The first carry, and what an LSTM keeps in registers.
+  __device__ __forceinline__ void start() {
+    each([&](int j, int lane) {
+      const Run& run = tile.runs[lane];
+      const bool there = run.steps && unit < p.hidden;
+      carry[j] = there ? start_value<Storage>(run, p.dh_n, p.dh_init, p.hidden, unit) : 0.f;
+      if constexpr (lstm) {
+        dc[j] = there ? start_value<Storage>(run, p.dc_n, p.dc_init, p.hidden, unit) : 0.f;
+        c_prev[j] = there ? p.cells[run.first * p.hidden + unit] : 0.f;   // load(0) makes it c
+      }
+    });
+  }
+
+  __device__ __forceinline__ void load(int64_t s) {
+    const int64_t H = p.hidden;
+    each([&](int j, int lane) {
+      const Span span = tile.spans[lane];
+      const bool there = s < span.steps && unit < H;
+      const int64_t at = row(span, s);
+      dy[j] = there ? static_cast<const Storage*>(p.dy)[at * H + unit] : Storage(0.f);
+      const Storage* from = static_cast<const Storage*>(lstm ? p.gates : p.y) + at * gates * H + unit;
+#pragma unroll
+      for (int q = 0; q < gates; ++q) saved[j][q] = there ? from[q * H] : Storage(0.f);
+      if constexpr (lstm) {
+        c[j] = c_prev[j];
+        if (!there) return;
+        if (s + 1 == span.steps && tile.runs[lane].last)   // the row's first time
+          c_prev[j] = p.c0 ? static_cast<float>(static_cast<const Storage*>(p.c0)[tile.runs[lane].b * H + unit]) : 0.f;
+        else
+          c_prev[j] = p.cells[row(span, s + 1) * H + unit];
+      }
+    });
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < octets; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[0][n][e] = 0.f;
+  }
+
+  __device__ __forceinline__ float* sums_of(int gate, int octet) const {
+    return reinterpret_cast<float*>(shared_memory() + own_sums) + (gate * octets + octet) * sums_of_octet;
+  }
+
+  // The sums go to the threads that have their cells.
+  __device__ __forceinline__ void exchange() {
+    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
+#pragma unroll
+    for (int n = 0; n < octets; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums_of(gate, n)[(g + e / 2 * 8) * pitch_of_sums + 2 * t + e % 2] = sums[0][n][e];
+    if constexpr (lstm) block_sync();
+    else warp_sync();
+    each([&](int j, int lane) {
+      const int column = lane - first_lane, at = thread_index() % 16 * pitch_of_sums + column % 8;
+      float sum = sums_of(0, column / 8)[at];
+#pragma unroll
+      for (int q = 1; q < gates; ++q) sum += sums_of(q, column / 8)[at];
+      carry[j] = sum;
+    });
+  }
+
+  __device__ __forceinline__ void border(const Run& run, int64_t s, float x, float* start, float* end, void* at_zero) const {
+    if (s == run.warm && start) start[run.id * p.hidden + unit] = x;
+    if (s < run.steps) return;
+    if (end) end[run.id * p.hidden + unit] = x;
+    if (run.last && at_zero) static_cast<Storage*>(at_zero)[run.b * p.hidden + unit] = Storage(x);
+  }
+
+  // From the carry of stage s to dz. What others need goes to the outbox.
+  __device__ __forceinline__ void advance(int64_t s) {
+    char* mine = shared_memory() + outbox + thread_index() % 32 / 16 * row_bytes + thread_index() % 16 * A::shape.element;
+    each([&](int j, int lane) {
+      const Span span = tile.spans[lane];
+      const bool there = unit < p.hidden;
+      if (there && span.steps && (s == span.warm || s == span.steps)) {
+        border(tile.runs[lane], s, carry[j], p.dh_start, p.dh_end, p.dh0);
+        if constexpr (lstm) border(tile.runs[lane], s, dc[j], p.dc_start, p.dc_end, p.dc0);
+      }
+      dh[j] = carry[j] + float(dy[j]);
+      if constexpr (lstm) {
+        const LstmAdjoint<Real> d = lstm_vjp<Real>(dh[j], dc[j], float(saved[j][0]), float(saved[j][1]), float(saved[j][2]),
+                                                   float(saved[j][3]), c[j], c_prev[j], cap);
+        dc[j] = number(d.c_prev);
+        dz[j][0] = number(d.zi);
+        dz[j][1] = number(d.zf);
+        dz[j][2] = number(d.zg);
+        dz[j][3] = number(d.zo);
+      } else {
+        dz[j][0] = number(rnn_vjp<Real>(dh[j], float(saved[j][0]), p.cell == RNN_RELU));
+      }
+#pragma unroll
+      for (int q = 0; q < gates; ++q) {
+        const typename A::Element shared = A::element(there ? dz[j][q] : 0.f);   // beyond the last unit: zero, never NaN
+        std::memcpy(mine + 2 * j * row_bytes + q * gate_bytes, &shared, sizeof shared);
+      }
+    });
+  }
+
+  __device__ __forceinline__ void send(Team& team) const {
+    warp_sync();
+    constexpr int quads = gate_bytes / 16;
+    team.template send<lanes, gates * quads>(shared_memory() + outbox, [&](int row, int quad) {
+      const int64_t column = first_unit * A::shape.element + quad % quads * 16;
+      return column < segment ? (first_lane + gate * lanes + row) * pitch + quad / quads * segment + static_cast<int>(column) : -1;
+    });
+  }
+
+  __device__ __forceinline__ void write(int64_t s) const {
+    const int64_t H = p.hidden;
+    each([&](int j, int lane) {
+      const Span span = tile.spans[lane];
+      if (unit >= H || s < span.warm || s >= span.steps) return;
+      const int64_t at = row(span, s);
+      Storage* to = static_cast<Storage*>(p.dz) + at * gates * H + unit;
+#pragma unroll
+      for (int q = 0; q < gates; ++q) to[q * H] = Storage(dz[j][q]);
+      if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(dh[j]);
+    });
+  }
+};
+
+template <int dtype, bool lstm, int octets, bool held>
+__global__ void __launch_bounds__(32 * most_warps(true, lstm, dtype, octets, held)) recurrence_backward(const BackwardLaunch q) {
+  using Warp = BackwardWarp<dtype, lstm, octets>;
+  using A = typename Warp::A;
+  const Geometry& g = q.geometry;
+  Team team(g, q.meeting);
+  const TileLanes tile(g);
+  Warp warp(q.p, g, tile, team.rank);
+  const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::gates));
+  HeldWeights<A, 1> registers;
+  if constexpr (held) registers.load(weights.packed, g.chunks);
+  const int first_state = warp.first_lane * g.pitch + warp.gate * g.segment + A::first_state(thread_index() % 32, g.pitch);
+  team.begin();
+
+  for (int64_t first = int64_t(team.index) * g.lanes; first < q.entries; first += int64_t(g.teams) * g.lanes) {
+    const int64_t stages = tile.load<true>(q.p.lanes, first, q.entries, q.p.dh_init != nullptr);
+    warp.start();
+    warp.load(0);
+    for (int64_t s = 0; s < stages; ++s) {
+      if (s > 0) {
+        warp.clear();
+        const char* state = team.state() + first_state;
+        if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
+        else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
+        else product<A>(warp.sums, weights.packed, g.chunks, state, g.pitch);
+        warp.exchange();
+      }
+      warp.advance(s);
+      warp.send(team);
+      team.arrive();
+      warp.write(s);
+      warp.load(s + 1);
+      team.wait();
+    }
+  }
+}
+
+// The kernel of a plan's variant.
+template <int dtype, bool lstm>
+const char* launch_backward_of(const BackwardLaunch& q, const Grid& grid) {
+  const Geometry& g = q.geometry;
+  if constexpr (product_shape(dtype).element == 2)
+    if (g.place == in_registers) return launch(&recurrence_backward<dtype, lstm, 1, true>, grid, q);
+  if (g.octets == 1) return launch(&recurrence_backward<dtype, lstm, 1, false>, grid, q);
+  if (g.octets == 2) return launch(&recurrence_backward<dtype, lstm, 2, false>, grid, q);
+  return launch(&recurrence_backward<dtype, lstm, 4, false>, grid, q);
+}
+
+template <int dtype>
+const char* launch_backward(const BackwardLaunch& q, const Grid& grid) {
+  return q.p.cell == LSTM ? launch_backward_of<dtype, true>(q, grid) : launch_backward_of<dtype, false>(q, grid);
+}
+
+}  // namespace stable_rnn

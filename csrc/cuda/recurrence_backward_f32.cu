@@ -1,0 +1,2 @@
+#include "recurrence_backward.cuh"
+template const char* stable_rnn::launch_backward<stable_rnn::F32>(const BackwardLaunch&, const Grid&);

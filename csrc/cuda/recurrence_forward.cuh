@@ -1,0 +1,218 @@
+// The forward recurrence on lanes: z = h W_hh^T + xp, then the gates, for all steps of all lanes in one launch.
+//
+// A warp has 8 units of an LSTM (16 of an RNN) times 8 * octets lanes. Thread (g, t) = (lane / 4, lane % 4) holds, of each 8 lanes, the cells
+//     LSTM  unit g x lanes 2t, 2t + 1: all four gates          RNN  units g, g + 8 x lanes 2t, 2t + 1
+// The cell state stays in registers from step to step; xp of the next step is loaded while the team meets.
+//
+// A step of M lanes: 2 M G H^2 operations; bytes: M G H of xp, M H of y (training: 4 M H of gates, 4 M H bytes of cells), and the weights from
+// where they stay. README.md has the floors.
+#pragma once
+#include "recurrence_launch.h"
+#include "recurrence_weights.cuh"
+#include "team.cuh"
+
+namespace stable_rnn {
+
+template <int dtype, bool lstm, int octets>
+struct ForwardWarp {
+  using A = Arithmetic<dtype>;
+  using Storage = typename A::Storage;
+  using Real = typename A::Real;
+  static constexpr int gates = lstm ? 4 : 1, rows = lstm ? 2 : 1, cells = lstm ? 2 : 4, group_units = lstm ? 8 : 16;
+  static constexpr int row_bytes = group_units * A::shape.element;   // of a lane in the outbox
+
+  const ForwardParams& p;
+  const TileLanes& tile;
+  const int pitch, segment;
+  int first_lane, lane;    // of the warp in the tile; the thread's first
+  int64_t first_unit, unit;
+  int outbox;              // in shared memory, of the warp; place() is the thread's cell in it
+  float sums[rows][octets][4];
+  float c[octets][cells];
+  Storage x[octets][cells][gates];   // xp of the next step
+  Storage h[octets][cells];
+
+  __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
+      : p(p), tile(tile), pitch(geometry.pitch), segment(geometry.segment) {
+    const int warp = thread_index() / 32, g = thread_index() % 32 / 4, t = thread_index() % 4;
+    first_lane = warp / geometry.groups * (8 * octets);
+    lane = first_lane + 2 * t;
+    first_unit = int64_t(rank) * geometry.units + warp % geometry.groups * group_units;
+    unit = first_unit + g;
+    outbox = geometry.outbox + warp * geometry.outbox_of_warp;
+  }
+
+  // body(n, e, lane, unit) for this thread's cells
+  template <class Body>
+  __device__ __forceinline__ void each(const Body& body) const {
+#pragma unroll
+    for (int n = 0; n < octets; ++n)
+#pragma unroll
+      for (int e = 0; e < cells; ++e) body(n, e, lane + 8 * n + e % 2, unit + e / 2 * 8);
+  }
+
+  __device__ __forceinline__ static bool writes(const Span& span, int64_t s) { return s >= span.warm && s < span.steps; }
+
+  __device__ __forceinline__ void start() {
+    if constexpr (lstm)
+      each([&](int n, int e, int lane, int64_t unit) {
+        const Run& run = tile.runs[lane];
+        c[n][e] = run.steps && unit < p.hidden ? start_value<Storage>(run, p.c0, p.c_init, p.hidden, unit) : 0.f;
+      });
+  }
+
+  __device__ __forceinline__ void load(int64_t s) {
+    const auto* xp = static_cast<const Storage*>(p.xp);
+    each([&](int n, int e, int lane, int64_t unit) {
+      const Span span = tile.spans[lane];
+      const bool there = s < span.steps && unit < p.hidden;
+      const Storage* at = xp + row_at(span, s, p.lanes.step) * (gates * p.hidden) + unit;
+#pragma unroll
+      for (int gate = 0; gate < gates; ++gate) x[n][e][gate] = there ? at[gate * p.hidden] : Storage(0.f);
+    });
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < rows; ++m)
+#pragma unroll
+      for (int n = 0; n < octets; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.f;
+  }
+
+  // From the sums of step s to the new states. What others need goes to the outbox; h, c and the gates (in place of the sums) stay here.
+  __device__ __forceinline__ void advance(int64_t s) {
+    char* mine = shared_memory() + outbox + (lane - first_lane) * row_bytes + static_cast<int>(unit - first_unit) * A::shape.element;
+    each([&](int n, int e, int lane, int64_t unit) {
+      float value;
+      if constexpr (lstm) {
+        float &i = sums[0][n][e], &f = sums[0][n][2 + e], &g = sums[1][n][e], &o = sums[1][n][2 + e];
+        const Storage(&add)[gates] = x[n][e];
+        if (p.c_start && s == tile.spans[lane].warm && s < tile.spans[lane].steps && unit < p.hidden)
+          p.c_start[tile.runs[lane].id * p.hidden + unit] = c[n][e];
+        const LstmStep<Real> step = lstm_step<Real>(i + float(add[0]), f + float(add[1]), g + float(add[2]), o + float(add[3]), c[n][e], p.cap);
+        if (p.gates) {
+          i = number(step.i.value());
+          f = number(step.f);
+          g = number(step.g.value());
+          o = number(step.o.value());
+        }
+        c[n][e] = number(step.c);
+        value = number(step.m);
+      } else {
+        value = number(rnn_step<Real>(sums[0][n][e] + float(x[n][e][0]), p.cell == RNN_RELU));
+      }
+      h[n][e] = Storage(value);
+      const typename A::Element shared = A::element(unit < p.hidden ? value : 0.f);   // beyond the last unit: zero, never NaN
+      std::memcpy(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, &shared, sizeof shared);
+    });
+  }
+
+  __device__ __forceinline__ void send(Team& team) const {
+    warp_sync();
+    team.template send<8 * octets, row_bytes / 16>(shared_memory() + outbox, [&](int row, int quad) {
+      const int64_t column = first_unit * A::shape.element + 16 * quad;
+      return column < segment ? (first_lane + row) * pitch + static_cast<int>(column) : -1;
+    });
+  }
+
+  __device__ __forceinline__ void write(int64_t s) const {
+    const int64_t H = p.hidden;
+    each([&](int n, int e, int lane, int64_t unit) {
+      const Span span = tile.spans[lane];
+      if (unit >= H || s >= span.steps) return;
+      if (s + 1 == span.warm && p.h_start) p.h_start[tile.runs[lane].id * H + unit] = h[n][e];
+      if (s < span.warm) return;
+      const int64_t row = row_at(span, s, p.lanes.step);
+      static_cast<Storage*>(p.y)[row * H + unit] = h[n][e];
+      if constexpr (lstm) {
+        if (p.cells) p.cells[row * H + unit] = c[n][e];
+        if (p.gates) {
+          Storage* gates = static_cast<Storage*>(p.gates) + row * 4 * H + unit;
+          gates[0] = Storage(sums[0][n][e]);
+          gates[H] = Storage(sums[0][n][2 + e]);
+          gates[2 * H] = Storage(sums[1][n][e]);
+          gates[3 * H] = Storage(sums[1][n][2 + e]);
+        }
+      }
+      if (s + 1 < span.steps) return;
+      const Run& run = tile.runs[lane];
+      if (p.h_end) p.h_end[run.id * H + unit] = h[n][e];
+      if (p.h_n && run.last) static_cast<Storage*>(p.h_n)[run.b * H + unit] = h[n][e];
+      if constexpr (lstm) {
+        if (p.c_end) p.c_end[run.id * H + unit] = c[n][e];
+        if (p.c_n && run.last) static_cast<Storage*>(p.c_n)[run.b * H + unit] = Storage(c[n][e]);
+      }
+    });
+  }
+};
+
+// Every block fills its own copy of the tile's first state, [N][pitch].
+template <class A>
+__device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLanes& tile, char* state, int pitch, int64_t first_unit,
+                                           int64_t units) {
+  for (int n = thread_index() / 32; n < tile.n; n += thread_count() / 32) {
+    const Run& run = tile.runs[n];
+    for (int64_t k = thread_index() % 32; k < p.hidden; k += 32) {
+      const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, p.hidden, k) : 0.f;
+      const typename A::Element element = A::element(h);
+      std::memcpy(state + n * pitch + k * A::shape.element, &element, sizeof element);
+      if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units) p.h_start[run.id * p.hidden + k] = h;
+    }
+  }
+}
+
+template <int dtype, bool lstm, int octets, bool held>
+__global__ void __launch_bounds__(32 * most_warps(false, lstm, dtype, octets, held)) recurrence_forward(const ForwardLaunch q) {
+  using Warp = ForwardWarp<dtype, lstm, octets>;
+  using A = typename Warp::A;
+  const Geometry& g = q.geometry;
+  Team team(g, q.meeting);
+  const TileLanes tile(g);
+  Warp warp(q.p, g, tile, team.rank);
+  const BlockWeights<A, Warp::rows> weights(g, q.weights, team.rank, thread_index() / 32 % g.groups);
+  HeldWeights<A, held ? Warp::rows : 1> registers;
+  if constexpr (held) registers.load(weights.packed, g.chunks);
+  const int first_state = warp.first_lane * g.pitch + A::first_state(thread_index() % 32, g.pitch);
+  team.begin();
+
+  for (int64_t first = int64_t(team.index) * g.lanes; first < q.entries; first += int64_t(g.teams) * g.lanes) {
+    const int64_t steps = tile.load<false>(q.p.lanes, first, q.entries, q.p.h_init != nullptr);
+    fill_state<A>(q.p, tile, team.state(), g.pitch, int64_t(team.rank) * g.units, g.units);
+    warp.start();
+    warp.load(0);
+    block_sync();
+    for (int64_t s = 0; s < steps; ++s) {
+      warp.clear();
+      const char* state = team.state() + first_state;
+      if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
+      else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
+      else product<A>(warp.sums, weights.packed, g.chunks, state, g.pitch);
+      warp.advance(s);
+      warp.send(team);
+      team.arrive();
+      warp.write(s);
+      warp.load(s + 1);
+      team.wait();
+    }
+  }
+}
+
+// The kernel of a plan's variant.
+template <int dtype, bool lstm>
+const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
+  const Geometry& g = q.geometry;
+  if constexpr (product_shape(dtype).element == 2)
+    if (g.place == in_registers) return launch(&recurrence_forward<dtype, lstm, 1, true>, grid, q);
+  if (g.octets == 1) return launch(&recurrence_forward<dtype, lstm, 1, false>, grid, q);
+  if (g.octets == 2) return launch(&recurrence_forward<dtype, lstm, 2, false>, grid, q);
+  return launch(&recurrence_forward<dtype, lstm, 4, false>, grid, q);
+}
+
+template <int dtype>
+const char* launch_forward(const ForwardLaunch& q, const Grid& grid) {
+  return q.p.cell == LSTM ? launch_forward_of<dtype, true>(q, grid) : launch_forward_of<dtype, false>(q, grid);
+}
+
+}  // namespace stable_rnn

@@ -1,0 +1,2 @@
+#include "recurrence_forward.cuh"
+template const char* stable_rnn::launch_forward<stable_rnn::TF32>(const ForwardLaunch&, const Grid&);

@@ -1,0 +1,45 @@
+// Between the entry points (recurrence.cu), the choice of a plan (recurrence_plan.cu) and the kernels (recurrence_forward_*.cu, ..._backward_*.cu).
+#pragma once
+#include "stable_rnn/cuda.h"
+#include "team.cuh"
+
+namespace stable_rnn {
+
+template <class Params>
+struct RecurrenceLaunch {
+  Params p;
+  Geometry geometry;
+  Meeting meeting;
+  const Quad* weights;   // packed
+  int64_t entries;       // of the list of lanes
+};
+using ForwardLaunch = RecurrenceLaunch<ForwardParams>;
+using BackwardLaunch = RecurrenceLaunch<BackwardParams>;
+
+// The most warps of a block, so that registers suffice: what a kernel is compiled for.
+constexpr int most_warps(bool backward, bool lstm, int dtype, int octets, bool held) {
+  return (held && lstm && !backward) || (octets == 4 && product_shape(dtype).element == 4) ? 8 : 16;
+}
+constexpr int units_of_warp(bool backward, int cell) { return cell == LSTM && !backward ? 8 : 16; }
+constexpr int warps_of_units(bool backward, int cell) { return cell == LSTM && backward ? 4 : 1; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// From the plan's blocks, cluster, lanes, units, warps, place and teams.
+Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan);
+
+// The workspace: packed weights; then, where teams meet through L2, flags and inboxes (see Meeting), which are zeroed together.
+struct WorkspaceParts {
+  int64_t flags, inboxes, bytes;
+};
+WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g);
+
+// The entry points with a plan of the caller's choice: so tests reach every variant.
+const char* recurrence_forward_planned(const ForwardParams&, const CudaPlan&, const CudaLaunch&);
+const char* recurrence_backward_planned(const BackwardParams&, const CudaPlan&, const CudaLaunch&);
+
+template <int dtype> const char* launch_forward(const ForwardLaunch&, const Grid&);
+template <int dtype> const char* launch_backward(const BackwardLaunch&, const Grid&);
+
+}  // namespace stable_rnn

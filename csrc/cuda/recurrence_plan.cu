@@ -1,0 +1,153 @@
+// How a problem is divided: blocks of a team, units of a block, lanes of a tile, where the weights stay. Every division gives the same bits,
+// so the choice is free: the least time for all lanes by a simple model of one SM, in clocks.
+#include "recurrence_launch.h"
+
+namespace stable_rnn {
+namespace {
+
+constexpr int64_t most_hidden = 1 << 14;   // beyond what shared memory takes; sizes of a block in bytes fit in int
+
+double larger(double a, double b) { return a > b ? a : b; }
+
+// One step of one tile. The constants are guesses from published figures, to be replaced by measurements.
+double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, const Geometry& g) {
+  constexpr double l2 = 32, shared = 128;   // bytes a clock
+  const bool lstm = cell == LSTM, tensor = dtype != F32;
+  const double element = product_shape(dtype).element, quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
+  const double rows = lstm && !backward ? 2 : 1, cells = double(plan.lanes) * plan.units;
+  const double chunks = double(plan.warps) * g.chunks;   // of all warps
+
+  double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);             // latency of one chain of sums
+  product = larger(product, chunks * rows * g.octets * 4);           // arithmetic
+  const double weights = chunks * rows * 2 * quads, states = chunks * g.octets * (tensor ? 512 : 256);
+  product = larger(product, (states + (plan.place == in_shared ? weights : 0)) / shared);
+  if (plan.place == in_l2) product = larger(product, weights / l2);
+
+  const double gates = 250 + cells * (lstm ? 0.5 : 0.25) + (lstm && backward ? 100 + cells * 32 / shared : 0);
+  const double sent = cells * element * (lstm && backward ? 4 : 1);
+  const double meeting = plan.blocks == 1   ? 60
+                         : plan.cluster > 1 ? 450 + 40 * plan.blocks + sent * plan.blocks / l2
+                                            : 2500 + double(plan.lanes) * g.pitch / l2;
+  return product + gates + meeting;
+}
+
+// Goes through all divisions that the device and the kernels allow.
+struct Search {
+  bool backward;
+  int cell, dtype;
+  int64_t hidden, entries;
+  const CudaLimits& limits;
+  CudaPlan best{};
+  double least = 0;
+
+  void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
+    const int warps = units / units_of_warp(backward, cell) * warps_of_units(backward, cell) * lane_groups;
+    if (warps > most_warps(backward, cell == LSTM, dtype, octets, place == in_registers)) return;
+    if (place == in_registers && (octets * lane_groups > 1 || product_shape(dtype).element == 4)) return;
+    CudaPlan plan{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
+    Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
+    if (g.shared_bytes > limits.shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
+
+    const int64_t tiles = ceil_div(entries, plan.lanes), fit = limits.sms / blocks;
+    const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, plan, g);
+    if (best.blocks && clocks >= least) return;
+    const bool grid = blocks > 1 && cluster == 1;   // then all blocks have to run at the same time; else small ones share an SM
+    const int64_t by_memory = (limits.shared_bytes + 1024) / (g.shared_bytes + 1024), by_warps = 16 / warps;
+    const int64_t most = grid ? fit : fit * (by_memory < by_warps ? by_memory : by_warps);
+    plan.teams = static_cast<int>(tiles < most ? tiles : most);
+    g.teams = plan.teams;
+    plan.shared_bytes = g.shared_bytes;
+    plan.workspace_bytes = workspace_parts(plan, g).bytes;
+    best = plan;
+    least = clocks;
+  }
+
+  void each_tile(int blocks, int cluster, int units) {
+    for (int octets = 1; octets <= 4; octets *= 2)
+      for (int lane_groups = 1; lane_groups <= 8; lane_groups *= 2)
+        for (int place = in_registers; place <= in_l2; ++place) consider(blocks, cluster, units, octets, lane_groups, place);
+  }
+
+  CudaPlan run() {
+    const int step = units_of_warp(backward, cell);
+    for (int blocks = 1; blocks <= limits.max_cluster && blocks <= limits.sms; blocks *= 2) {
+      const int64_t units = round_up(ceil_div(hidden, blocks), step);
+      if ((blocks - 1) * units < hidden) each_tile(blocks, blocks, static_cast<int>(units));   // no block without a unit
+    }
+    for (int units = step; units <= 16 * step; units += step) {
+      const int64_t blocks = ceil_div(hidden, units);
+      if (blocks > 1 && blocks <= limits.sms) each_tile(static_cast<int>(blocks), 1, units);
+    }
+    return best;
+  }
+};
+
+CudaPlan refuse(const char* message) {
+  CudaPlan plan{};
+  plan.message = message;
+  return plan;
+}
+
+}  // namespace
+
+Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan) {
+  const ProductShape shape = product_shape(dtype);
+  const bool lstm = cell == LSTM;
+  const int gates = lstm && backward ? 4 : 1;   // whose k lie side by side in a lane's state
+  Geometry g{};
+  g.blocks = plan.blocks;
+  g.cluster = plan.cluster;
+  g.teams = plan.teams;
+  g.place = plan.place;
+  g.lanes = plan.lanes;
+  g.units = plan.units;
+  g.groups = plan.units / units_of_warp(backward, cell);
+  const int warps_of_lanes = g.groups * warps_of_units(backward, cell);
+  g.octets = plan.lanes / 8 / (plan.warps / warps_of_lanes);
+
+  g.chunks = static_cast<int>(ceil_div(hidden * shape.element, shape.chunk));
+  g.segment = g.chunks * shape.chunk;
+  const int pitch = gates * g.segment / shape.pitch_unit;
+  g.pitch = (pitch % 2 ? pitch : pitch + 1) * shape.pitch_unit;
+  g.buffers = plan.blocks > 1 && plan.cluster == 1 ? 1 : 2;
+
+  const int rows = lstm && !backward ? 2 : 1;
+  g.weights = int64_t(warps_of_lanes) * rows * g.chunks * 2 * shape.fragments * 16;
+  g.outbox_of_warp = 8 * g.octets * units_of_warp(backward, cell) * shape.element;
+  const int64_t sums = backward ? int64_t(plan.warps) * g.octets * 16 * 9 * 4 : 0;
+  int64_t at = plan.place == in_shared ? g.weights : 0;
+  const auto next = [&at](int64_t bytes) {
+    const int64_t here = at;
+    at += round_up(bytes, 16);
+    return static_cast<int>(here);
+  };
+  g.state = next(int64_t(g.buffers) * g.lanes * g.pitch);
+  g.outbox = next(int64_t(plan.warps) * g.outbox_of_warp);
+  g.sums = next(sums);
+  g.spans = next(g.lanes * int64_t(sizeof(Span)));
+  g.runs = next(g.lanes * int64_t(sizeof(Run)));
+  g.shared_bytes = at;
+  return g;
+}
+
+WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g) {
+  WorkspaceParts parts;
+  parts.flags = round_up(plan.blocks * g.weights, 256);
+  const bool grid = plan.blocks > 1 && plan.cluster == 1;
+  parts.inboxes = parts.flags + (grid ? round_up(int64_t(plan.teams) * plan.blocks * 4, 256) : 0);
+  parts.bytes = parts.inboxes + (grid ? int64_t(plan.teams) * 2 * g.lanes * g.pitch : 0);
+  return parts;
+}
+
+CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits& limits) {
+  if (cell < RNN_TANH || cell > LSTM) return refuse("cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)");
+  if (dtype < F32 || dtype > TF32) return refuse("dtype must be 0 (float32), 1 (bfloat16), 2 (float16) or 3 (TF32)");
+  if (limits.arch < 80) return refuse("the CUDA kernels need compute capability 8.0 or later");
+  if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
+  if (hidden < 0) return refuse("hidden must not be negative");
+  if (hidden == 0) return CudaPlan{};
+  const CudaPlan plan = hidden > most_hidden ? CudaPlan{} : Search{backward, cell, dtype, hidden, entries < 1 ? 1 : entries, limits}.run();
+  return plan.blocks ? plan : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
+}
+
+}  // namespace stable_rnn

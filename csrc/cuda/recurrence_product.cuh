@@ -1,0 +1,153 @@
+// The product of one step, sums = weights x states, in each arithmetic: 16 rows of weights times 8 lanes at a time.
+//
+// Weights (rows x k) and states (lanes x k) lie with k contiguous, zeros up to a whole number of *chunks*: what is taken at once of k.
+// A thread reads 16 bytes at a time (a Quad). With g = lane / 4, t = lane % 4 it ends up with
+//     sums[0, 1] = row g x lanes 2t, 2t + 1,   sums[2, 3] = row g + 8 x lanes 2t, 2t + 1          (the layout of mma.m16n8)
+// Tensor cores: chunks of 64 bytes. The thread holds bytes [16t, 16t + 16) of rows g and g + 8 and of lane g, which is two mma's share:
+//     the instruction's order of k is a permutation of ours, the same one for weights and for states, so no sum notices.
+// CUDA cores (float32): chunks of 16 bytes. The thread holds all of rows g and g + 8 and of lanes 2t and 2t + 1, and sums k in order.
+// Sums start at zero and take the chunks in order: a lane's bits depend neither on the lanes beside it nor on where the weights are.
+#pragma once
+#include "approximate.cuh"
+#include "device.cuh"
+#include "stable_rnn/params.h"
+
+namespace stable_rnn {
+
+struct alignas(16) Quad {
+  uint32_t word[4];
+};
+
+// What memory layouts need to know of an arithmetic; sizes in bytes.
+struct ProductShape {
+  int element;     // of weights and states
+  int chunk;
+  int pitch_unit;  // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks
+  int fragments;   // different Quads that a warp reads of 8 rows and a chunk
+};
+
+constexpr ProductShape product_shape(int dtype) {
+  return dtype == F32 ? ProductShape{4, 16, 16, 8} : ProductShape{dtype == TF32 ? 4 : 2, 64, 64, 32};
+}
+
+template <class Tag>
+struct TensorProduct {
+  struct States { Quad lane; };
+  static __device__ __forceinline__ int fragment(int lane) { return lane; }
+  static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane / 4 * pitch + lane % 4 * 16; }
+  static __device__ __forceinline__ States states(const char* at, int) { return {*reinterpret_cast<const Quad*>(at)}; }
+
+  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&rows)[2], const States& s) {
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t a[4] = {rows[0].word[j], rows[1].word[j], rows[0].word[j + 1], rows[1].word[j + 1]};
+      const uint32_t b[2] = {s.lane.word[j], s.lane.word[j + 1]};
+      mma(sums, a, b, Tag{});
+    }
+  }
+};
+
+struct ScalarProduct {
+  struct States { Quad lanes[2]; };
+  static __device__ __forceinline__ int fragment(int lane) { return lane / 4; }
+  static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane % 4 * 2 * pitch; }
+  static __device__ __forceinline__ States states(const char* at, int pitch) {
+    return {{*reinterpret_cast<const Quad*>(at), *reinterpret_cast<const Quad*>(at + pitch)}};
+  }
+  static __device__ __forceinline__ float as_float(uint32_t word) {
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&rows)[2], const States& s) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e] = fma(as_float(rows[e / 2].word[k]), as_float(s.lanes[e % 2].word[k]), sums[e]);
+  }
+};
+
+// Storage: of tensors. Element: of weights and states in the product. Real: of the gate arithmetic.
+template <int dtype> struct Arithmetic;
+template <> struct Arithmetic<F32> : ScalarProduct {
+  static constexpr ProductShape shape = product_shape(F32);
+  using Storage = float;
+  using Element = float;
+  using Real = float;
+  static __device__ __forceinline__ Element element(float x) { return x; }
+};
+template <> struct Arithmetic<TF32> : TensorProduct<Tf32Tag> {
+  static constexpr ProductShape shape = product_shape(TF32);
+  using Storage = float;
+  using Element = uint32_t;
+  using Real = float;
+  static __device__ __forceinline__ Element element(float x) { return to_tf32(x); }
+};
+template <> struct Arithmetic<BF16> : TensorProduct<Bf16Tag> {
+  static constexpr ProductShape shape = product_shape(BF16);
+  using Storage = Bf16;
+  using Element = Bf16;
+  using Real = Approximate;
+  static __device__ __forceinline__ Element element(float x) { return Bf16(x); }
+};
+template <> struct Arithmetic<F16> : TensorProduct<F16Tag> {
+  static constexpr ProductShape shape = product_shape(F16);
+  using Storage = Half;
+  using Element = Half;
+  using Real = Approximate;
+  static __device__ __forceinline__ Element element(float x) { return Element(x); }
+};
+
+constexpr int held_chunks = 8;   // the most of k that a warp's weights in registers may span: 512 bytes
+
+// Weights of a warp in registers: `rows` blocks of 16 rows.
+template <class A, int rows>
+struct HeldWeights {
+  Quad quads[rows][held_chunks][2];
+  __device__ __forceinline__ void load(const Quad* packed, int chunks) {
+#pragma unroll
+    for (int m = 0; m < rows; ++m)
+#pragma unroll
+      for (int c = 0; c < held_chunks; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (c < chunks) quads[m][c][half] = packed[((m * chunks + c) * 2 + half) * A::shape.fragments];
+  }
+};
+
+// `states`: where the thread's first lane begins.
+template <class A, int rows, int octets>
+__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const HeldWeights<A, rows>& weights, int chunks,
+                                        const char* states, int pitch) {
+#pragma unroll
+  for (int c = 0; c < held_chunks; ++c) {
+    if (c == chunks) break;
+#pragma unroll
+    for (int n = 0; n < octets; ++n) {
+      const auto s = A::states(states + n * 8 * pitch + c * A::shape.chunk, pitch);
+#pragma unroll
+      for (int m = 0; m < rows; ++m) A::multiply(sums[m][n], weights.quads[m][c], s);
+    }
+  }
+}
+
+// `packed`: the thread's first Quad of weights, in shared or global memory; in fragment order [rows][chunk][half][fragment].
+template <class A, int rows, int octets>
+__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Quad* packed, int chunks, const char* states, int pitch) {
+#pragma unroll 2
+  for (int c = 0; c < chunks; ++c) {
+    Quad w[rows][2];
+#pragma unroll
+    for (int m = 0; m < rows; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) w[m][half] = packed[((m * chunks + c) * 2 + half) * A::shape.fragments];
+#pragma unroll
+    for (int n = 0; n < octets; ++n) {
+      const auto s = A::states(states + n * 8 * pitch + c * A::shape.chunk, pitch);
+#pragma unroll
+      for (int m = 0; m < rows; ++m) A::multiply(sums[m][n], w[m], s);
+    }
+  }
+}
+
+}  // namespace stable_rnn

@@ -1,0 +1,93 @@
+// What precedes a recurrence, in one launch: W_hh is packed into the order in which warps read it (the product's fragments), the place
+// where blocks meet is zeroed, and rows of the batch without any time hand their states through.
+//
+// W_hh has G H^2 elements, read once and written once: at H = 1024 in 16 bits 17 MB, 4 us at 4 TB/s. Not yet measured.
+#pragma once
+#include "recurrence_product.cuh"
+#include "tile.cuh"
+
+namespace stable_rnn {
+
+struct PrepareParams {
+  Geometry geometry;
+  Lanes lanes;
+  bool lstm, backward;
+  int64_t hidden;
+  const void* w_hh;        // [G*H, H]
+  Quad* packed;            // [blocks][slots][rows][chunks][2][fragments], see below
+  int64_t quads;
+  Quad* meeting;           // zeroed
+  int64_t meeting_quads;
+  int64_t empty_rows;      // B where there may be rows of length 0, else 0
+  const void *h_from, *c_from;   // [B, H] or null: zeros
+  void *h_to, *c_to;             // [B, H] or null
+};
+
+// Which row of weights a warp's 16 are. Forward, the sums are rows of W_hh: an LSTM's warp has two blocks, (i, f) and (g, o) of the same 8
+// units, so that a thread ends up with all gates of a unit. Backward they are columns, and k runs over the rows of one gate.
+template <int dtype>
+__device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
+  using A = Arithmetic<dtype>;
+  constexpr int per_quad = 16 / A::shape.element, fragments = A::shape.fragments;
+  const Geometry& g = q.geometry;
+  const int rows = q.lstm && !q.backward ? 2 : 1, gates = q.lstm && q.backward ? 4 : 1, group_units = rows == 2 ? 8 : 16;
+  const int fragment = index % fragments, half = (index /= fragments) % 2, chunk = (index /= 2) % g.chunks;
+  const int m = (index /= g.chunks) % rows, slot = (index /= rows) % (g.groups * gates);
+  const int64_t block = index / (g.groups * gates);
+
+  const int row = fragments == 32 ? fragment / 4 : fragment, part = fragments == 32 ? fragment % 4 : 0;
+  const int64_t gate = rows == 2 ? 2 * m + half : slot % gates;
+  const int64_t unit = block * g.units + slot / gates * group_units + row + (rows == 2 ? 0 : 8 * half);
+  const int64_t k = int64_t(chunk) * (A::shape.chunk / A::shape.element) + part * per_quad;
+
+  const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
+  typename A::Element elements[per_quad];
+  for (int j = 0; j < per_quad; ++j) {
+    float value = 0;
+    if (unit < q.hidden && k + j < q.hidden)
+      value = q.backward ? w[(gate * q.hidden + k + j) * q.hidden + unit] : w[(gate * q.hidden + unit) * q.hidden + k + j];
+    elements[j] = A::element(value);
+  }
+  Quad quad;
+  std::memcpy(&quad, elements, sizeof quad);
+  return quad;
+}
+
+template <class Storage>
+__device__ __forceinline__ void hand_through(const void* from, void* to, int64_t i) {
+  if (to) static_cast<Storage*>(to)[i] = from ? static_cast<const Storage*>(from)[i] : Storage(0.f);
+}
+
+template <int dtype>
+__global__ void prepare(const PrepareParams q) {
+  using Storage = typename Arithmetic<dtype>::Storage;
+  const int64_t first = int64_t(block_index()) * thread_count() + thread_index(), step = int64_t(block_count()) * thread_count();
+  for (int64_t i = first; i < q.quads; i += step) q.packed[i] = pack<dtype>(q, i);
+  for (int64_t i = first; i < q.meeting_quads; i += step) q.meeting[i] = Quad{};
+  for (int64_t i = first; i < q.empty_rows * q.hidden; i += step) {
+    if (length_of(q.lanes, i / q.hidden) > 0) continue;
+    hand_through<Storage>(q.h_from, q.h_to, i);
+    hand_through<Storage>(q.c_from, q.c_to, i);
+  }
+}
+
+// A block's weights where they stay during the launch, and this warp's of them.
+template <class A, int rows>
+struct BlockWeights {
+  const Quad* packed;   // this thread's first, in global memory
+  int offset;           // the same in the block's part, in Quads
+
+  __device__ __forceinline__ BlockWeights(const Geometry& g, const Quad* all, int rank, int slot) {
+    const Quad* block = all + rank * (g.weights / 16);
+    offset = slot * (rows * g.chunks * 2 * A::shape.fragments) + A::fragment(thread_index() % 32);
+    packed = block + offset;
+    if (g.place != in_shared) return;
+    Quad* here = reinterpret_cast<Quad*>(shared_memory());
+    for (int i = thread_index(); i < g.weights / 16; i += thread_count()) copy_async<16>(here + i, block + i);
+    copy_commit();
+    copy_wait<0>();   // seen by all after the team's begin()
+  }
+  __device__ __forceinline__ const Quad* shared() const { return reinterpret_cast<const Quad*>(shared_memory()) + offset; }
+};
+
+}  // namespace stable_rnn

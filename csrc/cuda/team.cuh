@@ -1,0 +1,84 @@
+// A team: the blocks that run a tile together, each with its share of the hidden units, and how a step's new state reaches them all.
+//
+// The state of a tile lies whole in every block's shared memory, [N][pitch]. A warp collects what it computed in its outbox and sends it
+// on, 16 bytes at a time:
+//     one block    into the other of two buffers                                                     then a block barrier
+//     a cluster    into the other buffer of every block, through distributed shared memory           then a cluster barrier
+//     a grid       into the team's inbox in global memory, which is read back once all flags say so  then block barriers around the flags
+// One barrier a step is enough, as states alternate between two buffers: who arrives has read the one that is written next.
+// Between arrive() and wait() is the place for what others do not wait for: outputs, and the loads of the next step.
+#pragma once
+#include "recurrence_product.cuh"
+#include "tile.cuh"
+
+namespace stable_rnn {
+
+struct Meeting {     // for teams that meet through L2; zeros before the launch
+  char* inbox;       // [teams][2][N][pitch]
+  unsigned* flags;   // [teams][blocks] the number of steps that a block has sent
+};
+
+class Team {
+ public:
+  const int index, rank;
+
+  __device__ __forceinline__ Team(const Geometry& g, const Meeting& meeting)
+      : index(block_index() / g.blocks), rank(block_index() % g.blocks), g_(g), bytes_(g.lanes * g.pitch),
+        inbox_(meeting.inbox + int64_t(index) * 2 * bytes_), flags_(meeting.flags + int64_t(index) * g.blocks) {}
+
+  // Before the first send: all blocks run, all states are zero (they stay so beyond the last unit).
+  __device__ __forceinline__ void begin() {
+    Quad* state = reinterpret_cast<Quad*>(shared_memory() + g_.state);
+    for (int i = thread_index(); i < g_.buffers * bytes_ / 16; i += thread_count()) state[i] = Quad{};
+    if (g_.cluster > 1) cluster_sync();
+    else block_sync();
+  }
+
+  __device__ __forceinline__ char* state() const { return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * bytes_); }
+
+  // One warp: `rows` rows of `quads` Quads from its outbox to place(row, quad), an offset in the state, or negative: nowhere.
+  template <int rows, int quads, class Place>
+  __device__ __forceinline__ void send(const char* outbox, const Place& place) {
+    const int peers = through_l2() ? 1 : g_.blocks;
+    char* next = shared_memory() + g_.state + (~steps_ & 1) * bytes_;
+    for (int i = thread_index() % 32; i < rows * quads * peers; i += 32) {
+      const int which = i % (rows * quads), at = place(which / quads, which % quads);
+      if (at < 0) continue;
+      const Quad value = reinterpret_cast<const Quad*>(outbox)[which];
+      if (through_l2()) store_l2(reinterpret_cast<Quad*>(inbox_ + (steps_ & 1) * int64_t(bytes_) + at), value);
+      else if (g_.blocks == 1) *reinterpret_cast<Quad*>(next + at) = value;
+      else *reinterpret_cast<Quad*>(cluster_map(next, (rank + i / (rows * quads)) % g_.blocks) + at) = value;
+    }
+  }
+
+  __device__ __forceinline__ void arrive() {
+    ++steps_;
+    if (g_.cluster > 1) return cluster_arrive();
+    if (!through_l2()) return;
+    block_sync();
+    if (thread_index() == 0) flag_signal(flags_ + rank, steps_);
+  }
+
+  __device__ __forceinline__ void wait() {
+    if (g_.cluster > 1) return cluster_wait();
+    if (through_l2()) {
+      for (int r = thread_index(); r < g_.blocks; r += thread_count()) flag_wait(flags_ + r, steps_);
+      block_sync();
+      const Quad* from = reinterpret_cast<const Quad*>(inbox_ + (~steps_ & 1) * int64_t(bytes_));
+      Quad* to = reinterpret_cast<Quad*>(shared_memory() + g_.state);
+      for (int i = thread_index(); i < bytes_ / 16; i += thread_count()) to[i] = load_l2(from + i);
+    }
+    block_sync();
+  }
+
+ private:
+  const Geometry& g_;
+  const int bytes_;   // of a tile's state
+  char* const inbox_;
+  unsigned* const flags_;
+  unsigned steps_ = 0;
+
+  __device__ __forceinline__ bool through_l2() const { return g_.blocks > 1 && g_.cluster == 1; }
+};
+
+}  // namespace stable_rnn

@@ -1,0 +1,65 @@
+// A tile: N consecutive lanes of the launch's list, which one team runs together; and how a block's warps and memory divide the work.
+#pragma once
+#include "device.cuh"
+#include "stable_rnn/lanes.h"
+
+namespace stable_rnn {
+
+// Made from a CudaPlan (recurrence_plan.cu). Offsets and sizes in bytes; the offsets are into shared memory, where the weights lie first.
+struct Geometry {
+  int blocks, cluster, teams, place;
+  int lanes, units;        // N of a tile, U of a block
+  int groups;              // of 8 or 16 units, which a warp (LSTM backward: four warps, one for each gate) has
+  int octets;              // of 8 lanes that a warp has
+  int chunks;              // of k in one product
+  int segment, pitch;      // of a gate's k in a lane's state; from lane to lane
+  int buffers;             // of the state: two taken in turn; one where it comes through L2
+  int state, outbox, sums, spans, runs;
+  int outbox_of_warp;
+  int64_t weights;         // of a block, in fragment order
+  int64_t shared_bytes;
+};
+
+enum Place : int { in_registers = 0, in_shared = 1, in_l2 = 2 };
+
+// What a step needs of a Run, in one read.
+struct alignas(16) Span {
+  int64_t first;
+  int warm, steps;
+};
+
+// The lanes of the tile at hand, in shared memory.
+struct TileLanes {
+  Span* spans;
+  Run* runs;
+  int n;
+
+  explicit __device__ __forceinline__ TileLanes(const Geometry& g)
+      : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)), runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
+
+  // Returns the most stages that a lane has. `entries`: of the whole list; beyond it are lanes with no steps.
+  template <bool backward>
+  __device__ __forceinline__ int64_t load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
+    for (int i = thread_index(); i < n; i += thread_count()) {
+      Run run{};
+      if (first + i < entries) run = backward ? backward_run(lanes, first + i, from_init) : forward_run(lanes, first + i, from_init);
+      runs[i] = run;
+      spans[i] = {run.first, static_cast<int>(run.warm), static_cast<int>(run.steps)};
+    }
+    block_sync();
+    int64_t most = 0;
+    for (int i = 0; i < n; ++i) most = runs[i].stages > most ? runs[i].stages : most;
+    return most;
+  }
+};
+
+__device__ __forceinline__ int64_t row_at(const Span& span, int64_t s, int64_t move) { return span.first + s * move; }
+
+// What a lane starts from: the caller's state of its row, or `init` of its entry, else zero.
+template <class Storage>
+__device__ __forceinline__ float start_value(const Run& run, const void* given, const float* init, int64_t size, int64_t unit) {
+  if (init) return init[run.entry * size + unit];
+  return run.given && given ? static_cast<float>(static_cast<const Storage*>(given)[run.b * size + unit]) : 0.f;
+}
+
+}  // namespace stable_rnn
