@@ -1,0 +1,1 @@
+"""Recurrent against windowed: `python -m benchmarks.speed`, see benchmarks/README.md."""

@@ -1,0 +1,173 @@
+"""Recurrent against windowed: sweeps over T, B, H and k, every plan on every backend here, against what others offer.
+
+    python -m benchmarks.speed [--quick] [--out DIR] [--devices cpu,cuda] [--cells lstm,...] [--plans windowed,...] ...
+
+Writes speed.json (whole at any moment), speed.md, time.png, speedup.png and error.png.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from stable_rnn._errors import UserError
+from stable_rnn.cli import Parser, positive
+from stable_rnn.dispatch import NAMES
+
+from . import cases, contestants, measure, models, results
+
+QUICK_MINUTES = 1.75  # two in all, with imports and pictures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"benchmarks.speed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(prog="benchmarks.speed", description=__doc__.split("\n")[0])
+    made.add_argument("--quick", action="store_true", help="a small part of it in under two minutes on two cores")
+    made.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"), metavar="DIR", help="default %(default)s")
+    made.add_argument("--devices", type=some_of(("cpu", "cuda")), metavar="LIST", help="default: cpu, and cuda where there is one")
+    for name, allowed, default in (("sweeps", cases.SWEEPS, None), ("cells", cases.CELLS, None), ("dtypes", tuple(cases.DTYPES), None),
+                                   ("passes", cases.PASSES, None), ("plans", cases.PLANS, ",".join(cases.PLANS)),
+                                   ("models", tuple(models.MODELS), "certified,border"),
+                                   ("baselines", tuple(contestants.BASELINES), ",".join(contestants.BASELINES)), ("backends", NAMES, None)):
+        chosen = some_of(allowed)
+        made.add_argument(f"--{name}", type=chosen, default=default and chosen(default), metavar="LIST", help=f"of {','.join(allowed)}")
+    for name in cases.SWEEPS:
+        made.add_argument(f"--{name}", type=sizes, metavar="LIST", help=f"what the sweep over {name} visits, such as 64,128")
+    made.add_argument("--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)")
+    made.add_argument("--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)")
+    made.add_argument("--minutes", type=positive(float), metavar="M", help="start no case after this long; what was left out is listed")
+    made.add_argument("--threads", type=positive(int), metavar="N", help="for torch and the kernels (default: torch's choice)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--commit", help="for the JSON, where git cannot tell")
+    made.add_argument("--list", action="store_true", help="print the cases and stop")
+    return made
+
+
+def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        wrong = [name for name in names if name not in allowed]
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}") from None
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {min(found)}")
+    return tuple(sorted(set(found)))
+
+
+def chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
+    devices = options.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    if "cuda" in devices and not torch.cuda.is_available():
+        raise UserError("--devices cuda: torch finds no usable GPU here")
+    if options.devices == ["cpu"] and options.dtypes == ["tf32"]:
+        raise UserError("--dtypes tf32: a GPU's; on the CPU there are float32, float16 and bfloat16")
+    given = {name: getattr(options, name) for name in cases.SWEEPS if getattr(options, name)}
+    grids, dtypes = {}, {}
+    for device in devices:
+        grids[device] = replace(cases.QUICK if options.quick else cases.ON_GPU if device == "cuda" else cases.WHOLE, **given)
+        usual = ["bfloat16", "float16", "tf32", "float32"] if device == "cuda" else ["float32", "bfloat16"]
+        dtypes[device] = [d for d in options.dtypes or (usual[:1] if options.quick else usual) if device == "cuda" or d != "tf32"]
+    return cases.cases(grids, options.sweeps or list(cases.SWEEPS), options.cells or ["lstm", "rnn_tanh"], dtypes, options.models,
+                       options.passes or list(cases.PASSES))
+
+
+def prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "speed.json.part").touch()
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
+
+
+def run(options: argparse.Namespace) -> int:
+    begin = time.perf_counter()
+    chosen = chosen_cases(options)
+    if options.list:
+        print(*chosen, sep="\n")
+        return 0
+    prepare(options.out)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    minutes = options.minutes or (QUICK_MINUTES if options.quick else float("inf"))
+    seconds = options.seconds or (0.6 if options.quick else 3.0)
+    longest = options.longest or (1.0 if options.quick else 20.0)
+    devices = sorted({case.device for case in chosen})
+    content = {
+        "what": "benchmarks.speed", "finished": False, "environment": results.environment(devices, options.commit),
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "models": {name: models.MODELS[name] for name in options.models}, "memory": {d: measure.HOW_MEMORY[d] for d in devices},
+        "gemm_rates": {}, "rows": [], "absent": [], "not_run": [],
+    }
+    rates, absent = content["gemm_rates"], {}
+    field = contestants.Field(tuple(options.plans), tuple(options.baselines), options.backends and tuple(options.backends),
+                              without=("reference",) if options.quick and not options.backends else ())
+    last = 0.0  # seconds that the case before took
+    for number, case in enumerate(chosen, 1):
+        start = time.perf_counter()
+        if start - begin + last > 60 * minutes:
+            content["not_run"] = [str(case) for case in chosen[number - 1 :]]
+            break
+        machine = f"{case.device} {case.dtype}"
+        if machine not in rates:
+            rates[machine] = measure.gemm_rate(case.device, case.dtype, min(1.0, seconds))
+        print(f"{number} of {len(chosen)}  {case}", flush=True)
+        limits = measure.Limits(seconds, longest, measure.memory_limit(case.device))
+        rows, missing = measure.run_case(case, field, rates[machine], limits, options.seed)
+        print(*map(results.line, rows), sep="\n", flush=True)
+        content["rows"] += rows
+        for who in missing:
+            kept = absent.setdefault((who.name, who.reason), {**asdict(who), "cases": 0, "first": str(case)})
+            kept["cases"] += 1
+        content["absent"] = list(absent.values())
+        results.write_json(options.out / "speed.json", content)
+        last = time.perf_counter() - start
+    content["finished"] = not content["not_run"]
+    content["took_seconds"] = time.perf_counter() - begin
+    finish(options.out, content)
+    return 1 if any(row["wrong"] for row in content["rows"]) else 0
+
+
+def finish(out: Path, content: dict) -> None:
+    """The table and the pictures; then the JSON once more."""
+    facts = content["environment"]
+    where = facts["gpu"]["name"] if "gpu" in facts else f"{facts['processor']}, {facts['threads']} threads"
+    try:
+        from .pictures import draw  # matplotlib takes its time to import
+
+        content["pictures"] = draw(out, content["rows"], f"{where}; torch {facts['torch']}; commit {(facts['commit'] or 'unknown')[:10]}")
+    except ImportError as error:
+        content["pictures"] = []
+        print(f"no pictures: {error}", file=sys.stderr)
+    (out / "speed.md").write_text(results.markdown(content))
+    results.write_json(out / "speed.json", content)
+    wrong = sum(bool(row["wrong"]) for row in content["rows"])
+    print(f"{len(content['rows'])} rows, {wrong} wrong, {len(content['not_run'])} cases not run; wrote {out}/speed.json, speed.md"
+          + "".join(f", {name}" for name in content["pictures"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

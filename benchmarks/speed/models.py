@@ -1,0 +1,56 @@
+"""The models that are timed, one layer each, and their certificates; made once and kept."""
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from stable_rnn import Certificate, Certified, StableLSTM, StableRNN
+
+from .cases import DTYPES
+
+MODELS = {
+    "certified": "torch's initialization, projected: what StableLSTM() and StableRNN() start from",
+    "border": "orthogonal weights projected to the border of Certified(0.95): remembers for as long as the set lets it",
+    "plain": "torch's initialization; no certificate",
+}
+_STABILITY = {"certified": Certified(), "border": Certified(0.95), "plain": None}
+
+
+def stable_module(cell: str, hidden: int, **options):
+    if cell == "lstm":
+        return StableLSTM(hidden, hidden, **options)
+    return StableRNN(hidden, hidden, nonlinearity=cell.removeprefix("rnn_"), **options)
+
+
+@cache
+def weights(cell: str, hidden: int, model: str, seed: int) -> dict[str, torch.Tensor]:
+    """The state dict, float32 on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        m = stable_module(cell, hidden, stability=_STABILITY[model])
+        if model == "border":
+            with torch.no_grad():
+                for block in m.weight_hh_l0.split(hidden):
+                    nn.init.orthogonal_(block)
+                if cell == "lstm":
+                    m.bias_ih_l0[hidden : 2 * hidden] += 1
+            m.project_()
+        return m.state_dict()
+
+
+def plain_module(cell: str, hidden: int, model: str, dtype: torch.dtype, device: str, seed: int) -> nn.RNNBase:
+    """nn.LSTM or nn.RNN with these weights."""
+    m = nn.LSTM(hidden, hidden) if cell == "lstm" else nn.RNN(hidden, hidden, nonlinearity=cell.removeprefix("rnn_"))
+    m.load_state_dict(weights(cell, hidden, model, seed))
+    return m.to(device, dtype)
+
+
+@cache
+def certificate_of(cell: str, hidden: int, model: str, dtype: str, seed: int) -> Certificate | None:
+    """Of the weights as rounded to the dtype, for |inputs| <= 1; None where nothing is proven."""
+    m = stable_module(cell, hidden, stability=_STABILITY[model])
+    m.load_state_dict(weights(cell, hidden, model, seed))
+    found = m.to(DTYPES[dtype]).certificate()
+    return found if found.stable else None
