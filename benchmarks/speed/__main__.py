@@ -154,7 +154,7 @@ def run(options: argparse.Namespace) -> int:
 def finish(out: Path, content: dict) -> None:
     """The table and the pictures; then the JSON once more."""
     facts = content["environment"]
-    where = facts["gpu"]["name"] if "gpu" in facts else f"{facts['processor']}, {facts['threads']} threads"
+    where = facts["gpu"]["name"] if "gpu" in facts else f"{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
     try:
         from .pictures import draw  # matplotlib takes its time to import
 

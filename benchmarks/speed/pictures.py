@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # needs no screen
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
 
 COLORS = {"nn": "#222222", "unfold": "#c49a00", "shifted": "#8c564b", "overlap": "#7f7f7f", "FlashRNN": "#17becf", "haste": "#bcbd22",
           "Recurrent": "#1f77b4", "Windowed": "#d95f02", "Chunked": "#1b9e77", "Verified": "#7570b3"}
@@ -57,7 +58,10 @@ def _panels(path: Path, rows: list[dict], panel, title: str, subtitle: str) -> b
 def _times(axis: Axes, rows: list[dict]) -> None:
     sizes = rows[0]
     for name, points in _by(rows, "name", "T"):
-        axis.plot([r["T"] for r in points], [r["seconds"]["median"] * 1e3 for r in points], label=name, **_look(points[0]))
+        look = _look(points[0])
+        axis.plot([r["T"] for r in points], [r["seconds"]["median"] * 1e3 for r in points], label=name, **look)
+        low, high = ([(r["seconds"][side] or r["seconds"]["median"]) * 1e3 for r in points] for side in ("low", "high"))
+        axis.fill_between([r["T"] for r in points], low, high, color=look["color"], alpha=0.12, linewidth=0)
     _axes(axis, f"T  (B={sizes['B']}, H={sizes['H']}, k={sizes['k']})", "ms")
 
 
@@ -78,11 +82,11 @@ def _errors(axis: Axes, rows: list[dict]) -> None:
     for number, (model, points) in enumerate(_by(windows, "model", "k")):
         points = [r for r in points if r["backend"] == points[0]["backend"]]
         color, k = f"C{number}", [r["k"] for r in points]
-        axis.plot(k, [max(r["error"], 1e-18) for r in points], color=color, marker="o", markersize=4, label=f"{model}: measured")
-        for field, style, what in (("bound", "--", "certified"), ("bound_with_rounding", ":", "certified, and rounding")):
+        axis.plot(k, [max(r["error"], 1e-18) for r in points], color=color, marker="o", markersize=4, label=f"{model} weights: measured")
+        for field, style, what in (("bound", "--", "proven"), ("bound_with_rounding", ":", "proven, and rounding")):
             known = [r for r in points if r[field]]
             if known:
-                axis.plot([r["k"] for r in known], [max(r[field], 1e-18) for r in known], style, color=color, label=f"{model}: {what}")
+                axis.plot([r["k"] for r in known], [max(r[field], 1e-18) for r in known], style, color=color, label=f"{model} weights: {what}")
     if windows:
         _axes(axis, f"k  (T={rows[0]['T']}, B={rows[0]['B']}, H={rows[0]['H']})", "largest |y − y64|")
 
@@ -107,6 +111,7 @@ def _look(row: dict) -> dict:
 
 def _axes(axis: Axes, x: str, y: str) -> None:
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_yscale("log")
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel(y, fontsize=8)

@@ -141,7 +141,7 @@ class Truth:
         gradient = 0.0
         if case.backward:
             eager = max(largest(f.double() - w) / max(largest(w), 1e-300) for f, w in zip(found[1:], want[1:]))
-            gradient = 2 * eager + unit + of_sums * (case.T * case.B) ** 0.5  # dW sums over all times
+            gradient = 2 * eager + unit + of_sums * (case.T * case.B) ** 0.5 + self._kinks(y)  # dW sums over all times
         return Allowed(y, gradient)
 
     @cached_property
@@ -158,6 +158,18 @@ class Truth:
         growth = max(1.0, largest(y[:, 1:] - y[:, :1]) / small)
         scale = max(1.0, largest(y), largest(last[1]) if lstm else 0.0)
         return 2 * step_rounding(self.x) * growth * scale
+
+    def _kinks(self, error: float) -> float:
+        """relu's derivative jumps at zero: what changes when every pre-activation moves by the error allowed, in units of a gradient."""
+        if self.case.cell != "rnn_relu":
+            return 0.0
+        worst = 0.0
+        for move in (-error, error):
+            m = copy.deepcopy(self.exact)
+            m.bias_ih_l0.data += move
+            moved = self._answer(lambda m, x: m(x)[0], m).gradients
+            worst = max(worst, *(largest(moved[name] - g) / max(largest(g), 1e-300) for name, g in self.recurrent.gradients.items()))
+        return worst
 
     def _stretch(self, m: nn.RNNBase, x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         """y (S, n, H), and with gradients those of x and weight_hh_l0, by a plain loop."""
