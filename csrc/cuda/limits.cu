@@ -9,7 +9,7 @@
 namespace stable_rnn {
 namespace {
 
-__global__ void probe(const int) {}
+__global__ void __launch_bounds__(32) probe(const int) {}
 
 // Blocks of the largest cluster that this device schedules (some parts of a chip may have fewer SMs than others, or be cut off).
 int largest_cluster(int arch, int64_t shared_bytes) {

@@ -60,7 +60,8 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What a command prints; raises RuntimeError with all of it where the command fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -69,18 +70,18 @@ def _run(command: list[str]) -> str:
 
 def _object(source: Path, asan: bool) -> Path:
     command = [CXX, *_flags(source, asan)]
-    needs = _run([*command, "-MM", "-MT", "", str(source)]).replace("\\\n", " ").split()[1:]
-    digest = hashlib.sha256(" ".join([_run([CXX, "-dumpfullversion"]), *command]).encode())
+    needs = run([*command, "-MM", "-MT", "", str(source)]).replace("\\\n", " ").split()[1:]
+    digest = hashlib.sha256(" ".join([run([CXX, "-dumpfullversion"]), *command]).encode())
     for name in needs:
         digest.update(Path(name).read_bytes())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not made.exists():
-        _move_into(made, lambda to: _run([*command, "-c", str(source), "-o", to]))
+        move_into(made, lambda to: run([*command, "-c", str(source), "-o", to]))
     return made
 
 
-def _move_into(path: Path, write) -> None:
-    """`write(name)` a file and move it to `path`, so that nobody sees half of it."""
+def move_into(path: Path, write) -> None:
+    """`write(name)` makes the file, which then moves to `path`, so that nobody sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f"{path}.{os.getpid()}.tmp"
     write(name)
@@ -94,7 +95,7 @@ def _link(name: str, sources: list[Path], asan: bool) -> Path:
     made = CACHE / digest / name
     if not made.exists():
         sanitize = SANITIZE if asan else []
-        _move_into(made, lambda to: _run([CXX, "-shared", *sanitize, *map(str, objects), "-o", to]))
+        move_into(made, lambda to: run([CXX, "-shared", *sanitize, *map(str, objects), "-o", to]))
     return made
 
 
@@ -131,7 +132,7 @@ def gpu_primitives() -> ctypes.CDLL:
     """The same kernels for the GPU of this machine."""
     sources = [HERE / "kernels.cu", ROOT / "csrc/cuda/limits.cu"]
     made = CACHE / "gpu" / "primitives.so"
-    _move_into(made, lambda to: _run(["nvcc", "-std=c++17", "-arch=native", "-fmad=false", "-shared", "-cudart=static", "-Xcompiler=-fPIC",
+    move_into(made, lambda to: run(["nvcc", "-std=c++17", "-arch=native", "-fmad=false", "-shared", "-cudart=static", "-Xcompiler=-fPIC",
                                       *INCLUDE, *map(str, sources), "-o", to]))
     return ctypes.CDLL(str(made))
 
@@ -168,7 +169,7 @@ def limits(of: ModuleType | ctypes.CDLL, arch: int, sms: int, shared_bytes: int,
 
 def sanitized_environment() -> dict[str, str]:
     """For a Python process that loads a module built with `asan=True`."""
-    preload = _run([CXX, "-print-file-name=libasan.so"]).strip()
+    preload = run([CXX, "-print-file-name=libasan.so"]).strip()
     return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
 
 
