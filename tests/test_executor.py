@@ -350,6 +350,8 @@ SANITIZED = """
 @pytest.fixture(scope="module")
 def sanitized():
     """Runs Python lines with the kernels compiled under AddressSanitizer."""
+    if not build.sanitizer():
+        pytest.skip(f"{build.CXX} has no AddressSanitizer library")
     library = build.build_primitives(asan=True)
 
     def run(lines):

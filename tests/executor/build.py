@@ -167,10 +167,15 @@ def limits(of: ModuleType | ctypes.CDLL, arch: int, sms: int, shared_bytes: int,
         choose(*LIMITS)
 
 
+def sanitizer() -> Path | None:
+    """The compiler's AddressSanitizer library, where it is installed."""
+    found = Path(run([CXX, "-print-file-name=libasan.so"]).strip())
+    return found if found.is_absolute() else None
+
+
 def sanitized_environment() -> dict[str, str]:
-    """For a Python process that loads a module built with `asan=True`."""
-    preload = run([CXX, "-print-file-name=libasan.so"]).strip()
-    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    """For a Python process that loads what was built with `asan=True`."""
+    return {**os.environ, "LD_PRELOAD": str(sanitizer()), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 if __name__ == "__main__":
