@@ -185,6 +185,16 @@ def test_a_missing_block_sync_shows_in_a_schedule(mode):
     assert not all(neighbours(Place(schedule), mode) for schedule in SCHEDULES)
 
 
+@pytest.mark.parametrize("mode, sound", [(3, [False, True]), (4, [True, False])])
+def test_each_schedule_shows_what_the_other_hides(mode, sound):
+    """Threads that read, without a barrier, from the warp above or below."""
+    threads = torch.arange(128)
+    want = (threads + 32).where(threads < 96, threads) if mode == 3 else (threads - 32).where(threads >= 32, threads)
+    for schedule, right in zip(SCHEDULES, sound):
+        out = Place(schedule).run("neighbours", 1, 128, shared=512, out=empty(128, dtype=torch.int32), count=1, mode=mode)
+        assert torch.equal(out, want.int()) == right
+
+
 def test_copy_async_lands_by_copy_wait(place):
     n = 32
     given = torch.randn(5 * n)
@@ -257,6 +267,9 @@ def test_a_wait_that_never_ends_is_named(executor):
         pass_token(executor, mode=1)
     with pytest.raises(RuntimeError, match="the kernel hangs"):
         pass_token(executor, cooperative=False)  # blocks of an ordinary grid need not run at the same time
+    if executor.descending:                      # nor in order
+        with pytest.raises(RuntimeError, match="the kernel hangs"):
+            pass_token(executor, cooperative=False, rounds=1)
     assert pass_token(executor) == 35            # the next launch is sound
 
 

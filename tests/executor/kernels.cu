@@ -73,15 +73,16 @@ __global__ void conversions(const Params p) {
   }
 }
 
-// Each thread writes its number; its left neighbour reads it. mode 1 forgets the barrier, 2 the second one, which lets a fast warp
-// overwrite what a slow one has yet to read.
+// Each thread writes its number; one in another warp reads it. mode 1 forgets the barrier, 2 the second one, which lets a fast warp
+// overwrite what a slow one has yet to read; 3, 4: as 1, where all read from the warp above, below, the last one from itself
 __global__ void neighbours(const Params p) {
   int* shared = shared_as<int>();
-  const int i = thread_index(), next = (i + 32) % thread_count();
+  const int i = thread_index(), n = thread_count();
+  const int other = p.mode == 3 ? (i + 32 < n ? i + 32 : i) : p.mode == 4 ? (i < 32 ? i : i - 32) : (i + 32) % n;
   for (int step = 0; step < p.count; ++step) {
     shared[i] = 1000 * step + i;
-    if (p.mode != 1) block_sync();
-    static_cast<int*>(p.out)[int64_t(step) * thread_count() + i] = shared[next];
+    if (p.mode == 0 || p.mode == 2) block_sync();
+    static_cast<int*>(p.out)[int64_t(step) * n + i] = shared[other];
     if (p.mode != 2) block_sync();
   }
 }
@@ -93,6 +94,8 @@ __global__ void copies(const Params p) {
   float* shared = shared_as<float>();
   float* out = static_cast<float*>(p.out);
   const float* in = static_cast<const float*>(p.in);
+  for (int j = i; j < 5 * n; j += n) shared[j] = 1.f;
+  block_sync();
   copy_async<4>(shared + i, in + i);
   copy_commit();
   if (p.mode == 1) copy_async<8>(shared + 4 * n, in + 1);
