@@ -133,11 +133,24 @@ def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], up
 
 def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
     """The row scales D (4H,) for which ||D W_hh||_2 <= rate makes the layer contract at `rate`; kappa >= ||W_hr||_2. README.md."""
+    share = torch.as_tensor(share, dtype=torch.float64)
     room = kappa * b.o * (rate / (rate - b.f))
-    rest = (1 - share) ** -0.5 if isinstance(share, float) else (1 - share).rsqrt()
-    own = share**-0.5 if isinstance(share, float) else share.rsqrt()
-    scales = [room * b.si * joint(b.z) * rest, room * b.sf * b.c * own, room * b.i * rest, kappa * b.so * joint(b.t)]
+    rest = (1 - share).rsqrt()
+    own = b.c * torch.minimum(b.sf * share.rsqrt(), _forget_slope(b.f, rate, share))
+    scales = [room * b.si * joint(b.z) * rest, room * own, room * b.i * rest, kappa * b.so * joint(b.t)]
     return torch.cat([s.expand_as(b.o) for s in scales]) * (1 + 2.0**-45)
+
+
+def _forget_slope(f: Tensor, rate: float, share: Tensor) -> Tensor:
+    """What stands for slope / sqrt(share) of the forget gate, which is hardly steep where it is open: the supremum over g <= f of
+    g (1 - g) sqrt(f (rate - f) / (K - g^2)), K = f (f + share (rate - f)), at f or at the middle root of g^3 - 2 K g + K. README.md."""
+    f = f.clamp(min=1e-30)
+    spare = share * f * (rate - f)  # K - f^2
+    k = f * f + spare
+    angle = (-0.75 * torch.sqrt(1.5 / k)).clamp(min=-1).arccos() / 3 - 2 * math.pi / 3
+    g = torch.minimum(2 * torch.sqrt(k * (2 / 3)) * torch.cos(angle), f)
+    turn = g * (1 - g) * torch.sqrt(f * (rate - f) / (spare + (f - g) * (f + g)))
+    return torch.maximum(turn, f * (1 - f) * share.rsqrt()) * (1 + 2.0**-40)
 
 
 def joint(t: Tensor) -> Tensor:
@@ -149,7 +162,7 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     """The least rate found with ||D(rate) W_hh||_2 <= rate, for two ways to share the room between f and the other gates."""
     kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
     rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
-    forget, others = b.sf * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
+    forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
     own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
     even = torch.full_like(own, SHARE if target is None else target[1])
     rate, share = min(((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0])
@@ -225,12 +238,14 @@ def lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tupl
     """Bounds of |dc| (H,), |dh| (P,) after a step, from |dc| and the bound `drive` (4H,) of the pre-activations' differences.
 
     A product gate * tanh changes by at most hypot(x, y) and at most x' + y, see README.md."""
-    xf, xi, xi_sum, xo, xo_sum = b.sf * b.c, b.si * joint(b.z), b.si * b.z, b.so * joint(b.t), b.so * b.t
+    xi, xi_sum, xo, xo_sum = b.si * joint(b.z), b.si * b.z, b.so * joint(b.t), b.so * b.t
 
     def after(dc: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
         di, df, dz, do = drive.chunk(4)
-        y = b.i * dz
-        dc = up(b.f * dc + xf * df + torch.minimum(torch.hypot(xi * di, y), xi_sum * di + y), 16)
+        y, df = b.i * dz, b.c * df
+        f = torch.minimum(b.f, (1 + dc / df.clamp(min=1e-300)) / 2)  # the gate for which f dc + f (1 - f) df is largest
+        kept = torch.minimum(f * dc + f * (1 - f) * df, b.f * dc + b.sf * df)
+        dc = up(kept + torch.minimum(torch.hypot(xi * di, y), xi_sum * di + y), 16)
         y = b.o * dc
         dm = up(torch.minimum(torch.hypot(xo * do, y), xo_sum * do + y), 16)
         return dc, dm if w.abs_hr is None else times(w.abs_hr, dm)

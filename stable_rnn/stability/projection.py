@@ -13,6 +13,7 @@ from ..ops.spectral import SpectralState, row_project_, spectral_project_
 from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
 from .contraction import gate_scales
+from .nearest import into_ball
 from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, on_cpu, read
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
+ROUNDS = 8  # of a certified step towards the nearest weights; what they leave is clipped
 FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 
 # The subspaces that the spectral projection carries from step to step; no part of a module, so that state dicts, copies and pickles
@@ -128,16 +130,15 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Cert
 
 def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str,
            margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
-    """(W, D, bound): what has to obey ||diag(D) W||_2 <= bound, D <= 1. None for the max-norm set."""
+    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate, or None for 1. None for the max-norm set."""
     if stability.norm == "inf":
         return []
     w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     if cell != "lstm":
         return [(w_hh, None, stability.rate)]
-    hidden = w_hh.shape[0] // 4
-    scales = gate_scales(_any_gates(hidden, stability.forget), *stability.target)
+    scales = gate_scales(_any_gates(1, stability.forget), *stability.target)
     most = float(scales.max())  # divided out, so that no product with a large weight overflows
-    balls = [(w_hh, (scales / most).to(w_hh.device)[:, None], stability.rate * (1 - margin) / most)]
+    balls = [(w_hh, (scales / most).to(w_hh.device), stability.rate * (1 - margin) / most)]
     return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
 
@@ -148,19 +149,27 @@ def _any_gates(hidden: int, forget: float) -> LstmBounds:
 
 
 def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool, state: SpectralState) -> None:
-    matrices, changed = [], []
-    for w, scales, _ in balls:
+    """certify=False: for LSTM weights one round towards the nearest ones, for others the warm step of `spectral_project_`."""
+    matrices, bounds, changed = [], [], []
+    for w, scales, bound in balls:
         if scales is None:
-            matrices.append(w)
+            matrices.append(w), bounds.append(bound)
             continue
         kind = torch.float64 if certify or w.dtype == torch.float64 else torch.float32
-        scaled = (scales.to(kind) * w.to(kind)).contiguous()
-        matrices.append(scaled)
-        changed.append((w, scales.to(kind), scaled, scaled.clone()))
+        wide = w.to(kind)
+        near = into_ball(wide, scales.to(kind), bound, ROUNDS if certify else 1)
+        if certify:  # what is left outside is clipped, and proven
+            rows = scales.to(kind).repeat_interleave(len(w) // len(scales))[:, None]
+            scaled = (rows * near).contiguous()
+            matrices.append(scaled), bounds.append(bound)
+            changed.append((w, wide, near, rows, scaled, scaled.clone()))
+        elif near is not wide:
+            w.copy_(near)
     if matrices:
-        spectral_project_(matrices, [bound for _, _, bound in balls], certify=certify, state=state)
-    for w, scales, scaled, before in changed:
-        w.copy_(torch.where(scaled == before, w, (scaled / scales).to(w.dtype)))
+        spectral_project_(matrices, bounds, certify=certify, state=state)
+    for w, wide, near, rows, scaled, before in changed:
+        clipped = torch.where(scaled == before, near, scaled / rows)
+        w.copy_(torch.where(clipped == wide, w, clipped.to(w.dtype)))
 
 
 # ---- rows: the max-norm, and the forget gate's bound
