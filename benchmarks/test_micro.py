@@ -3,11 +3,32 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Chunked, SpectralState, StableLSTM, StableLSTMCell, StableRNN, Windowed, spectral_project_, use_plan
+from benchmarks import baselines
+from benchmarks.speed.contestants import backends_of, label
+from stable_rnn import (
+    Chunked,
+    Recurrent,
+    SpectralState,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    Verified,
+    Windowed,
+    spectral_project_,
+    use_plan,
+)
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+PLACES = [(device, backend) for device in DEVICES for backend in backends_of(device) if backend != "torch"]
 
 
-@pytest.fixture(autouse=True)
-def _no_grad():
+def timed(benchmark, device, run):
+    """A call is over when the device is done."""
+    benchmark(run if device == "cpu" else lambda: (run(), torch.cuda.synchronize()))
+
+
+@pytest.fixture
+def no_grad():
     with torch.no_grad():
         yield
 
@@ -19,7 +40,7 @@ def same(plain, ours):
 
 @pytest.mark.parametrize("which", ["torch", "stable_rnn"])
 @pytest.mark.parametrize("hidden", [64, 256])
-def test_lstm_step(benchmark, which, hidden):
+def test_lstm_step(benchmark, no_grad, which, hidden):
     benchmark.group = f"one LSTM step, B=1, H={hidden}"
     m = same(nn.LSTMCell(hidden, hidden), StableLSTMCell(hidden, hidden, stability=None))[which]
     x, hx = torch.randn(1, hidden), (torch.randn(1, hidden), torch.randn(1, hidden))
@@ -28,25 +49,60 @@ def test_lstm_step(benchmark, which, hidden):
 
 @pytest.mark.parametrize("which", ["torch", "stable_rnn"])
 @pytest.mark.parametrize("plain,ours", [(nn.LSTM, StableLSTM), (nn.RNN, StableRNN)])
-def test_recurrent(benchmark, which, plain, ours):
-    benchmark.group = f"{plain.__name__}, B=1, T=512, H=256"
-    m = same(plain(256, 256), ours(256, 256, stability=None))[which]
-    benchmark(m, torch.randn(512, 1, 256))
+@pytest.mark.parametrize("device", DEVICES)
+def test_recurrent(benchmark, no_grad, which, plain, ours, device):
+    benchmark.group = f"{plain.__name__}, B=1, T=512, H=256, {device}"
+    m = same(plain(256, 256).to(device), ours(256, 256, stability=None).to(device))[which]
+    x = torch.randn(512, 1, 256, device=device)
+    timed(benchmark, device, lambda: m(x))
 
 
-@pytest.mark.parametrize("plan", [Chunked(256, 32), Windowed(32)], ids=str)
-def test_plans(benchmark, plan):
-    benchmark.group = "LSTM plans, B=1, T=2048, H=256"
-    m = StableLSTM(256, 256)
+@pytest.mark.parametrize("plan", [Recurrent(), Chunked(256, 32), Windowed(32), Verified()], ids=label)
+@pytest.mark.parametrize("device, backend", PLACES)
+def test_plans(benchmark, no_grad, plan, device, backend):
+    steps = 512 if backend == "reference" else 2048
+    benchmark.group = f"LSTM plans, B=1, T={steps}, H=256, {device}"
+    m, x = StableLSTM(256, 256, backend=backend).to(device), torch.randn(steps, 1, 256, device=device)
     with use_plan(m, plan):
-        benchmark(m, torch.randn(2048, 1, 256))
+        timed(benchmark, device, lambda: m(x))
+
+
+@pytest.mark.parametrize("plan", [Recurrent(), Chunked(256, 32), Windowed(16)], ids=label)
+@pytest.mark.parametrize("device, backend", [place for place in PLACES if place[1] != "reference"])
+def test_training(benchmark, plan, device, backend):
+    benchmark.group = f"LSTM plans, forward + backward, B=1, T=1024, H=128, {device}"
+    m, x = StableLSTM(128, 128, backend=backend).to(device), torch.randn(1024, 1, 128, device=device)
+    with use_plan(m, plan):
+        timed(benchmark, device, lambda: m(x)[0].sum().backward())
+
+
+WINDOWS = {"stable_rnn": None, "shifted GEMMs": baselines.shifted_products, "unfold + nn.LSTM": baselines.unfolded_windows}
+
+
+@pytest.mark.parametrize("which", WINDOWS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows(benchmark, no_grad, which, device):
+    benchmark.group = f"LSTM, windows of 16, B=1, T=1024, H=128, {device}"
+    plain, x = nn.LSTM(128, 128).to(device), torch.randn(1024, 1, 128, device=device)
+    ours = same(plain, StableLSTM(128, 128, stability=None, plan=Windowed(16)).to(device))["stable_rnn"]
+    timed(benchmark, device, WINDOWS[which](plain, x, 16) if WINDOWS[which] else lambda: ours(x))
+
+
+@pytest.mark.parametrize("which", ["stable_rnn", "overlap chunks"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks(benchmark, no_grad, which, device):
+    benchmark.group = f"LSTM, chunks of 128 + 32, B=1, T=4096, H=128, {device}"
+    plain, x = nn.LSTM(128, 128).to(device), torch.randn(4096, 1, 128, device=device)
+    ours = same(plain, StableLSTM(128, 128, stability=None, plan=Chunked(128, 32)).to(device))["stable_rnn"]
+    timed(benchmark, device, baselines.overlap_chunks(plain, x, 128, 32) if which == "overlap chunks" else lambda: ours(x))
 
 
 @pytest.mark.parametrize("certify", [False, True])
-def test_spectral_projection(benchmark, certify):
-    benchmark.group = "projection of 4 gate blocks, H=256"
+@pytest.mark.parametrize("device", DEVICES)
+def test_spectral_projection(benchmark, no_grad, certify, device):
+    benchmark.group = f"projection of 4 gate blocks, H=256, {device}"
     state = SpectralState()
-    ws = [torch.randn(256, 256) / 16 for _ in range(4)]
+    ws = [torch.randn(256, 256, device=device) / 16 for _ in range(4)]
     spectral_project_(ws, 0.99, state=state)
     start = [w + 1e-3 * torch.randn_like(w) for w in ws]
 
@@ -55,4 +111,4 @@ def test_spectral_projection(benchmark, certify):
             w.copy_(s)
         spectral_project_(ws, 0.99, certify=certify, state=state)
 
-    benchmark(run)
+    timed(benchmark, device, run)

@@ -1,5 +1,8 @@
 """`python -m benchmarks.speed` in small: what it writes, that it notices wrong results, what it refuses."""
+import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the suite belongs to the repository, not to the package
 
-from benchmarks import baselines  # noqa: E402
+from benchmarks import baselines, gpu_report, gpu_table, gpu_targets, timing  # noqa: E402
 from benchmarks.speed import cases, contestants, measure, models, results, truth  # noqa: E402
 from benchmarks.speed.__main__ import main  # noqa: E402
 from stable_rnn import Chunked, Recurrent, Verified, Windowed  # noqa: E402
@@ -217,13 +220,50 @@ def test_a_package_that_does_not_import_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashrnn", None)
     x = torch.zeros(4, 1, 8)
     with pytest.raises(contestants.Unavailable, match="does not import: ModuleNotFoundError"):
-        contestants.flashrnn(small(device="cuda"), nn.LSTM(8, 8), x)
+        contestants.flashrnn(small(device="cuda"), nn.LSTM(8, 8), x, "cuda_fused")
 
 
 def test_a_run_that_is_cut_short_says_so(tmp_path):
     assert main([*SMALL, "--cells", "lstm", "--dtypes", "float32", "--minutes", "0.00001", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "speed.json").read_text())
     assert not found["finished"] and len(found["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
+
+
+def test_the_ways_of_a_gpu(monkeypatch):
+    """Events, peak memory and the facts, with stand-ins for the device: that they are asked for as torch names them."""
+    asked = []
+
+    class Event(torch.cuda.Event):
+        def __new__(cls, enable_timing):
+            assert enable_timing
+            return object.__new__(cls)
+
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            asked.append("record")
+
+        def synchronize(self):
+            asked.append("wait")
+
+        def elapsed_time(self, other):
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, value in dict(synchronize=None, reset_peak_memory_stats=None, memory_allocated=100, max_memory_allocated=350,
+                            mem_get_info=(1000, 2000)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: asked.append(name) or value)
+    assert timing.clock(lambda: asked.append("run"), 3, "cuda") == pytest.approx(2e-3)
+    assert asked == ["synchronize", "record", "run", "run", "run", "record", "wait"]
+    asked.clear()
+    assert measure.peak_bytes(lambda: asked.append("run"), "cuda") == 250
+    assert asked.index("reset_peak_memory_stats") < asked.index("run") < asked.index("max_memory_allocated")
+    assert measure.memory_limit("cuda") == 800
+    card = argparse.Namespace(name="a card", major=9, minor=0, multi_processor_count=132, total_memory=10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    facts = results.environment(["cuda"], "abc")
+    assert facts["gpu"]["name"] == "a card" and facts["gpu"]["capability"] == "9.0" and facts["commit"] == "abc"
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -262,3 +302,64 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 def test_no_gpu_is_one_line(capsys):
     assert main(["--devices", "cuda"]) == 2
     assert capsys.readouterr().err == "benchmarks.speed: --devices cuda: torch finds no usable GPU here\n"
+
+
+# ---- the check on a GPU, as far as it goes without one
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_says_that_there_is_no_gpu():
+    python = os.environ | {"PYTHON": sys.executable}
+    run = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh"], env=python, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("gpu_check: no GPU (") and f"torch {torch.__version__}" in run.stderr and run.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_targets_say_that_there_is_no_gpu(tmp_path, capsys):
+    assert gpu_targets.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "benchmarks.gpu_targets: no GPU: torch finds no usable one here\n"
+
+
+def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
+    def breaks(table):
+        raise RuntimeError("a launch failed")
+
+    monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
+    parts = [word for name in ("windows", "stacks", "projections", "others") for word in ("--only", name)]
+    assert gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1  # a part broke, the others ran
+    found = json.loads((tmp_path / "gpu_targets.json").read_text())
+    assert found["finished"] and found["rehearsal"] and [row["case"] for row in found["rows"] if row["wrong"]] == ["others"]
+    measured = [row for row in found["rows"] if not row["wrong"]]
+    assert len(measured) >= 14 and all((row.get("ratio") or row.get("value")) > 0 for row in measured)
+    for row in measured:
+        assert row["met"] is (None if row["target"] is None else met(row))
+        assert row["tolerance"] is None or row["error"] <= row["tolerance"]
+    assert "A rehearsal" in (tmp_path / "gpu_targets.md").read_text()
+
+
+def met(row):
+    return row["value"] <= row["target"] if row.get("most") else (row.get("ratio") or row["value"]) >= row["target"]
+
+
+def test_a_wrong_row_of_the_targets_gets_no_ratio():
+    table = gpu_table.Table(argparse.Namespace(rehearse=True, seconds=0.01))
+    right = {"name": "a", "seconds": {"median": 1.0}, "wrong": None, "error_of_function": 0.0, "tolerance": 1.0}
+    assert table.versus("x", right, right | {"name": "b", "seconds": {"median": 3.0}}, 2.0)["met"] is True
+    for ours, theirs in ((right | {"wrong": "output error"}, right), (right, right | {"wrong": "output error"})):
+        row = table.versus("x", ours, theirs, 0.0)
+        assert row["ratio"] is None and row["met"] is None and "output error" in row["wrong"]
+    assert table.versus("x", None, right, 1.0)["note"] == "not measured: no contestant"
+
+
+def test_report_of_the_check(tmp_path):
+    (tmp_path / "stages.tsv").write_text("build\t0\t12\t170\ntests\t124\t100\t100\nspeed\tskipped\t0\t0\nloads\t3\t1\t30\n")
+    (tmp_path / "tests.log").write_text("x" * 5000 + "the end")
+    out = tmp_path / "out"
+    assert gpu_report.main(tmp_path, out, "abc") == 0
+    (file,) = out.glob("*.json")
+    found = json.loads(file.read_text())
+    assert [s["status"] for s in found["stages"]] == ["passed", "stopped after 100 s", "no time left", "failed, exit status 3"]
+    assert found["environment"]["commit"] == "abc" and found["targets"] is None
+    assert found["stages"][1]["log_tail"].endswith("the end") and len(found["stages"][1]["log_tail"]) == gpu_report.TAIL
+    assert "| tests | stopped after 100 s | 100 |" in file.with_suffix(".md").read_text()

@@ -43,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
     for name, allowed, default in (("sweeps", cases.SWEEPS, None), ("cells", cases.CELLS, None), ("dtypes", tuple(cases.DTYPES), None),
                                    ("passes", cases.PASSES, None), ("plans", cases.PLANS, ",".join(cases.PLANS)),
                                    ("models", tuple(models.MODELS), "certified,border"),
-                                   ("baselines", tuple(contestants.BASELINES), ",".join(contestants.BASELINES)), ("backends", NAMES, None)):
+                                   ("baselines", tuple(contestants.BASELINES), None), ("backends", NAMES, None)):
         chosen = some_of(allowed)
         made.add_argument(f"--{name}", type=chosen, default=default and chosen(default), metavar="LIST", help=f"of {','.join(allowed)}")
     for name in cases.SWEEPS:
         made.add_argument(f"--{name}", type=sizes, metavar="LIST", help=f"what the sweep over {name} visits, such as 64,128")
+    made.add_argument("--chunk", type=positive(int), default=0, metavar="C", help="of Chunked and Verified (default: 256, and its own)")
     made.add_argument("--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)")
     made.add_argument("--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)")
     made.add_argument("--minutes", type=positive(float), metavar="M", help="start no case after this long; what was left out is listed")
@@ -92,7 +93,7 @@ def chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
         usual = ["bfloat16", "float16", "tf32", "float32"] if device == "cuda" else ["float32", "bfloat16"]
         dtypes[device] = [d for d in options.dtypes or (usual[:1] if options.quick else usual) if device == "cuda" or d != "tf32"]
     return cases.cases(grids, options.sweeps or list(cases.SWEEPS), options.cells or ["lstm", "rnn_tanh"], dtypes, options.models,
-                       options.passes or list(cases.PASSES))
+                       options.passes or list(cases.PASSES), options.chunk)
 
 
 def prepare(out: Path) -> None:
@@ -123,8 +124,10 @@ def run(options: argparse.Namespace) -> int:
         "gemm_rates": {}, "rows": [], "absent": [], "not_run": [],
     }
     rates, absent = content["gemm_rates"], {}
-    field = contestants.Field(tuple(options.plans), tuple(options.baselines), options.backends and tuple(options.backends),
-                              without=("reference",) if options.quick and not options.backends else ())
+    left_out = {"reference": options.backends, "flashrnn": options.baselines} if options.quick else {}
+    field = contestants.Field(tuple(options.plans), tuple(options.baselines or contestants.BASELINES),
+                              options.backends and tuple(options.backends),
+                              without=tuple(name for name, asked in left_out.items() if not asked))
     last = 0.0  # seconds that the case before took
     for number, case in enumerate(chosen, 1):
         start = time.perf_counter()

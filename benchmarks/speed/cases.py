@@ -33,6 +33,7 @@ class Case:
     B: int
     H: int  # also the input size
     k: int  # inputs that each output of a window has seen; warm-up of the chunks
+    C: int = 0  # chunk, also of Verified; 0: a usual one, and Verified's own choice
 
     @property
     def gates(self) -> int:
@@ -44,11 +45,17 @@ class Case:
 
     @property
     def chunk(self) -> int:
-        return min(CHUNK, max(self.T // 2, 1))
+        return self.C or min(CHUNK, max(self.T // 2, 1))
 
     def plan(self, name: str) -> Plan:
-        plans = {"recurrent": Recurrent(), "windowed": Windowed(self.k), "chunked": Chunked(self.chunk, self.k), "verified": Verified()}
-        return plans[name]
+        match name:
+            case "windowed":
+                return Windowed(self.k)
+            case "chunked":
+                return Chunked(self.chunk, self.k)
+            case "verified":
+                return Verified(chunk=self.C, warmup=self.k) if self.C else Verified()
+        return Recurrent()
 
     def __str__(self) -> str:
         return f"{self.cell} {self.dtype} {self.device} {self.passes} T={self.T} B={self.B} H={self.H} k={self.k} {self.model}"
@@ -82,14 +89,14 @@ QUICK = Grid((256, 1024, 4096), (1, 16), (64, 128, 256), (8, 32, 128), base=(("T
 
 
 def cases(grids: dict[str, Grid], sweeps: list[str], cells: list[str], dtypes: dict[str, list[str]], models: list[str],
-          passes: list[str]) -> list[Case]:
+          passes: list[str], chunk: int = 0) -> list[Case]:
     """Every case once. The first of the models runs everywhere, the others only in the sweep over k, where errors are looked at."""
     visits: dict[Case, list[str]] = {}
     for device, cell in product(grids, cells):
         for dtype, model, way, sweep in product(dtypes[device], models, passes, sweeps):
             if model == models[0] or sweep == "k" and way == passes[0]:
                 for point in grids[device].points(sweep):
-                    visits.setdefault(Case((), cell, dtype, device, model, way, **point), []).append(sweep)
+                    visits.setdefault(Case((), cell, dtype, device, model, way, **point, C=chunk), []).append(sweep)
     return [replace(case, sweeps=tuple(sweeps)) for case, sweeps in visits.items()]
 
 

@@ -9,6 +9,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -84,9 +85,11 @@ def ours(case: Case, plain: nn.RNNBase, x: Tensor, plan: Plan, backend: str) -> 
 
 
 def label(plan: Plan) -> str:
-    """`Chunked(256, 32)`, `Verified()`: what the user would write."""
-    given = [getattr(plan, f.name) for f in fields(plan)]
-    return f"{type(plan).__name__}({', '.join(map(str, given)) if not isinstance(plan, VerifiedPlan) else ''})"
+    """`Chunked(256, 32)`, `Verified(chunk=64, warmup=32)`: what the user would write."""
+    named = isinstance(plan, VerifiedPlan)
+    given = [f"{f.name}={getattr(plan, f.name)}" if named else str(getattr(plan, f.name)) for f in fields(plan)
+             if not named or getattr(plan, f.name) != f.default]
+    return f"{type(plan).__name__}({', '.join(given)})"
 
 
 # ---- baselines
@@ -128,32 +131,26 @@ def _shifted_bytes(case: Case, x: Tensor) -> int:
     return rows * (2 * case.gates + 8) * (case.k if case.backward else 1)
 
 
-def flashrnn(case: Case, plain: nn.RNNBase, x: Tensor, backends: tuple[str, ...] = ("cuda_fused", "triton_fused")) -> list[Contestant]:
+def flashrnn(case: Case, plain: nn.RNNBase, x: Tensor, backend: str) -> list[Contestant]:
     """FlashRNN with one head (a dense recurrent matrix), its input projection by one GEMM as ours. It compiles at its first call."""
-    if case.device != "cuda" and backends != ("vanilla",):
+    if case.device != "cuda" and backend != "vanilla":
         raise Unavailable("GPU only")
     package = _import("flashrnn")
     function = {"lstm": "lstm", "rnn_tanh": "elman"}.get(case.cell)
-    if function is None:
+    if function is None or function == "elman" and backend == "triton_fused":
         raise Unavailable(f"has no {case.cell}")
     H, G, kind = case.H, case.gates, str(x.dtype).removeprefix("torch.")
-    kernels = [b for b in backends if function == "lstm" or b != "triton_fused"]
+    m = copy.deepcopy(plain)
+    config = package.FlashRNNConfig(head_dim=H, num_heads=1, batch_size=case.B, function=function, backend=backend, dtype=kind,
+                                    dtype_w=kind, dtype_r=kind, dtype_b=kind, input_shape="TBGHD", output_shape="STBHD")
 
-    def contestant(backend: str) -> Contestant:
-        m = copy.deepcopy(plain)
-        config = package.FlashRNNConfig(head_dim=H, num_heads=1, batch_size=case.B, function=function, backend=backend, dtype=kind,
-                                        dtype_w=kind, dtype_r=kind, dtype_b=kind, input_shape="TBGHD", output_shape="STBHD")
+    def run() -> Tensor:
+        xp = F.linear(x, m.weight_ih_l0).view(case.T, case.B, G, 1, H)
+        r = m.weight_hh_l0.view(G, 1, H, H)
+        b = (m.bias_ih_l0 + m.bias_hh_l0).view(G, 1, H)
+        return package.flashrnn(xp, r, b, config=config)[0][0].view(case.T, case.B, H)
 
-        def run() -> Tensor:
-            xp = F.linear(x, m.weight_ih_l0).view(case.T, case.B, G, 1, H)
-            r = m.weight_hh_l0.view(G, 1, H, H)
-            b = (m.bias_ih_l0 + m.bias_hh_l0).view(G, 1, H)
-            return package.flashrnn(xp, r, b, config=config)[0][0].view(case.T, case.B, H)
-
-        return Contestant(f"FlashRNN {backend}", Recurrent(), run, m, answer="recurrent",
-                          eager_steps=case.T if backend == "vanilla" else 0)
-
-    return [contestant(backend) for backend in kernels]
+    return [Contestant(f"FlashRNN {backend}", Recurrent(), run, m, answer="recurrent", eager_steps=case.T * (backend == "vanilla"))]
 
 
 def haste(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
@@ -178,10 +175,10 @@ def _import(name: str):
 
 
 BASELINES: dict[str, Callable[[Case, nn.RNNBase, Tensor], list[Contestant]]] = {
-    "nn": nn_recurrent, "unfold": unfold, "shifted": shifted, "overlap": overlap, "flashrnn": flashrnn, "haste": haste,
+    "nn": nn_recurrent, "unfold": unfold, "shifted": shifted, "overlap": overlap, "haste": haste,
+    "flashrnn_triton": partial(flashrnn, backend="triton_fused"), "flashrnn": partial(flashrnn, backend="cuda_fused"),
 }
-_COMPUTES = {"nn": "recurrent", "unfold": "windowed", "shifted": "windowed", "overlap": "chunked", "flashrnn": "recurrent",
-             "haste": "recurrent"}
+_COMPUTES = {"unfold": "windowed", "shifted": "windowed", "overlap": "chunked"}  # the others: recurrent
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,9 @@ def gather(case: Case, plain: nn.RNNBase, x: Tensor, who: Field) -> tuple[list[C
     plans = who.plans if case.sweeps != ("k",) else [p for p in who.plans if p in ("windowed", "chunked")]
     functions = {"recurrent" if name == "verified" else name for name in plans}
     for name in who.baselines:
-        if name == "nn" or _COMPUTES.get(name, "recurrent") in functions:
+        if name in who.without:
+            absent.append(Absent(name, "left out of --quick"))
+        elif name == "nn" or _COMPUTES.get(name, "recurrent") in functions:
             take(name, lambda name=name: BASELINES[name](case, plain, x))
     names = ["auto", *backends_of(case.device)] if who.backends is None else who.backends
     for plan in plans:

@@ -86,7 +86,8 @@ def _errors(axis: Axes, rows: list[dict]) -> None:
         for field, style, what in (("bound", "--", "proven"), ("bound_with_rounding", ":", "proven, and rounding")):
             known = [r for r in points if r[field]]
             if known:
-                axis.plot([r["k"] for r in known], [max(r[field], 1e-18) for r in known], style, color=color, label=f"{model} weights: {what}")
+                bound = [max(r[field], 1e-18) for r in known]
+                axis.plot([r["k"] for r in known], bound, style, color=color, label=f"{model} weights: {what}")
     if windows:
         _axes(axis, f"k  (T={rows[0]['T']}, B={rows[0]['B']}, H={rows[0]['H']})", "largest |y − y64|")
 
@@ -97,7 +98,7 @@ def _by(rows: list[dict], field: str, order: str) -> Iterable[tuple[str, list[di
         name = row[field]
         if order == "k" and field == "name":  # Windowed(8), Windowed(16), ...: one curve
             name = name.replace(f"({row['k']})", "(k)").replace(f", {row['k']})", ", k)")
-        elif order == "T" and field == "name" and row["computes"] == "chunked" and row["ours"]:
+        elif order == "T" and field == "name" and name.startswith("Chunked"):
             name = f"Chunked [{row['backend']}]"  # the chunk is shorter where T is
         groups.setdefault(name, []).append(row)
     return [(name, sorted(group, key=lambda r: r[order])) for name, group in groups.items()]

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine with one and no network, in one call of under ten minutes:
+#
+#     benchmarks/gpu_check.sh [COMMIT]              COMMIT: for the results, where git cannot tell
+#
+# builds against whatever python, torch and nvcc are there, runs the tests on the device (a marked subset under compute-sanitizer),
+# measures the targets of the CUDA and Triton kernels side by side, and writes one JSON and a table.
+#
+#     OUT     where they go (default benchmarks/results)
+#     PYTHON  the interpreter (default: the first of .venv/bin/python, python3, python whose torch sees a GPU)
+#     TOTAL   seconds for everything but the report at the end (default 540)
+#
+# A stage that fails or runs out of its time does not stop the later ones. Exit status: 0 all passed, 1 not all, 2 no GPU.
+# --rehearse instead of COMMIT: no GPU needed, nothing is built, tiny sizes on the CPU; tests this script.
+# shellcheck disable=SC2317  # the stages' functions are called by name, in a bash that timeout can stop
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
+TOTAL=${TOTAL:-540}
+OUT=${OUT:-benchmarks/results}
+rehearse=
+[ "${1:-}" = --rehearse ] && rehearse=1 && shift
+commit=${1:-$(git describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown)}
+
+sees_gpu='
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} " + ("is built without CUDA" if torch.version.cuda is None else "finds no usable GPU or driver"))
+'
+python=
+for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3 python; do
+  command -v "$candidate" >/dev/null || continue
+  if [ -n "$rehearse" ] || why=$("$candidate" -c "$sees_gpu" 2>&1); then
+    python=$(command -v "$candidate")
+    break
+  fi
+  reasons="${reasons:-}${reasons:+; }$candidate: ${why##*$'\n'}"
+  [ -n "${PYTHON:-}" ] && break
+done
+if [ -z "$python" ]; then
+  echo "gpu_check: no GPU (${reasons:-no python found})" >&2
+  exit 2
+fi
+export python rehearse
+
+work=$(mktemp -d)
+export work
+trap 'rm -rf "$work"' EXIT
+: >"$work/stages.tsv"
+failed=0
+
+# NAME LIMIT COMMAND...: runs it within LIMIT seconds, and within what is left of the whole; notes how it went.
+stage() {
+  local name=$1 limit=$2 begin=$SECONDS code=skipped
+  shift 2
+  ((limit > TOTAL - SECONDS)) && limit=$((TOTAL - SECONDS))
+  printf '\n== %s (at most %d s, %d s gone)\n' "$name" "$limit" "$SECONDS"
+  if ((limit >= 5)); then
+    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$work/$name.log"
+    code=${PIPESTATUS[0]}
+  fi
+  [ "$code" = 0 ] || failed=1
+  printf '%s\t%s\t%d\t%d\n' "$name" "$code" $((SECONDS - begin)) "$limit" >>"$work/stages.tsv"
+  printf '== %s: exit status %s after %d s\n' "$name" "$code" $((SECONDS - begin))
+}
+
+versions() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap,clocks.max.sm --format=csv 2>&1 | head -3
+  nvcc --version 2>&1 | tail -2
+  for tool in cmake ninja g++; do "$tool" --version 2>&1 | head -1; done
+  "$python" -c '
+import platform, sys, torch
+print("python", platform.python_version(), sys.executable)
+print("torch", torch.__version__, "cuda", torch.version.cuda, "cudnn", torch.backends.cudnn.version())
+for name in ("triton", "pybind11", "setuptools", "pytest", "flashrnn", "haste_pytorch"):
+    try:
+        print(name, getattr(__import__(name), "__version__", "present"))
+    except Exception as error:
+        print(name, "absent:", type(error).__name__, str(error)[:80])
+'
+}
+
+# For the one GPU that is here: all architectures would take minutes more. Editable, so that the tree's own package is what runs.
+build() {
+  local capability arch
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d '. ')
+  [ -n "$capability" ] || capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+  case $capability in 90) arch=90a-real ;; *) arch=$capability-real ;; esac
+  export STABLE_RNN_CUDA=on STABLE_RNN_CUDA_ARCHS=$arch
+  echo "architecture $arch"
+  "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index -e . && return
+  echo "pip failed; cmake directly"
+  local generator=()
+  command -v ninja >/dev/null && generator=(-G Ninja)
+  cmake -S . -B "$work/build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSTABLE_RNN_CUDA=ON -DSTABLE_RNN_CUDA_ARCHS="$arch" \
+    -DPython_EXECUTABLE="$python" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/stable_rnn" && cmake --build "$work/build" -j
+}
+
+# Loads on the device, and both streams and graphs of torch work beside the module's own static CUDA runtime.
+loads() {
+  "$python" -m stable_rnn.cli doctor || return
+  "$python" -c '
+import torch
+from stable_rnn import StableLSTM, Windowed, backends
+assert next(b for b in backends() if b.name == "cuda").available, "the cuda backend does not run here"
+m = StableLSTM(64, 64, plan=Windowed(8), backend="cuda").cuda().half().eval()
+x = torch.randn(128, 2, 64, device="cuda", dtype=torch.float16)
+side = torch.cuda.Stream()
+with torch.no_grad():
+    want = m(x)[0].clone()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = m(x)[0]
+    torch.cuda.current_stream().wait_stream(side)
+    assert torch.equal(found, want), "another stream, another result"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = m(x)[0]
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, want), "a captured graph, another result"
+print("another stream and a captured graph give the same bits")
+'
+}
+
+pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
+cuda_tests() { pytests tests -k "gpu or (cuda and not compile and not triton)"; }
+triton_tests() { pytests tests -k "triton and not compile"; }
+
+# Allocations one by one, so that the ends of every tensor are watched.
+sanitizer() {
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 3; }
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 86 --launch-timeout 60 \
+    "$python" -m pytest -q -p no:cacheprovider tests -m sanitizer
+}
+export -f versions build loads pytests cuda_tests triton_tests sanitizer
+
+stage versions 20 bash -c versions
+if [ -n "$rehearse" ]; then
+  stage targets 60 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/targets" --commit "$commit" --skip others
+  stage speed 60 "$python" -m benchmarks.speed --quick --devices cpu --T 64 --B 1 --H 8 --k 4 --cells lstm --seconds 0.02 \
+    --out "$work/speed" --commit "$commit"
+else
+  stage build 170 bash -c build
+  stage loads 30 bash -c loads
+  stage cuda-tests 100 bash -c cuda_tests
+  stage targets 130 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/targets" --commit "$commit" --skip others
+  stage triton-tests 50 bash -c triton_tests
+  stage memcheck 40 bash -c "sanitizer memcheck"
+  stage racecheck 40 bash -c "sanitizer racecheck"
+  stage speed 60 "$python" -m benchmarks.speed --quick --devices cuda --minutes 0.8 --out "$work/speed" --commit "$commit"
+  stage others 540 "$python" -m benchmarks.gpu_targets --seconds 0.5 --only others --out "$work/others" --commit "$commit"
+fi
+timeout 30 "$python" -m benchmarks.gpu_report "$work" "$OUT" "$commit" || failed=1
+echo
+cut -f 1-3 "$work/stages.tsv"
+exit "$failed"
