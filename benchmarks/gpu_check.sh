@@ -124,12 +124,13 @@ print("another stream and a captured graph give the same bits")
 '
 }
 
-# What takes a device has it in its name. Compiling for every architecture and installing are tested elsewhere.
+# What runs on a device has `gpu` in its name, or is a file of its own. The block executor, compiling for every architecture and
+# installing need no GPU and are tested elsewhere.
 pytests() {
   "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests --ignore=tests/test_install.py --ignore=tests/test_cuda_compile.py \
     --ignore=tests/test_speed.py "$@"
 }
-cuda_tests() { pytests -k "gpu or (cuda and not triton)"; }
+cuda_tests() { pytests -k "gpu or (cuda and not recurrence and not spectral and not triton)"; }
 triton_tests() { pytests -k "triton and not compile"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
