@@ -11,7 +11,7 @@ const char* check(const Params& p) {
   const Lanes& lanes = p.lanes;
   if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
     return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
-  if (lanes.steps >= int64_t(1) << 31) return "the CUDA kernels take fewer than 2^31 steps";
+  if (lanes.steps >= (int64_t(1) << 31) - 1) return "the CUDA kernels take at most 2^31 - 2 steps";
   if (p.w_hr) return "the CUDA kernels take no projection of the state (w_hr, proj_size)";
   return nullptr;
 }
@@ -90,8 +90,12 @@ const char* plan_and_run(bool backward, const Params& p, const CudaLaunch& at) {
 
 }  // namespace
 
-const char* recurrence_forward_planned(const ForwardParams& p, const CudaPlan& plan, const CudaLaunch& at) { return run(false, p, plan, at); }
-const char* recurrence_backward_planned(const BackwardParams& p, const CudaPlan& plan, const CudaLaunch& at) { return run(true, p, plan, at); }
+const char* recurrence_forward_planned(const ForwardParams& p, const CudaPlan& plan, const CudaLaunch& at) {
+  return run(false, p, plan, at);
+}
+const char* recurrence_backward_planned(const BackwardParams& p, const CudaPlan& plan, const CudaLaunch& at) {
+  return run(true, p, plan, at);
+}
 const char* recurrence_forward_cuda(const ForwardParams& p, const CudaLaunch& at) { return plan_and_run(false, p, at); }
 const char* recurrence_backward_cuda(const BackwardParams& p, const CudaLaunch& at) { return plan_and_run(true, p, at); }
 

@@ -5,8 +5,8 @@
 // a lane (what they load and store is contiguous), the cells of a group spread over its warps.
 // The adjoint of the cell state stays in registers from stage to stage, and so does c, which is the next stage's c_prev before it.
 //
-// A stage of M lanes: 2 M G H^2 operations; bytes: LSTM 4 M H of gates, 4 M H of dz, M H of dy, and 4 M H bytes of cells; RNN M H each of y, dy
-// and dz; and the weights from where they stay. README.md has the floors.
+// A stage of M lanes: 2 M G H^2 operations; LSTM 4 M H values of gates, 4 M H of dz, M H of dy, 4 M H bytes of cells; RNN M H values each of
+// y, dy and dz; and the weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
@@ -25,31 +25,25 @@ struct BackwardWarp {
   static constexpr int gate_bytes = group_units * A::shape.element, row_bytes = gates * gate_bytes;
 
   const BackwardParams& p;
+  const Geometry& geometry;
   const TileLanes& tile;
-  const float cap;         // as the saved forget gates were rounded
-  const int pitch, segment;
-  int first_lane;          // of the product
-  int gate;                // of the product
-  int lane;                // the thread's first cell: lanes lane, lane + 2, ...
-  int64_t first_unit, unit;
-  int outbox, own_sums;    // in shared memory; the sums of the group's first warp
+  const int H, gate, lane, unit;   // gate: of the product; lane, unit: the thread's first cell, then lanes lane + 2, lane + 4, ...
+  const float cap;                 // as the saved forget gates were rounded
   float sums[1][octets][4];
-  float carry[cells], dh[cells], dz[cells][gates];
+  float carry[cells], dz[cells][gates];
   float dc[cells], c[cells];
   Storage dy[cells], saved[cells][gates];   // of the next stage: gates, or y
   float c_prev[cells];
 
   __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
-      : p(p), tile(tile), cap(Storage(p.cap)), pitch(geometry.pitch), segment(geometry.segment) {
-    const int warp = thread_index() / 32, group = warp / gates;
-    gate = warp % gates;
-    first_lane = group / geometry.groups * (8 * octets);
-    lane = first_lane + gate * lanes + thread_index() % 32 / 16;
-    first_unit = int64_t(rank) * geometry.units + group % geometry.groups * group_units;
-    unit = first_unit + thread_index() % 16;
-    outbox = geometry.outbox + warp * geometry.outbox_of_warp;
-    own_sums = geometry.sums + group * gates * octets * sums_of_octet * 4;
-  }
+      : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)), gate(thread_index() / 32 % gates),
+        lane(group() / geometry.groups * (8 * octets) + gate * lanes + thread_index() % 32 / 16),
+        unit(rank * geometry.units + group() % geometry.groups * group_units + thread_index() % 16), cap(Storage(p.cap)) {}
+
+  __device__ __forceinline__ static int group() { return thread_index() / 32 / gates; }
+  __device__ __forceinline__ int first_lane() const { return lane - thread_index() % 32 / 16; }         // of the warp's cells
+  __device__ __forceinline__ int first_of_product() const { return first_lane() - gate * lanes; }
+  __device__ __forceinline__ char* outbox() const { return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp; }
 
   // body(j, lane) for this thread's cells
   template <class Body>
@@ -58,23 +52,22 @@ struct BackwardWarp {
     for (int j = 0; j < cells; ++j) body(j, lane + 2 * j);
   }
 
-  __device__ __forceinline__ int64_t row(const Span& span, int64_t s) const { return row_at(span, s, -p.lanes.step); }
+  __device__ __forceinline__ int64_t row(const Span& span, int s) const { return row_at(span, s, -p.lanes.step); }
 
   // The first carry, and what an LSTM keeps in registers.
   __device__ __forceinline__ void start() {
     each([&](int j, int lane) {
       const Run& run = tile.runs[lane];
-      const bool there = run.steps && unit < p.hidden;
-      carry[j] = there ? start_value<Storage>(run, p.dh_n, p.dh_init, p.hidden, unit) : 0.f;
+      const bool there = run.steps && unit < H;
+      carry[j] = there ? start_value<Storage>(run, p.dh_n, p.dh_init, H, unit) : 0.f;
       if constexpr (lstm) {
-        dc[j] = there ? start_value<Storage>(run, p.dc_n, p.dc_init, p.hidden, unit) : 0.f;
-        c_prev[j] = there ? p.cells[run.first * p.hidden + unit] : 0.f;   // load(0) makes it c
+        dc[j] = there ? start_value<Storage>(run, p.dc_n, p.dc_init, H, unit) : 0.f;
+        c_prev[j] = there ? p.cells[run.first * H + unit] : 0.f;   // load(0) makes it c
       }
     });
   }
 
-  __device__ __forceinline__ void load(int64_t s) {
-    const int64_t H = p.hidden;
+  __device__ __forceinline__ void load(int s) {
     each([&](int j, int lane) {
       const Span span = tile.spans[lane];
       const bool there = s < span.steps && unit < H;
@@ -102,7 +95,7 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ float* sums_of(int gate, int octet) const {
-    return reinterpret_cast<float*>(shared_memory() + own_sums) + (gate * octets + octet) * sums_of_octet;
+    return reinterpret_cast<float*>(shared_memory() + geometry.sums) + ((group() * gates + gate) * octets + octet) * sums_of_octet;
   }
 
   // The sums go to the threads that have their cells.
@@ -115,7 +108,7 @@ struct BackwardWarp {
     if constexpr (lstm) block_sync();
     else warp_sync();
     each([&](int j, int lane) {
-      const int column = lane - first_lane, at = thread_index() % 16 * pitch_of_sums + column % 8;
+      const int column = lane - first_of_product(), at = thread_index() % 16 * pitch_of_sums + column % 8;
       float sum = sums_of(0, column / 8)[at];
 #pragma unroll
       for (int q = 1; q < gates; ++q) sum += sums_of(q, column / 8)[at];
@@ -123,26 +116,30 @@ struct BackwardWarp {
     });
   }
 
-  __device__ __forceinline__ void border(const Run& run, int64_t s, float x, float* start, float* end, void* at_zero) const {
-    if (s == run.warm && start) start[run.id * p.hidden + unit] = x;
-    if (s < run.steps) return;
-    if (end) end[run.id * p.hidden + unit] = x;
-    if (run.last && at_zero) static_cast<Storage*>(at_zero)[run.b * p.hidden + unit] = Storage(x);
+  // Adjoints as stage s finds them: of lanes that begin to write, and of those that have no step left.
+  __device__ __forceinline__ void write_borders(int s) const {
+    const auto write = [&](const Run& run, float x, float* start, float* end, void* at_zero) {
+      if (s == run.warm && start) start[run.id * H + unit] = x;
+      if (s == run.steps && end) end[run.id * H + unit] = x;
+      if (s == run.steps && run.last && at_zero) static_cast<Storage*>(at_zero)[run.b * H + unit] = Storage(x);
+    };
+    each([&](int j, int lane) {
+      const Run& run = tile.runs[lane];
+      if (run.steps == 0 || unit >= H) return;
+      write(run, carry[j], p.dh_start, p.dh_end, p.dh0);
+      if constexpr (lstm) write(run, dc[j], p.dc_start, p.dc_end, p.dc0);
+    });
   }
 
+  __device__ __forceinline__ float whole(int j) const { return carry[j] + float(dy[j]); }   // the adjoint of h
+
   // From the carry of stage s to dz. What others need goes to the outbox.
-  __device__ __forceinline__ void advance(int64_t s) {
-    char* mine = shared_memory() + outbox + thread_index() % 32 / 16 * row_bytes + thread_index() % 16 * A::shape.element;
-    each([&](int j, int lane) {
-      const Span span = tile.spans[lane];
-      const bool there = unit < p.hidden;
-      if (there && span.steps && (s == span.warm || s == span.steps)) {
-        border(tile.runs[lane], s, carry[j], p.dh_start, p.dh_end, p.dh0);
-        if constexpr (lstm) border(tile.runs[lane], s, dc[j], p.dc_start, p.dc_end, p.dc0);
-      }
-      dh[j] = carry[j] + float(dy[j]);
+  __device__ __forceinline__ void advance(int s) {
+    char* mine = outbox() + thread_index() % 32 / 16 * row_bytes + thread_index() % 16 * A::shape.element;
+    each([&](int j, int) {
+      const float dh = whole(j);
       if constexpr (lstm) {
-        const LstmAdjoint<Real> d = lstm_vjp<Real>(dh[j], dc[j], float(saved[j][0]), float(saved[j][1]), float(saved[j][2]),
+        const LstmAdjoint<Real> d = lstm_vjp<Real>(dh, dc[j], float(saved[j][0]), float(saved[j][1]), float(saved[j][2]),
                                                    float(saved[j][3]), c[j], c_prev[j], cap);
         dc[j] = number(d.c_prev);
         dz[j][0] = number(d.zi);
@@ -150,11 +147,11 @@ struct BackwardWarp {
         dz[j][2] = number(d.zg);
         dz[j][3] = number(d.zo);
       } else {
-        dz[j][0] = number(rnn_vjp<Real>(dh[j], float(saved[j][0]), p.cell == RNN_RELU));
+        dz[j][0] = number(rnn_vjp<Real>(dh, float(saved[j][0]), p.cell == RNN_RELU));
       }
 #pragma unroll
       for (int q = 0; q < gates; ++q) {
-        const typename A::Element shared = A::element(there ? dz[j][q] : 0.f);   // beyond the last unit: zero, never NaN
+        const typename A::Element shared = A::element(unit < H ? dz[j][q] : 0.f);   // beyond the last unit: zero, never NaN
         std::memcpy(mine + 2 * j * row_bytes + q * gate_bytes, &shared, sizeof shared);
       }
     });
@@ -163,28 +160,27 @@ struct BackwardWarp {
   __device__ __forceinline__ void send(Team& team) const {
     warp_sync();
     constexpr int quads = gate_bytes / 16;
-    team.template send<lanes, gates * quads>(shared_memory() + outbox, [&](int row, int quad) {
-      const int64_t column = first_unit * A::shape.element + quad % quads * 16;
-      return column < segment ? (first_lane + gate * lanes + row) * pitch + quad / quads * segment + static_cast<int>(column) : -1;
+    team.template send<lanes, gates * quads>(outbox(), [&](int row, int quad) {
+      const int column = (unit - thread_index() % 16) * A::shape.element + quad % quads * 16;
+      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + quad / quads * geometry.segment + column : -1;
     });
   }
 
-  __device__ __forceinline__ void write(int64_t s) const {
-    const int64_t H = p.hidden;
+  __device__ __forceinline__ void write(int s) const {
     each([&](int j, int lane) {
       const Span span = tile.spans[lane];
-      if (unit >= H || s < span.warm || s >= span.steps) return;
+      if (s < span.warm || s >= span.steps || unit >= H) return;
       const int64_t at = row(span, s);
       Storage* to = static_cast<Storage*>(p.dz) + at * gates * H + unit;
 #pragma unroll
       for (int q = 0; q < gates; ++q) to[q * H] = Storage(dz[j][q]);
-      if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(dh[j]);
+      if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(whole(j));
     });
   }
 };
 
 template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(true, lstm, dtype, octets, held)) recurrence_backward(const BackwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(true, lstm, dtype, octets, held), 1) recurrence_backward(const BackwardLaunch q) {
   using Warp = BackwardWarp<dtype, lstm, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
@@ -193,23 +189,25 @@ __global__ void __launch_bounds__(32 * most_warps(true, lstm, dtype, octets, hel
   Warp warp(q.p, g, tile, team.rank);
   const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::gates));
   HeldWeights<A, 1> registers;
-  if constexpr (held) registers.load(weights.packed, g.chunks);
-  const int first_state = warp.first_lane * g.pitch + warp.gate * g.segment + A::first_state(thread_index() % 32, g.pitch);
+  if constexpr (held) registers.load(weights.global(), g.chunks);
+  const int first_state = warp.first_of_product() * g.pitch + warp.gate * g.segment + A::first_state(thread_index() % 32, g.pitch);
+  const bool starts = q.p.dh_start || q.p.dc_start;
   team.begin();
 
   for (int64_t first = int64_t(team.index) * g.lanes; first < q.entries; first += int64_t(g.teams) * g.lanes) {
-    const int64_t stages = tile.load<true>(q.p.lanes, first, q.entries, q.p.dh_init != nullptr);
+    const Extent extent = tile.load<true>(q.p.lanes, first, q.entries, q.p.dh_init != nullptr);
     warp.start();
     warp.load(0);
-    for (int64_t s = 0; s < stages; ++s) {
+    for (int s = 0; s <= extent.most; ++s) {
       if (s > 0) {
         warp.clear();
         const char* state = team.state() + first_state;
         if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
         else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
-        else product<A>(warp.sums, weights.packed, g.chunks, state, g.pitch);
+        else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
         warp.exchange();
       }
+      if (starts || s >= extent.least) warp.write_borders(s);
       warp.advance(s);
       warp.send(team);
       team.arrive();

@@ -1,17 +1,37 @@
 // The forward recurrence on lanes: z = h W_hh^T + xp, then the gates, for all steps of all lanes in one launch.
 //
-// A warp has 8 units of an LSTM (16 of an RNN) times 8 * octets lanes. Thread (g, t) = (lane / 4, lane % 4) holds, of each 8 lanes, the cells
+// A warp has 8 units of an LSTM (16 of an RNN) times 8 * octets lanes. Thread (g, t) = (lane / 4, lane % 4) holds, of each 8 lanes,
 //     LSTM  unit g x lanes 2t, 2t + 1: all four gates          RNN  units g, g + 8 x lanes 2t, 2t + 1
 // The cell state stays in registers from step to step; xp of the next step is loaded while the team meets.
 //
-// A step of M lanes: 2 M G H^2 operations; bytes: M G H of xp, M H of y (training: 4 M H of gates, 4 M H bytes of cells), and the weights from
-// where they stay. README.md has the floors.
+// A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: 4 M H of gates, 4 M H bytes of cells), and the weights
+// from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
 #include "team.cuh"
 
 namespace stable_rnn {
+
+// Two values on their way from memory. Packed, 16-bit ones take one register, but have to have arrived before the next product.
+template <class Storage, bool packed>
+struct Kept {
+  Storage values[2];
+  __device__ __forceinline__ void set(int e, Storage x) { values[e] = x; }
+  __device__ __forceinline__ float get(int e) const { return values[e]; }
+};
+template <class Storage>
+struct PackedPair {
+  uint32_t word;
+  __device__ __forceinline__ void set(int e, Storage x) { word = e == 0 ? x.bits : word | uint32_t(x.bits) << 16; }
+  __device__ __forceinline__ float get(int e) const {
+    Storage x;
+    x.bits = static_cast<uint16_t>(word >> 16 * e);
+    return x;
+  }
+};
+template <> struct Kept<Bf16, true> : PackedPair<Bf16> {};
+template <> struct Kept<Half, true> : PackedPair<Half> {};
 
 template <int dtype, bool lstm, int octets>
 struct ForwardWarp {
@@ -22,25 +42,23 @@ struct ForwardWarp {
   static constexpr int row_bytes = group_units * A::shape.element;   // of a lane in the outbox
 
   const ForwardParams& p;
+  const Geometry& geometry;
   const TileLanes& tile;
-  const int pitch, segment;
-  int first_lane, lane;    // of the warp in the tile; the thread's first
-  int64_t first_unit, unit;
-  int outbox;              // in shared memory, of the warp; place() is the thread's cell in it
+  const int H, lane, unit;   // lane, unit: the thread's first cell
   float sums[rows][octets][4];
   float c[octets][cells];
-  Storage x[octets][cells][gates];   // xp of the next step
+  Kept<Storage, (octets >= 4)> x[octets][cells / 2][gates];   // xp of the next step
   Storage h[octets][cells];
 
   __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
-      : p(p), tile(tile), pitch(geometry.pitch), segment(geometry.segment) {
-    const int warp = thread_index() / 32, g = thread_index() % 32 / 4, t = thread_index() % 4;
-    first_lane = warp / geometry.groups * (8 * octets);
-    lane = first_lane + 2 * t;
-    first_unit = int64_t(rank) * geometry.units + warp % geometry.groups * group_units;
-    unit = first_unit + g;
-    outbox = geometry.outbox + warp * geometry.outbox_of_warp;
-  }
+      : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)),
+        lane(thread_index() / 32 / geometry.groups * (8 * octets) + 2 * t()),
+        unit(rank * geometry.units + thread_index() / 32 % geometry.groups * group_units + g()) {}
+
+  __device__ __forceinline__ static int g() { return thread_index() % 32 / 4; }
+  __device__ __forceinline__ static int t() { return thread_index() % 4; }
+  __device__ __forceinline__ int first_lane() const { return lane - 2 * t(); }   // of the warp
+  __device__ __forceinline__ char* outbox() const { return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp; }
 
   // body(n, e, lane, unit) for this thread's cells
   template <class Body>
@@ -51,24 +69,24 @@ struct ForwardWarp {
       for (int e = 0; e < cells; ++e) body(n, e, lane + 8 * n + e % 2, unit + e / 2 * 8);
   }
 
-  __device__ __forceinline__ static bool writes(const Span& span, int64_t s) { return s >= span.warm && s < span.steps; }
-
   __device__ __forceinline__ void start() {
     if constexpr (lstm)
-      each([&](int n, int e, int lane, int64_t unit) {
+      each([&](int n, int e, int lane, int unit) {
         const Run& run = tile.runs[lane];
-        c[n][e] = run.steps && unit < p.hidden ? start_value<Storage>(run, p.c0, p.c_init, p.hidden, unit) : 0.f;
+        const bool there = run.steps && unit < H;
+        c[n][e] = there ? start_value<Storage>(run, p.c0, p.c_init, H, unit) : 0.f;
+        if (there && run.warm == 0 && p.c_start) p.c_start[run.id * H + unit] = c[n][e];
       });
   }
 
-  __device__ __forceinline__ void load(int64_t s) {
+  __device__ __forceinline__ void load(int s) {
     const auto* xp = static_cast<const Storage*>(p.xp);
-    each([&](int n, int e, int lane, int64_t unit) {
+    each([&](int n, int e, int lane, int unit) {
       const Span span = tile.spans[lane];
-      const bool there = s < span.steps && unit < p.hidden;
-      const Storage* at = xp + row_at(span, s, p.lanes.step) * (gates * p.hidden) + unit;
+      const bool there = s < span.steps && unit < H;
+      const Storage* at = xp + row_at(span, s, p.lanes.step) * (gates * H) + unit;
 #pragma unroll
-      for (int gate = 0; gate < gates; ++gate) x[n][e][gate] = there ? at[gate * p.hidden] : Storage(0.f);
+      for (int gate = 0; gate < gates; ++gate) x[n][e / 2][gate].set(e % 2, there ? at[gate * H] : Storage(0.f));
     });
   }
 
@@ -82,16 +100,14 @@ struct ForwardWarp {
   }
 
   // From the sums of step s to the new states. What others need goes to the outbox; h, c and the gates (in place of the sums) stay here.
-  __device__ __forceinline__ void advance(int64_t s) {
-    char* mine = shared_memory() + outbox + (lane - first_lane) * row_bytes + static_cast<int>(unit - first_unit) * A::shape.element;
-    each([&](int n, int e, int lane, int64_t unit) {
+  __device__ __forceinline__ void advance(int s) {
+    char* mine = outbox() + 2 * t() * row_bytes + g() * A::shape.element;
+    each([&](int n, int e, int lane, int unit) {
       float value;
       if constexpr (lstm) {
         float &i = sums[0][n][e], &f = sums[0][n][2 + e], &g = sums[1][n][e], &o = sums[1][n][2 + e];
-        const Storage(&add)[gates] = x[n][e];
-        if (p.c_start && s == tile.spans[lane].warm && s < tile.spans[lane].steps && unit < p.hidden)
-          p.c_start[tile.runs[lane].id * p.hidden + unit] = c[n][e];
-        const LstmStep<Real> step = lstm_step<Real>(i + float(add[0]), f + float(add[1]), g + float(add[2]), o + float(add[3]), c[n][e], p.cap);
+        const auto add = [&](int gate) { return x[n][e / 2][gate].get(e % 2); };
+        const auto step = lstm_step<Real>(i + add(0), f + add(1), g + add(2), o + add(3), c[n][e], p.cap);
         if (p.gates) {
           i = number(step.i.value());
           f = number(step.f);
@@ -101,43 +117,57 @@ struct ForwardWarp {
         c[n][e] = number(step.c);
         value = number(step.m);
       } else {
-        value = number(rnn_step<Real>(sums[0][n][e] + float(x[n][e][0]), p.cell == RNN_RELU));
+        value = number(rnn_step<Real>(sums[0][n][e] + x[n][e / 2][0].get(e % 2), p.cell == RNN_RELU));
       }
       h[n][e] = Storage(value);
-      const typename A::Element shared = A::element(unit < p.hidden ? value : 0.f);   // beyond the last unit: zero, never NaN
+      const typename A::Element shared = A::element(unit < H ? value : 0.f);   // beyond the last unit: zero, never NaN
       std::memcpy(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, &shared, sizeof shared);
     });
   }
 
   __device__ __forceinline__ void send(Team& team) const {
     warp_sync();
-    team.template send<8 * octets, row_bytes / 16>(shared_memory() + outbox, [&](int row, int quad) {
-      const int64_t column = first_unit * A::shape.element + 16 * quad;
-      return column < segment ? (first_lane + row) * pitch + static_cast<int>(column) : -1;
+    team.template send<8 * octets, row_bytes / 16>(outbox(), [&](int row, int quad) {
+      const int column = (unit - g()) * A::shape.element + 16 * quad;
+      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + column : -1;
     });
   }
 
-  __device__ __forceinline__ void write(int64_t s) const {
-    const int64_t H = p.hidden;
-    each([&](int n, int e, int lane, int64_t unit) {
+  __device__ __forceinline__ void write(int s) const {
+    each([&](int n, int e, int lane, int unit) {
       const Span span = tile.spans[lane];
-      if (unit >= H || s >= span.steps) return;
-      if (s + 1 == span.warm && p.h_start) p.h_start[tile.runs[lane].id * H + unit] = h[n][e];
-      if (s < span.warm) return;
+      if (s < span.warm || s >= span.steps || unit >= H) return;
       const int64_t row = row_at(span, s, p.lanes.step);
       static_cast<Storage*>(p.y)[row * H + unit] = h[n][e];
       if constexpr (lstm) {
         if (p.cells) p.cells[row * H + unit] = c[n][e];
         if (p.gates) {
-          Storage* gates = static_cast<Storage*>(p.gates) + row * 4 * H + unit;
+          Storage* gates = static_cast<Storage*>(p.gates) + row * (4 * H) + unit;
           gates[0] = Storage(sums[0][n][e]);
           gates[H] = Storage(sums[0][n][2 + e]);
           gates[2 * H] = Storage(sums[1][n][e]);
           gates[3 * H] = Storage(sums[1][n][2 + e]);
         }
       }
-      if (s + 1 < span.steps) return;
+    });
+  }
+
+  // The states from which lanes begin to write at step s (a lane that writes from step 0 on: see fill_state and start).
+  __device__ __forceinline__ void write_starts(int s) const {
+    each([&](int n, int e, int lane, int unit) {
       const Run& run = tile.runs[lane];
+      if (run.steps == 0 || run.warm != s || unit >= H) return;
+      if (p.h_start) p.h_start[run.id * H + unit] = h[n][e];
+      if constexpr (lstm)
+        if (p.c_start) p.c_start[run.id * H + unit] = c[n][e];
+    });
+  }
+
+  // The last states of lanes that end with step s.
+  __device__ __forceinline__ void write_ends(int s) const {
+    each([&](int n, int e, int lane, int unit) {
+      const Run& run = tile.runs[lane];
+      if (run.steps != s + 1 || unit >= H) return;
       if (p.h_end) p.h_end[run.id * H + unit] = h[n][e];
       if (p.h_n && run.last) static_cast<Storage*>(p.h_n)[run.b * H + unit] = h[n][e];
       if constexpr (lstm) {
@@ -150,21 +180,22 @@ struct ForwardWarp {
 
 // Every block fills its own copy of the tile's first state, [N][pitch].
 template <class A>
-__device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLanes& tile, char* state, int pitch, int64_t first_unit,
-                                           int64_t units) {
+__device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLanes& tile, char* state, int pitch, int first_unit,
+                                           int units) {
+  const int H = static_cast<int>(p.hidden);
   for (int n = thread_index() / 32; n < tile.n; n += thread_count() / 32) {
     const Run& run = tile.runs[n];
-    for (int64_t k = thread_index() % 32; k < p.hidden; k += 32) {
-      const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, p.hidden, k) : 0.f;
+    for (int k = thread_index() % 32; k < H; k += 32) {
+      const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, H, k) : 0.f;
       const typename A::Element element = A::element(h);
       std::memcpy(state + n * pitch + k * A::shape.element, &element, sizeof element);
-      if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units) p.h_start[run.id * p.hidden + k] = h;
+      if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units) p.h_start[run.id * H + k] = h;
     }
   }
 }
 
 template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(false, lstm, dtype, octets, held)) recurrence_forward(const ForwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(false, lstm, dtype, octets, held), 1) recurrence_forward(const ForwardLaunch q) {
   using Warp = ForwardWarp<dtype, lstm, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
@@ -173,26 +204,28 @@ __global__ void __launch_bounds__(32 * most_warps(false, lstm, dtype, octets, he
   Warp warp(q.p, g, tile, team.rank);
   const BlockWeights<A, Warp::rows> weights(g, q.weights, team.rank, thread_index() / 32 % g.groups);
   HeldWeights<A, held ? Warp::rows : 1> registers;
-  if constexpr (held) registers.load(weights.packed, g.chunks);
-  const int first_state = warp.first_lane * g.pitch + A::first_state(thread_index() % 32, g.pitch);
+  if constexpr (held) registers.load(weights.global(), g.chunks);
+  const int first_state = warp.first_lane() * g.pitch + A::first_state(thread_index() % 32, g.pitch);
   team.begin();
 
   for (int64_t first = int64_t(team.index) * g.lanes; first < q.entries; first += int64_t(g.teams) * g.lanes) {
-    const int64_t steps = tile.load<false>(q.p.lanes, first, q.entries, q.p.h_init != nullptr);
-    fill_state<A>(q.p, tile, team.state(), g.pitch, int64_t(team.rank) * g.units, g.units);
+    const Extent extent = tile.load<false>(q.p.lanes, first, q.entries, q.p.h_init != nullptr);
+    fill_state<A>(q.p, tile, team.state(), g.pitch, team.rank * g.units, g.units);
     warp.start();
     warp.load(0);
     block_sync();
-    for (int64_t s = 0; s < steps; ++s) {
+    for (int s = 0; s < extent.most; ++s) {
       warp.clear();
       const char* state = team.state() + first_state;
       if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
       else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
-      else product<A>(warp.sums, weights.packed, g.chunks, state, g.pitch);
+      else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
       warp.advance(s);
       warp.send(team);
       team.arrive();
       warp.write(s);
+      if (q.p.h_start || q.p.c_start) warp.write_starts(s + 1);
+      if (s + 1 >= extent.least) warp.write_ends(s);
       warp.load(s + 1);
       team.wait();
     }
@@ -207,6 +240,8 @@ const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
     if (g.place == in_registers) return launch(&recurrence_forward<dtype, lstm, 1, true>, grid, q);
   if (g.octets == 1) return launch(&recurrence_forward<dtype, lstm, 1, false>, grid, q);
   if (g.octets == 2) return launch(&recurrence_forward<dtype, lstm, 2, false>, grid, q);
+  if constexpr (product_shape(dtype).element == 2)
+    if (g.octets == 8) return launch(&recurrence_forward<dtype, lstm, 8, false>, grid, q);
   return launch(&recurrence_forward<dtype, lstm, 4, false>, grid, q);
 }
 

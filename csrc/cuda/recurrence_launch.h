@@ -1,4 +1,4 @@
-// Between the entry points (recurrence.cu), the choice of a plan (recurrence_plan.cu) and the kernels (recurrence_forward_*.cu, ..._backward_*.cu).
+// Between the entry points (recurrence.cu), the choice of a plan (recurrence_plan.cu) and the kernels (recurrence_*_*.cu).
 #pragma once
 #include "stable_rnn/cuda.h"
 #include "team.cuh"
@@ -18,7 +18,7 @@ using BackwardLaunch = RecurrenceLaunch<BackwardParams>;
 
 // The most warps of a block, so that registers suffice: what a kernel is compiled for.
 constexpr int most_warps(bool backward, bool lstm, int dtype, int octets, bool held) {
-  return (held && lstm && !backward) || (octets == 4 && product_shape(dtype).element == 4) ? 8 : 16;
+  return (held && lstm && !backward) || octets >= 4 ? 8 : octets == 2 ? 12 : 16;
 }
 constexpr int units_of_warp(bool backward, int cell) { return cell == LSTM && !backward ? 8 : 16; }
 constexpr int warps_of_units(bool backward, int cell) { return cell == LSTM && backward ? 4 : 1; }

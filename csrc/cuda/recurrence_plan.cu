@@ -1,5 +1,5 @@
-// How a problem is divided: blocks of a team, units of a block, lanes of a tile, where the weights stay. Every division gives the same bits,
-// so the choice is free: the least time for all lanes by a simple model of one SM, in clocks.
+// How a problem is divided: blocks of a team, units of a block, lanes of a tile, where the weights stay. Every division gives the same
+// bits, so the choice is free: the least time for all lanes by a simple model of one SM, in clocks.
 #include "recurrence_launch.h"
 
 namespace stable_rnn {
@@ -43,7 +43,8 @@ struct Search {
   void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
     const int warps = units / units_of_warp(backward, cell) * warps_of_units(backward, cell) * lane_groups;
     if (warps > most_warps(backward, cell == LSTM, dtype, octets, place == in_registers)) return;
-    if (place == in_registers && (octets * lane_groups > 1 || product_shape(dtype).element == 4)) return;
+    if (product_shape(dtype).element == 4 ? octets == 8 || place == in_registers : octets == 8 && backward) return;   // not compiled
+    if (place == in_registers && octets * lane_groups > 1) return;
     CudaPlan plan{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
     Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
     if (g.shared_bytes > limits.shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
@@ -63,7 +64,7 @@ struct Search {
   }
 
   void each_tile(int blocks, int cluster, int units) {
-    for (int octets = 1; octets <= 4; octets *= 2)
+    for (int octets = 1; octets <= 8; octets *= 2)
       for (int lane_groups = 1; lane_groups <= 8; lane_groups *= 2)
         for (int place = in_registers; place <= in_l2; ++place) consider(blocks, cluster, units, octets, lane_groups, place);
   }

@@ -73,21 +73,25 @@ __global__ void prepare(const PrepareParams q) {
 
 // A block's weights where they stay during the launch, and this warp's of them.
 template <class A, int rows>
-struct BlockWeights {
-  const Quad* packed;   // this thread's first, in global memory
-  int offset;           // the same in the block's part, in Quads
-
-  __device__ __forceinline__ BlockWeights(const Geometry& g, const Quad* all, int rank, int slot) {
-    const Quad* block = all + rank * (g.weights / 16);
-    offset = slot * (rows * g.chunks * 2 * A::shape.fragments) + A::fragment(thread_index() % 32);
-    packed = block + offset;
+class BlockWeights {
+ public:
+  __device__ __forceinline__ BlockWeights(const Geometry& g, const Quad* const& all, int rank, int slot)
+      : g_(g), all_(all), rank_(rank), offset_(slot * (rows * g.chunks * 2 * A::shape.fragments) + A::fragment(thread_index() % 32)) {
     if (g.place != in_shared) return;
     Quad* here = reinterpret_cast<Quad*>(shared_memory());
-    for (int i = thread_index(); i < g.weights / 16; i += thread_count()) copy_async<16>(here + i, block + i);
+    for (int i = thread_index(); i < g.weights / 16; i += thread_count()) copy_async<16>(here + i, block() + i);
     copy_commit();
     copy_wait<0>();   // seen by all after the team's begin()
   }
-  __device__ __forceinline__ const Quad* shared() const { return reinterpret_cast<const Quad*>(shared_memory()) + offset; }
+  // This thread's first Quad.
+  __device__ __forceinline__ const Quad* shared() const { return reinterpret_cast<const Quad*>(shared_memory()) + offset_; }
+  __device__ __forceinline__ const Quad* global() const { return block() + offset_; }
+
+ private:
+  const Geometry& g_;
+  const Quad* const& all_;
+  const int rank_, offset_;
+  __device__ __forceinline__ const Quad* block() const { return all_ + rank_ * (g_.weights / 16); }
 };
 
 }  // namespace stable_rnn

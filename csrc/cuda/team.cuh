@@ -23,31 +23,35 @@ class Team {
   const int index, rank;
 
   __device__ __forceinline__ Team(const Geometry& g, const Meeting& meeting)
-      : index(block_index() / g.blocks), rank(block_index() % g.blocks), g_(g), bytes_(g.lanes * g.pitch),
-        inbox_(meeting.inbox + int64_t(index) * 2 * bytes_), flags_(meeting.flags + int64_t(index) * g.blocks) {}
+      : index(block_index() / g.blocks), rank(block_index() % g.blocks), g_(g), meeting_(meeting) {}
 
   // Before the first send: all blocks run, all states are zero (they stay so beyond the last unit).
   __device__ __forceinline__ void begin() {
     Quad* state = reinterpret_cast<Quad*>(shared_memory() + g_.state);
-    for (int i = thread_index(); i < g_.buffers * bytes_ / 16; i += thread_count()) state[i] = Quad{};
+    for (int i = thread_index(); i < g_.buffers * tile_bytes() / 16; i += thread_count()) state[i] = Quad{};
     if (g_.cluster > 1) cluster_sync();
     else block_sync();
   }
 
-  __device__ __forceinline__ char* state() const { return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * bytes_); }
+  __device__ __forceinline__ char* state() const { return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * tile_bytes()); }
 
   // One warp: `rows` rows of `quads` Quads from its outbox to place(row, quad), an offset in the state, or negative: nowhere.
   template <int rows, int quads, class Place>
   __device__ __forceinline__ void send(const char* outbox, const Place& place) {
     const int peers = through_l2() ? 1 : g_.blocks;
-    char* next = shared_memory() + g_.state + (~steps_ & 1) * bytes_;
+    char* next = shared_memory() + g_.state + (~steps_ & 1) * tile_bytes();
     for (int i = thread_index() % 32; i < rows * quads * peers; i += 32) {
       const int which = i % (rows * quads), at = place(which / quads, which % quads);
       if (at < 0) continue;
       const Quad value = reinterpret_cast<const Quad*>(outbox)[which];
-      if (through_l2()) store_l2(reinterpret_cast<Quad*>(inbox_ + (steps_ & 1) * int64_t(bytes_) + at), value);
-      else if (g_.blocks == 1) *reinterpret_cast<Quad*>(next + at) = value;
-      else *reinterpret_cast<Quad*>(cluster_map(next, (rank + i / (rows * quads)) % g_.blocks) + at) = value;
+      if (through_l2()) {
+        store_l2(reinterpret_cast<Quad*>(inbox(steps_) + at), value);
+      } else if (g_.blocks == 1) {
+        *reinterpret_cast<Quad*>(next + at) = value;
+      } else {
+        const int peer = rank + i / (rows * quads);   // each block begins with itself
+        *reinterpret_cast<Quad*>(cluster_map(next, peer < g_.blocks ? peer : peer - g_.blocks) + at) = value;
+      }
     }
   }
 
@@ -56,29 +60,30 @@ class Team {
     if (g_.cluster > 1) return cluster_arrive();
     if (!through_l2()) return;
     block_sync();
-    if (thread_index() == 0) flag_signal(flags_ + rank, steps_);
+    if (thread_index() == 0) flag_signal(flags() + rank, steps_);
   }
 
   __device__ __forceinline__ void wait() {
     if (g_.cluster > 1) return cluster_wait();
     if (through_l2()) {
-      for (int r = thread_index(); r < g_.blocks; r += thread_count()) flag_wait(flags_ + r, steps_);
+      for (int r = thread_index(); r < g_.blocks; r += thread_count()) flag_wait(flags() + r, steps_);
       block_sync();
-      const Quad* from = reinterpret_cast<const Quad*>(inbox_ + (~steps_ & 1) * int64_t(bytes_));
+      const Quad* from = reinterpret_cast<const Quad*>(inbox(steps_ - 1));
       Quad* to = reinterpret_cast<Quad*>(shared_memory() + g_.state);
-      for (int i = thread_index(); i < bytes_ / 16; i += thread_count()) to[i] = load_l2(from + i);
+      for (int i = thread_index(); i < tile_bytes() / 16; i += thread_count()) to[i] = load_l2(from + i);
     }
     block_sync();
   }
 
  private:
   const Geometry& g_;
-  const int bytes_;   // of a tile's state
-  char* const inbox_;
-  unsigned* const flags_;
+  const Meeting& meeting_;
   unsigned steps_ = 0;
 
   __device__ __forceinline__ bool through_l2() const { return g_.blocks > 1 && g_.cluster == 1; }
+  __device__ __forceinline__ int tile_bytes() const { return g_.lanes * g_.pitch; }
+  __device__ __forceinline__ char* inbox(unsigned step) const { return meeting_.inbox + (int64_t(index) * 2 + (step & 1)) * tile_bytes(); }
+  __device__ __forceinline__ unsigned* flags() const { return meeting_.flags + int64_t(index) * g_.blocks; }
 };
 
 }  // namespace stable_rnn

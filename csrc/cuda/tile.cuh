@@ -28,6 +28,11 @@ struct alignas(16) Span {
   int warm, steps;
 };
 
+// Steps of the lanes of a tile, of those that have any.
+struct Extent {
+  int least, most;
+};
+
 // The lanes of the tile at hand, in shared memory.
 struct TileLanes {
   Span* spans;
@@ -37,9 +42,9 @@ struct TileLanes {
   explicit __device__ __forceinline__ TileLanes(const Geometry& g)
       : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)), runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
 
-  // Returns the most stages that a lane has. `entries`: of the whole list; beyond it are lanes with no steps.
+  // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
-  __device__ __forceinline__ int64_t load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
+  __device__ __forceinline__ Extent load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
     for (int i = thread_index(); i < n; i += thread_count()) {
       Run run{};
       if (first + i < entries) run = backward ? backward_run(lanes, first + i, from_init) : forward_run(lanes, first + i, from_init);
@@ -47,17 +52,21 @@ struct TileLanes {
       spans[i] = {run.first, static_cast<int>(run.warm), static_cast<int>(run.steps)};
     }
     block_sync();
-    int64_t most = 0;
-    for (int i = 0; i < n; ++i) most = runs[i].stages > most ? runs[i].stages : most;
-    return most;
+    Extent extent{0, 0};
+    for (int i = 0; i < n; ++i) {
+      const int steps = spans[i].steps;
+      if (steps > extent.most) extent.most = steps;
+      if (steps && (steps < extent.least || extent.least == 0)) extent.least = steps;
+    }
+    return extent;
   }
 };
 
-__device__ __forceinline__ int64_t row_at(const Span& span, int64_t s, int64_t move) { return span.first + s * move; }
+__device__ __forceinline__ int64_t row_at(const Span& span, int s, int64_t move) { return span.first + s * move; }
 
 // What a lane starts from: the caller's state of its row, or `init` of its entry, else zero.
 template <class Storage>
-__device__ __forceinline__ float start_value(const Run& run, const void* given, const float* init, int64_t size, int64_t unit) {
+__device__ __forceinline__ float start_value(const Run& run, const void* given, const float* init, int size, int unit) {
   if (init) return init[run.entry * size + unit];
   return run.given && given ? static_cast<float>(static_cast<const Storage*>(given)[run.b * size + unit]) : 0.f;
 }

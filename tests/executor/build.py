@@ -50,7 +50,7 @@ def _flags(source: Path, asan: bool) -> list[str]:
     if source.parent.name == "cpu":
         return [*COMMON, "-O1"]
     fma = ["-mfma"] if "fma" in _cpu_flags() else []
-    return [*COMMON, *KERNEL, *fma, *(["-O1", *SANITIZE] if asan else ["-O2"]), "-x", "c++"]
+    return [*COMMON, *KERNEL, *fma, *(["-O0", *SANITIZE] if asan else ["-O2"]), "-x", "c++"]
 
 
 @cache

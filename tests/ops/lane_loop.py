@@ -34,6 +34,7 @@ class Case:
     init: bool = False
     threads: int = 1
     tf32: bool = False  # products of float32 rounded to TF32
+    device: str = "cpu"  # where kernels run; the loops run on the CPU
 
     def __post_init__(self):
         self.lstm = self.cell == "lstm"
@@ -236,15 +237,23 @@ def at(tensor):
 
 def _head(case):
     """The arguments up to the selection; the tensors behind the addresses are kept on the case."""
-    case.kept = [None if case.plain_base else torch.tensor(case.base), None if case.lengths is None else torch.tensor(case.lengths),
-                 None if case.select is None else torch.tensor(case.select)]
+    tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=case.device)  # noqa: E731
+    case.kept = [None if case.plain_base else tensor(case.base), None if case.lengths is None else tensor(case.lengths),
+                 None if case.select is None else tensor(case.select)]
     return (CELLS.index(case.cell), TF32 if case.tf32 else DTYPES[case.dtype], case.threads, case.hidden, case.p, case.cap, case.steps,
             case.batch, case.step, case.stride, case.warmup, *map(at, case.kept), 0 if case.select is None else len(case.select))
 
 
 def _poisoned(case, **columns):
     """name=(rows, columns, dtype) -> tensors full of NaN."""
-    return {k: torch.full(v[:2], NAN, dtype=v[2]) for k, v in columns.items()}
+    return {k: torch.full(v[:2], NAN, dtype=v[2], device=case.device) for k, v in columns.items()}
+
+
+def _call(case, kernel, inputs, outputs):
+    """`kernel` on the case's device; the outputs on the CPU."""
+    there = [None if t is None else t.to(case.device) for t in inputs]
+    kernel(*_head(case), *map(at, there), **{k: at(v) for k, v in outputs.items()})
+    return {k: v.cpu() for k, v in outputs.items()}
 
 
 def run_forward(case, made, call=None):
@@ -255,8 +264,7 @@ def run_forward(case, made, call=None):
         out |= _poisoned(case, c_n=(batch, H, dtype), gates=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
                          c_end=(case.lanes, H, f32))
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
-    (call or _native.lib.recurrence_forward)(*_head(case), *(at(made.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
-    return out
+    return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out)
 
 
 def run_backward(case, made, saved, call=None):
@@ -267,8 +275,7 @@ def run_backward(case, made, saved, call=None):
         out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
     names = ("dy", "y", "gates", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
-    (call or _native.lib.recurrence_backward)(*_head(case), *(at(both.get(k)) for k in names), **{k: at(v) for k, v in out.items()})
-    return out
+    return _call(case, call or _native.lib.recurrence_backward, [both.get(k) for k in names], out)
 
 
 def run_windowed(case, made, first, last):

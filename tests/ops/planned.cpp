@@ -17,12 +17,13 @@ EXPORT void complete_plan(bool backward, int cell, int dtype, int64_t hidden, Cu
   plan->shared_bytes = g.shared_bytes;
   plan->workspace_bytes = workspace_parts(*plan, g).bytes;
 }
-EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t entries, const CudaLimits* limits) {
-  return recurrence_plan_cuda(backward, cell, dtype, hidden, hidden, entries, *limits);
+EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits* limits) {
+  return recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, *limits);
 }
-EXPORT int most_warps_of(bool backward, bool lstm, int dtype, int octets, bool held) {
+EXPORT int allowed_warps(bool backward, bool lstm, int dtype, int octets, bool held) {
   return most_warps(backward, lstm, dtype, octets, held);
 }
 EXPORT void struct_sizes(int64_t* sizes) {
-  sizes[0] = sizeof(ForwardParams), sizes[1] = sizeof(BackwardParams), sizes[2] = sizeof(CudaPlan), sizes[3] = sizeof(CudaLaunch);
+  const int64_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(CudaPlan), sizeof(CudaLaunch), sizeof(CudaLimits)};
+  for (int i = 0; i < 5; ++i) sizes[i] = all[i];
 }

@@ -1,20 +1,23 @@
-"""The CUDA recurrence kernels in the block executor, each variant on demand: `planned.cpp` by ctypes, called as `lane_loop` calls.
+"""The CUDA recurrence kernels with a plan of the caller's choice: `planned.cpp` by ctypes, in the block executor or on a GPU.
 
-A variant is what `CudaPlan` says: how many blocks run a tile together and how they meet, lanes and units of a block, place of the weights.
+A `Variant` says how the work is divided, as `CudaPlan` does: how many blocks run a tile together and how they meet, lanes and units of a
+block, place of the weights. A `Machine` runs `lane_loop` cases by one.
 """
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
-from functools import cache
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import lane_loop as loop
 import torch
 from executor import build
 
 HERE = Path(__file__).resolve().parent
-LSTM, F32, TF32 = 2, 0, 3
+CSRC = build.ROOT / "csrc/cuda"
+LSTM = loop.CELLS.index("lstm")
 REGISTERS, SHARED, L2 = range(3)
 
 
@@ -34,7 +37,8 @@ class Forward(Structure):
 
 
 class Backward(Structure):
-    _fields_ = _HEAD + _fields(c_void_p, "dy y gates cells w_hh w_hr c0 dh_n dc_n dh_init dc_init dz dh dh0 dc0 dh_start dc_start dh_end dc_end")
+    _fields_ = (_HEAD + _fields(c_void_p, "dy y gates cells w_hh w_hr c0 dh_n dc_n dh_init dc_init")
+                + _fields(c_void_p, "dz dh dh0 dc0 dh_start dc_start dh_end dc_end"))
 
 
 class Plan(Structure):
@@ -47,66 +51,97 @@ class Launch(Structure):
 
 
 class Limits(Structure):
+    """A device, also one that is not here."""
+
     _fields_ = [("arch", c_int), ("sms", c_int), ("shared_bytes", c_int64), ("max_cluster", c_int)]
-
-
-H100 = Limits(*build.LIMITS)
-
-
-@cache
-def library(asan: bool = False) -> ctypes.CDLL:
-    sources = [*sorted((build.ROOT / "csrc/cuda").glob("recurrence*.cu")), HERE / "planned.cpp", *build.EXECUTOR]
-    lib = ctypes.CDLL(str(build._link("planned.so", sources, asan)))
-    lib.planned_forward.restype = lib.planned_backward.restype = c_char_p
-    lib.automatic_plan.restype = Plan
-    lib.automatic_plan.argtypes = [ctypes.c_bool, c_int, c_int, c_int64, c_int64, POINTER(Limits)]
-    lib.complete_plan.argtypes = [ctypes.c_bool, c_int, c_int, c_int64, POINTER(Plan)]
-    sizes = (c_int64 * 4)()
-    lib.struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(s) for s in (Forward, Backward, Plan, Launch)]
-    return lib
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One division of the work. `kind`: block | cluster | grid. Units: of a warp, times `groups`; lanes: 8 x octets x lane_groups."""
+    """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, or a grid that meets through L2."""
 
-    kind: str = "block"
-    groups: int = 0  # of a block; 0: so many that one block has all units
+    blocks: int = 1
+    grid: bool = False
     octets: int = 1
     lane_groups: int = 1
     place: int = SHARED
     teams: int = 2
 
-    def plan(self, backward: bool, cell: int, dtype: int, hidden: int) -> Plan:
+    def __str__(self):
+        kind = "block" if self.blocks == 1 else f"{'grid' if self.grid else 'cluster'}{self.blocks}"
+        return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
+
+    def plan(self, backward: bool, cell: int, hidden: int) -> Plan:
         unit = 8 if cell == LSTM and not backward else 16
-        groups = self.groups or -(-hidden // unit)
-        blocks = -(-hidden // (unit * groups))
-        assert blocks == 1 if self.kind == "block" else 1 < blocks <= (16 if self.kind == "cluster" else 132)
+        groups = -(-hidden // (self.blocks * unit))
+        assert (self.blocks - 1) * groups * unit < hidden, "a block without units"
         warps = groups * (4 if cell == LSTM and backward else 1) * self.lane_groups
-        plan = Plan(None, blocks, blocks if self.kind == "cluster" else 1, 8 * self.octets * self.lane_groups, unit * groups, warps,
-                    self.place, self.teams, 0, 0)
-        library().complete_plan(backward, cell, dtype, hidden, byref(plan))
+        cluster = 1 if self.grid else self.blocks
+        return Plan(None, self.blocks, cluster, 8 * self.octets * self.lane_groups, groups * unit, warps, self.place, self.teams, 0, 0)
+
+
+class Machine:
+    """Where kernels run. `descending`: the executor's blocks and threads in descending order; `asan`: under AddressSanitizer."""
+
+    def __init__(self, name: str, device: str = "cpu", descending: bool = False, asan: bool = False):
+        self.name, self.device, self.descending, self.asan = name, device, descending, asan
+
+    def build(self) -> Path:
+        sources = [*sorted(CSRC.glob("recurrence*.cu")), HERE / "planned.cpp"]
+        if self.device == "cpu":
+            return build._link("planned.so", [*sources, *build.EXECUTOR], self.asan)
+        made = build.CACHE / "gpu" / "planned.so"
+        build.move_into(made, lambda to: build.run(
+            ["nvcc", "-std=c++17", "-arch=native", "--fmad=false", "--expt-relaxed-constexpr", "-shared", "-cudart=static",
+             "-Xcompiler=-fPIC,-fvisibility=hidden", *build.INCLUDE, *map(str, sources), str(CSRC / "limits.cu"), "-o", to]))
+        return made
+
+    @cached_property
+    def library(self) -> ctypes.CDLL:
+        lib = ctypes.CDLL(str(self.build()))
+        lib.planned_forward.restype = lib.planned_backward.restype = c_char_p
+        lib.automatic_plan.restype = Plan
+        lib.automatic_plan.argtypes = [c_bool, c_int, c_int, c_int64, c_int64, c_int64, POINTER(Limits)]
+        lib.complete_plan.argtypes = [c_bool, c_int, c_int, c_int64, POINTER(Plan)]
+        sizes = (c_int64 * 5)()
+        lib.struct_sizes(sizes)
+        assert list(sizes) == [ctypes.sizeof(s) for s in (Forward, Backward, Plan, Launch, Limits)]
+        return lib
+
+    def automatic(self, limits: Limits, backward: bool, cell: int, dtype: int, hidden: int, entries: int, out: int | None = None) -> Plan:
+        return self.library.automatic_plan(backward, cell, dtype, hidden, hidden if out is None else out, entries, byref(limits))
+
+    def plan(self, how: Variant, backward: bool, case: loop.Case) -> Plan:
+        cell, dtype = loop.CELLS.index(case.cell), loop.TF32 if case.tf32 else loop.DTYPES[case.dtype]
+        plan = how.plan(backward, cell, case.hidden)
+        self.library.complete_plan(backward, cell, dtype, case.hidden, byref(plan))
         return plan
 
+    def forward(self, case: loop.Case, made: dict, how: Variant | Limits) -> dict:
+        case = replace(case, device=self.device)
+        return loop.run_forward(case, made, lambda *fields, **outputs: self._call(False, case, how, fields, outputs))
 
-def automatic(backward: bool, cell: int, dtype: int, hidden: int, entries: int, limits: Limits = H100) -> Plan:
-    return library().automatic_plan(backward, cell, dtype, hidden, entries, byref(limits))
+    def backward(self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits) -> dict:
+        case = replace(case, device=self.device)
+        return loop.run_backward(case, made, saved, lambda *fields, **outputs: self._call(True, case, how, fields, outputs))
 
-
-def caller(backward: bool, choose, descending: bool = False, asan: bool = False):
-    """A function with the arguments of `recurrence_forward` (`recurrence_backward`). `choose`: (cell, dtype, hidden) -> Plan."""
-    def call(*fields, **outputs):
-        kind = Backward if backward else Forward
-        head, lanes, rest = fields[:6], Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15]))), fields[15:]
-        params = kind(*head, lanes, *(v or None for v in rest), **{k: v or None for k, v in outputs.items()})
-        plan = choose(params.cell, params.dtype, params.hidden)
-        space = torch.full((plan.workspace_bytes // 4 + 64,), float("nan"))
-        start = -space.data_ptr() % 256 // 4
-        launch = Launch(0, None, space[start:].data_ptr(), plan.workspace_bytes)
-        with build.schedule(library(asan), descending):
-            run = library(asan).planned_backward if backward else library(asan).planned_forward
+    def _call(self, backward, case, how, fields, outputs):
+        lanes = Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15])))
+        pointers = [v or None for v in fields[15:]]
+        params = (Backward if backward else Forward)(*fields[:6], lanes, *pointers, **{k: v or None for k, v in outputs.items()})
+        if isinstance(how, Limits):
+            plan = self.automatic(how, backward, params.cell, params.dtype, params.hidden, len(case.ids), params.out)
+        else:
+            plan = self.plan(how, backward, case)
+        space = torch.full((plan.workspace_bytes // 4 + 64,), float("nan"), device=self.device)
+        start = space[-space.data_ptr() % 256 // 4 :].data_ptr()
+        stream = None if self.device == "cpu" else torch.cuda.current_stream().cuda_stream
+        launch = Launch(0, stream, start, plan.workspace_bytes)
+        run = self.library.planned_backward if backward else self.library.planned_forward
+        if self.device != "cpu":
             problem = run(byref(params), byref(plan), byref(launch))
+        else:
+            with build.schedule(self.library, self.descending):
+                problem = run(byref(params), byref(plan), byref(launch))
         if problem:
             raise RuntimeError(problem.decode())
-    return call
