@@ -19,7 +19,7 @@ cosine schedule, early stopping on validation) and the same points of the search
 (uniform, 0 … 0.6), quasi-random, one seed. The point of the best validation score is trained again with other seeds; only these see the
 test data. Recurrent models have one layer; text is trained on in random stretches and tested in rows of 2048 symbols, each from a zero
 state. Embeddings pass tanh, so inputs lie within 1. *Price* is how much worse than the unconstrained model of the same cell, in the
-task's metric (below 0: better). Figures are means over seeds (lowest … highest).
+task's metric (below 0: it trained better within this budget). Figures are means over seeds (lowest … highest).
 
 *Certified*: the proven rate per step, for all inputs within 1 (`cap=true`: for any input), and for the inputs there are (all symbols, or
 the test data); "none" where nothing below 1 is proven. *Measured*: exp of the largest Lyapunov exponent on test data, and the largest
@@ -163,7 +163,10 @@ def searches(task: Task, results: dict) -> str:
     some = next(iter(results["search"].values()))
     head = [f"{some[t]['setting']['rate']:.2g}, {some[t]['setting']['dropout']:.2g}" if t in some else str(t) for t in trials]
     rows = [[config, *(shown(found.get(trial)) for trial in trials)] for config, found in results["search"].items()]
-    return f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(["model", *head], rows)
+    highest = max(run["setting"]["rate"] for found in results["search"].values() for run in found.values())
+    edge = [config for config, runs in results["final"].items() if runs[0]["setting"]["rate"] == highest]
+    note = f"\nThe chosen learning rate is the highest that was tried for {', '.join(edge)}: more trials may find better.\n" if edge else ""
+    return f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(["model", *head], rows) + note
 
 
 def shown(run: dict | None) -> str:
@@ -206,7 +209,8 @@ def truncation(task: Task, finals: dict) -> str:
             yield [config, *map(show, points), *whole_run]
 
     head = ["model", *(f"k = {k}" for k in windows)]
-    return (f"Test {NAMES[task.metric]} of the trained models under `Windowed(k)`, the first {steps} steps of test data:\n\n"
+    return (f"Test {NAMES[task.metric]} of the trained models under `Windowed(k)`, the first {steps} steps of test data (a window as "
+            "long as the longest row is the recurrent run):\n\n"
             + table([*head, "recurrent"], rows(lambda v: f"{mean(v):.2f}", "metric"))
             + "\nLargest difference of any output of the recurrent layer (|h| ≤ 1) from the recurrent run, worst seed:\n\n"
             + table(head, rows(lambda v: f"{max(v):.1e}", "largest")))
