@@ -166,7 +166,8 @@ def searches(task: Task, results: dict) -> str:
     highest = max(run["setting"]["rate"] for found in results["search"].values() for run in found.values())
     edge = [config for config, runs in results["final"].items() if runs[0]["setting"]["rate"] == highest]
     note = f"\nThe chosen learning rate is the highest that was tried for {', '.join(edge)}: more trials may find better.\n" if edge else ""
-    return f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(["model", *head], rows) + note
+    title = f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n"
+    return title + table(["model", *head], rows) + note
 
 
 def shown(run: dict | None) -> str:
