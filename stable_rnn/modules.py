@@ -109,7 +109,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = F.dropout(x, self.dropout, True)
         if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
-            self._ran = reports, notes, p.resolved(rows.batch).stride
+            self._ran = reports, notes, p.resolved(rows.batch, x.device).stride
         return x, torch.stack(h_n), torch.stack(c_n)
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
+@pytest.fixture(params=["gpu" if GPU else "executor"])
 def device(monkeypatch):
     if GPU:
         yield "cuda"
@@ -65,6 +65,7 @@ def test_plans(cls, plan, dtype, device):
     assert_close(m, torch.randn(17, 3, 7).to(device, dtype))
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_layers_directions_and_lengths(plan, device):
     m = made(StableLSTM, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)

@@ -110,7 +110,7 @@ def _window_adjoint(grads, state, xp: Tensor, p: Problem) -> tuple[Tensor | None
 def _reference_backward(x, w_ih, bias, state, grads, p: Problem) -> tuple[Tensor | None, ...]:
     dy, dh_n, dc_n = grads
     h0, c0 = state[2:4]
-    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p.resolved(h0.shape[0]))
+    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p.resolved(h0.shape[0], h0.device))
     return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, None, *_NOTHING
 
 
@@ -147,7 +147,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
-        p = p.resolved(h0.shape[0])
+        p = p.resolved(h0.shape[0], h0.device)
         out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)
         return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, 1.0][: 4 * p.checked], dtype=torch.float64)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm")  # in the order of `enum Cell`
+CPU = torch.device("cpu")
+LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
 WHOLE, AUTO = 0, -1  # strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
 
 
@@ -41,15 +43,15 @@ class Problem(NamedTuple):
         """The plain recurrence: one lane a row."""
         return self._replace(stride=max(self.steps, 1), warmup=0, tol=-1.0)
 
-    def resolved(self, batch: int) -> Problem:
+    def resolved(self, batch: int, device: torch.device = CPU) -> Problem:
         """The same problem with numbers for `WHOLE` and `AUTO`."""
         stride, warmup = self.stride, self.warmup
         if stride == WHOLE:
             return self._replace(stride=max(self.steps, 1), warmup=0)
         if warmup == AUTO:
             warmup = 32 if self.cap >= 1 or self.tol <= 0 else min(256, max(32, ceil(log(self.tol) / log(self.cap))))
-        if stride == AUTO:  # enough lanes to fill a tile per thread, few enough for the warm-up to stay cheap
-            stride = max(4 * warmup, -(-self.steps * batch // 64), 1)
+        if stride == AUTO:  # enough lanes, few enough for the warm-up to stay cheap
+            stride = max(4 * warmup, -(-self.steps * batch // LANES.get(device.type, 64)), 1)
         return self._replace(stride=min(stride, max(self.steps, 1)), warmup=min(warmup, self.steps))  # no lane starts before time 0
 
     def lanes(self) -> int:

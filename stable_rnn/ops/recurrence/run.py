@@ -13,7 +13,7 @@ from .problem import Problem
 def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
     """y, h_n, c_n, gates, cells, report; `numbers` are a `Problem` and whether to save gates and cells."""
     *numbers, save = numbers
-    p = Problem(*numbers).resolved(h0.shape[0])
+    p = Problem(*numbers).resolved(h0.shape[0], xp.device)
     tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
     check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
     backend = choose(p, xp, w_hh, w_hr)
@@ -26,7 +26,7 @@ def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ..
 
 def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
     """dz, dh, dh0, dc0, report."""
-    p = Problem(*numbers).resolved(dh_n.shape[0])
+    p = Problem(*numbers).resolved(dh_n.shape[0], dy.device)
     tensors = (dy, dh_n, None if c0 is None else dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths)
     saved = {} if c0 is None else dict(gates=gates, cells=cells)
     check(p, dy, dh_n, base, lengths, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, dc_n=tensors[2], **saved)
@@ -40,7 +40,7 @@ def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *nu
 
 def windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
     """dxp, dw_hh, dw_hr, dh0, dc0."""
-    p = Problem(*numbers).resolved(h0.shape[0])
+    p = Problem(*numbers).resolved(h0.shape[0], xp.device)
     tensors = (dy, dh_n, None if c0 is None else dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     check(p, xp, h0, base, lengths, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=tensors[2])
     found = choose(p, xp, w_hh, w_hr).windowed_backward(*tensors, p)
