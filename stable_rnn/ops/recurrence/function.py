@@ -110,7 +110,8 @@ def _window_adjoint(grads, state, xp: Tensor, p: Problem) -> tuple[Tensor | None
 def _reference_backward(x, w_ih, bias, state, grads, p: Problem) -> tuple[Tensor | None, ...]:
     dy, dh_n, dc_n = grads
     h0, c0 = state[2:4]
-    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p.resolved(h0.shape[0], h0.device))
+    p = p.resolved(h0.shape[0], h0.device)
+    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p)
     return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, None, *_NOTHING
 
 
