@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ... import _native
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_BLOCK = 16  # SPECTRAL_BLOCK of spectral.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+BLOCK = 16  # SPECTRAL_BLOCK of spectral.h
 
 
 def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
@@ -17,11 +17,19 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
     for W, X in zip(matrices, blocks):
         if W.device.type != "cpu":
             return False, f"the compiled kernels run on the CPU, a matrix is on {W.device}"
-        if W.dtype not in _DTYPES:
+        if W.dtype not in DTYPES:
             return False, f"the compiled kernels take float32 and bfloat16, not {W.dtype}"
-        if X.shape[1] > _BLOCK or X.dtype != torch.float32 or not X.is_contiguous():
-            return False, f"the compiled kernels take contiguous float32 blocks of at most {_BLOCK} vectors"
+        if X.shape[1] > BLOCK or X.dtype != torch.float32 or not X.is_contiguous():
+            return False, f"the compiled kernels take contiguous float32 blocks of at most {BLOCK} vectors"
     return True, ""
+
+
+def table(matrices: list[Tensor], blocks: list[Tensor], dtypes: dict[torch.dtype, int]) -> Tensor:
+    """The fields of `SpectralMatrix`, a row for each matrix."""
+    return torch.tensor(
+        [(dtypes[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(matrices, blocks)],
+        dtype=torch.int64, device="cpu",
+    )
 
 
 def spectral_step(
@@ -29,16 +37,13 @@ def spectral_step(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`."""
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
-    table = torch.tensor(
-        [(_DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks)],
-        dtype=torch.int64, device="cpu",
-    )
+    shapes = table(dense, blocks, DTYPES)
     limits = torch.tensor(bounds, dtype=torch.float64, device="cpu")
     norms = torch.empty(len(dense), dtype=torch.float64, device="cpu")
     near = torch.empty(len(dense), dtype=torch.int64, device="cpu")
     _native.lib.spectral_step(
         torch.get_num_threads(), scale, iterations, fresh, seed & (2**64 - 1), len(dense),
-        table.data_ptr(), limits.data_ptr(), norms.data_ptr(), near.data_ptr(),
+        shapes.data_ptr(), limits.data_ptr(), norms.data_ptr(), near.data_ptr(),
     )
     for W, copy, norm in zip(matrices, dense, norms.tolist()):
         if norm != norm:

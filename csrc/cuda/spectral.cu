@@ -1,0 +1,153 @@
+// The uncertified spectral step on a GPU: all matrices in one launch. csrc/cuda/SPECTRAL.md has the numbers, spectral_step.cuh the work.
+#include <algorithm>
+
+#include "spectral_step.cuh"
+
+namespace stable_rnn {
+namespace spectral {
+namespace {
+
+__global__ void __launch_bounds__(THREADS, 1) spectral_step(const Params p) {
+  Team team(p);
+  for (int i = team.index; i < p.count; i += p.teams) {
+    Step(p, i, team).run();
+    if (i + p.teams < p.count) team.meet();   // the workspace is free again
+  }
+}
+
+struct Flags {
+  unsigned* flags;
+  int count;
+};
+__global__ void __launch_bounds__(256) lower(const Flags f) {
+  for (int i = thread_index(); i < f.count; i += thread_count()) f.flags[i] = 0;
+}
+
+constexpr int LARGEST_TEAM = 16;      // that a cluster can be
+constexpr int ROWS = 32;              // of W that a block should have: with fewer, the meetings take longer than the work
+constexpr int64_t MUCH = 1 << 15;     // weights of a block of a cluster beyond which a larger team, meeting through flags, is faster
+
+template <class T>
+T round_up(T a, T unit) {
+  return (a + unit - 1) / unit * unit;
+}
+
+// Prefers W to stay; then X and the sums of W^T Y in shared memory; then tiles that come while others are worked on. False: too wide.
+bool lay_out(int64_t rows, int64_t cols, int blocks, int64_t shared_bytes, Layout* layout) {
+  const int share = static_cast<int>(std::max<int64_t>(1, (rows + blocks - 1) / blocks));
+  if (cols > 1 << 20) return false;
+  const int pitch = static_cast<int>(round_up<int64_t>(cols, 32)), whole = round_up(share, 16);
+  const struct { int tile, buffers; bool x, z; } tries[] = {
+      {whole, 1, true, false}, {32, 2, true, true}, {16, 2, true, true}, {16, 1, true, true}, {16, 1, true, false}, {16, 1, false, false}};
+  for (const auto& t : tries) {
+    *layout = {share, t.tile, (share + t.tile - 1) / t.tile, pitch, t.buffers, t.x, t.z};
+    if (Shared(*layout).bytes <= shared_bytes) return true;
+  }
+  return false;
+}
+
+struct Plan {
+  const char* message = nullptr;
+  int blocks = 1, teams = 1;
+  bool cluster = false;
+  int64_t shared_bytes = 0, flags = 0, workspace_bytes = 0;
+  Space space{};
+};
+
+Plan plan(const SpectralParams& p, const CudaLimits& limits) {
+  Plan plan;
+  int64_t wanted = 1, rows = 1, cols = 1;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const SpectralMatrix& a = p.matrices[i];
+    if (a.dtype != F32 && a.dtype != BF16 && a.dtype != F16) plan.message = "dtype of a matrix: float32, bfloat16 or float16";
+    if (a.width < 0 || a.width > K) plan.message = "a block has more than 16 vectors";
+    if (a.rows > INT32_MAX - 1024) plan.message = "a matrix has too many rows for the CUDA kernel";
+    if (a.rows > 2 * ROWS) wanted = std::max<int64_t>(wanted, (a.rows + ROWS - 1) / ROWS);
+    rows = std::max<int64_t>(rows, a.rows);
+    cols = std::max<int64_t>(cols, a.cols);
+  }
+  if (plan.message) return plan;
+
+  const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(p.count, MOST)), most = std::max<int64_t>(1, std::min<int64_t>(limits.max_cluster, LARGEST_TEAM));
+  while (plan.blocks < wanted && 2 * plan.blocks <= most) plan.blocks *= 2;
+  plan.teams = static_cast<int>(at_once);
+  const int64_t larger = std::min<int64_t>(wanted, limits.sms / at_once);   // a team whose blocks all run at the same time as the others'
+  if (larger >= 2 * plan.blocks && (rows + plan.blocks - 1) / plan.blocks * cols > MUCH) plan.blocks = static_cast<int>(larger);
+  plan.cluster = plan.blocks > 1 && plan.blocks <= most;
+  if (plan.blocks > most) plan.teams = static_cast<int>(std::min<int64_t>(at_once, limits.sms / plan.blocks));
+
+  int64_t pitch = 0;
+  for (int64_t i = 0; i < p.count; ++i) {
+    Layout layout;
+    if (!lay_out(p.matrices[i].rows, p.matrices[i].cols, plan.blocks, limits.shared_bytes, &layout)) {
+      plan.message = "a matrix has too many columns for the shared memory of this device";
+      return plan;
+    }
+    plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, Shared(layout).bytes);
+    pitch = std::max<int64_t>(pitch, layout.pitch);
+  }
+  int64_t bytes = 0;
+  const auto take = [&bytes](int64_t size) { return (bytes += round_up<int64_t>(size, 256)) - round_up<int64_t>(size, 256); };
+  plan.space.partials = take(4 * K * pitch * plan.blocks);
+  plan.space.x = take(4 * K * pitch);
+  plan.space.y = take(4 * K * rows);
+  plan.space.grams = take(2 * 8 * K * K * plan.blocks);
+  plan.space.largest = take(4 * plan.blocks);
+  plan.space.bytes = bytes;
+  plan.flags = round_up<int64_t>(4 * plan.blocks * plan.teams, 256);
+  plan.workspace_bytes = plan.flags + plan.teams * bytes;
+  return plan;
+}
+
+}  // namespace
+}  // namespace spectral
+
+int64_t spectral_workspace_cuda(const SpectralParams& p, const CudaLimits& limits) {
+  const spectral::Plan plan = spectral::plan(p, limits);
+  return plan.message ? -1 : plan.workspace_bytes;
+}
+
+const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launched) {
+  using namespace spectral;
+  CudaLimits limits;
+  if (const char* problem = cuda_limits(launched.device, &limits)) return problem;
+  const Plan plan = spectral::plan(p, limits);
+  if (plan.message) return plan.message;
+  if (launched.workspace_bytes < plan.workspace_bytes) return "the workspace is smaller than spectral_workspace_cuda says";
+  return with_device(launched.device, [&]() -> const char* {
+    Params params;
+    params.teams = plan.teams;
+    params.blocks = plan.blocks;
+    params.cluster = plan.cluster;
+    params.scale = p.scale != 0;
+    params.iterations = p.iterations;
+    params.fresh = static_cast<int>(std::min<int64_t>(p.fresh, K));
+    params.flags = static_cast<unsigned*>(launched.workspace);
+    params.workspace = static_cast<char*>(launched.workspace) + plan.flags;
+    params.space = plan.space;
+    const bool flags = plan.blocks > 1 && !plan.cluster;
+    for (int64_t first = 0; first < p.count; first += MOST) {
+      params.count = static_cast<int>(std::min<int64_t>(p.count - first, MOST));
+      params.seed = p.seed + static_cast<uint64_t>(first);
+      params.norms = p.norms + first;
+      params.near = p.near + first;
+      for (int i = 0; i < params.count; ++i) {
+        const SpectralMatrix& a = p.matrices[first + i];
+        Matrix& m = params.matrices[i];
+        m = {reinterpret_cast<void*>(a.w), reinterpret_cast<float*>(a.block), a.stride, p.bounds[first + i],
+             static_cast<int>(a.rows), static_cast<int>(a.cols), static_cast<int>(a.width), static_cast<int>(a.dtype), {}};
+        lay_out(a.rows, a.cols, plan.blocks, limits.shared_bytes, &m.layout);
+      }
+      const int teams = static_cast<int>(std::min<int64_t>(plan.teams, params.count));
+      params.teams = teams;
+      if (flags)
+        if (const char* problem = launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, teams * plan.blocks}))
+          return problem;
+      const Grid grid{teams * plan.blocks, THREADS, plan.cluster ? plan.blocks : 1, plan.shared_bytes, flags, launched.stream};
+      if (const char* problem = launch(spectral_step, grid, params)) return problem;
+    }
+    return nullptr;
+  });
+}
+
+}  // namespace stable_rnn

@@ -1,0 +1,71 @@
+"""The `cuda` backend: `csrc/cuda/spectral.cu`, for float32, bfloat16 and float16 matrices on a GPU, all of them in one launch.
+
+Nothing waits for the device: what a step finds (norms, NaN where a matrix is not finite and was left alone) stays there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..recurrence.cuda import device_limits
+from .native import BLOCK, table
+
+DEVICE = "cuda"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+lib = _native.lib if hasattr(_native.lib, "spectral_step_cuda") else None
+
+
+def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
+    if lib is None:
+        return False, "the compiled module was built without CUDA" if _native.lib else f"the compiled module is missing ({_native.reason})"
+    for W, X in zip(matrices, blocks):
+        if W.device.type != DEVICE:
+            return False, f"the CUDA kernels run on CUDA devices, a matrix is on {W.device}"
+        if W.device != matrices[0].device or X.device != W.device:
+            return False, f"the CUDA kernels take matrices of one device, not of {matrices[0].device} and {W.device}"
+        if W.dtype not in DTYPES:
+            return False, f"the CUDA kernels take float32, bfloat16 and float16, not {W.dtype}"
+        if X.shape[1] > BLOCK or X.dtype != torch.float32 or not X.is_contiguous():
+            return False, f"the CUDA kernels take contiguous float32 blocks of at most {BLOCK} vectors"
+    if not matrices:
+        return True, ""
+    limits, reason = device_limits(matrices[0].device.index or 0)
+    if limits is None:
+        return False, reason
+    if _workspace(matrices, blocks, limits) < 0:
+        columns = max(W.shape[1] for W in matrices)
+        return False, f"{columns} columns are too many for the {limits[2] // 1024} KB of shared memory that a block has on this GPU"
+    return True, ""
+
+
+def _workspace(matrices: list[Tensor], blocks: list[Tensor], limits: tuple[int, ...]) -> int:
+    shapes = table(matrices, blocks, DTYPES)
+    return lib.spectral_workspace_cuda(len(matrices), shapes.data_ptr(), limits)
+
+
+def spectral_step(
+    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """As `reference.spectral_step`, but on the device, and with no error for a matrix that is not finite: its norm is NaN."""
+    device = matrices[0].device if matrices else torch.device(DEVICE)
+    norms = torch.empty(len(matrices), dtype=torch.float64, device=device)
+    near = torch.empty(len(matrices), dtype=torch.int64, device=device)
+    if not matrices:
+        return norms, near
+    dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
+    index = device.index or 0
+    shapes, limits = table(dense, blocks, DTYPES), torch.tensor(bounds, dtype=torch.float64, device="cpu")
+    work = torch.empty(_workspace(dense, blocks, device_limits(index)[0]), dtype=torch.uint8, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(index) if DEVICE == "cuda" else 0
+    lib.spectral_step_cuda(
+        0, scale, iterations, fresh, seed & (2**64 - 1), len(dense), shapes.data_ptr(), limits.data_ptr(), norms.data_ptr(),
+        near.data_ptr(), index, stream, work.data_ptr(), work.nbytes,
+    )
+    for W, copy in zip(matrices, dense):
+        if copy is not W:
+            W.copy_(copy)
+        elif not W.is_inference():  # inference tensors have no version
+            torch.autograd.graph.increment_version(W)
+    return norms, near
