@@ -1,5 +1,6 @@
 """Certificates: bounds that search can't pass and sometimes reaches, and the figures of the mathematics."""
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from stable_rnn import (
     certificate,
 )
 from stable_rnn.stability.bounds import LstmBounds, drive_of_bound, lstm_bounds, rnn_bounds
-from stable_rnn.stability.contraction import joint, lstm_contractions, lstm_step, lstm_two_at, norm2
+from stable_rnn.stability.contraction import forget_slope, joint, lstm_contractions, lstm_step, lstm_two_at, norm2
+from stable_rnn.stability.radius import SHORT, proven, radius, weighing
 from stable_rnn.stability.weights import LayerWeights, read_module
 
 
@@ -70,7 +72,7 @@ def test_two_layers_reach_their_bound():
 
 
 @pytest.mark.parametrize("proj", [0, 2])
-@pytest.mark.parametrize("cap", [0.6, 1.0])
+@pytest.mark.parametrize("cap", [0.6, 0.9, 1.0])
 def test_a_step_obeys_the_comparison_system_unit_by_unit(proj, cap):
     """Pairs of reachable states, near and far, and pairs of inputs: |dc|, |dh| after a step against `lstm_step`."""
     tightest = 0.0
@@ -111,13 +113,14 @@ def test_the_change_of_a_gated_tanh(limit):
 
 @pytest.mark.parametrize("proj", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_norm_of_the_2_norm_contraction_shrinks(proj, seed):
+@pytest.mark.parametrize("cap", [0.7, 0.95])
+def test_the_norm_of_the_2_norm_contraction_shrinks(proj, cap, seed):
     """Gradient ascent on V(after) / V(before) over pairs of states and an input, V^2 = sum_j weight_j dc_j^2 + |dh|^2."""
     torch.manual_seed(seed)
     w = read_module(weights(nn.LSTM(2, 3, proj_size=proj), "orthogonal" if proj == 0 else "random", 0.6))[0][0]
-    b = lstm_bounds(w, drive_of_bound(w, torch.ones(2, dtype=torch.float64), 2**0.5, norm2(w.w_ih)), 0.7)
+    b = lstm_bounds(w, drive_of_bound(w, torch.ones(2, dtype=torch.float64), 2**0.5, norm2(w.w_ih)), cap)
     kappa = 1.0 if proj == 0 else norm2(w.w_hr)
-    rate = 0.9 + 0.3 * seed
+    rate = cap + (0.2 if cap < 0.9 else 0.4) + 0.3 * seed
     found = lstm_two_at(w, b, rate, torch.full_like(b.o, 0.3), kappa, upper=True)
     weight = (kappa * b.o) ** 2 * b.f / (rate - b.f)
     size = lambda dh, dc: ((weight * dc**2).sum() + (dh**2).sum()).sqrt()  # noqa: E731
@@ -127,13 +130,93 @@ def test_the_norm_of_the_2_norm_contraction_shrinks(proj, seed):
         x, h, h1, c, c1 = p.split([2, len(b.h), len(b.h), 3, 3])
         h, h1, c, c1 = b.h * h.tanh(), b.h * (h + h1 / 5).tanh(), b.c * c.tanh(), b.c * (c + c1 / 5).tanh()
         xp = (x.tanh() @ w.w_ih.mT + w.bias)[None]
-        (one, two), (three, four) = step(w, xp, h[None], c[None], 0.7), step(w, xp, h1[None], c1[None], 0.7)
+        (one, two), (three, four) = step(w, xp, h[None], c[None], cap), step(w, xp, h1[None], c1[None], cap)
         ratio = size(one - three, two - four) / size(h - h1, c - c1)
         best = max(best, ratio.item())
         optimizer.zero_grad()
         (-ratio.log()).backward()
         optimizer.step()
     assert 0.3 * found.rate < best <= found.rate
+
+
+@pytest.mark.parametrize("rate", [0.9995, 1.4, 30.0])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.98])
+def test_the_forget_gates_share(rate, share):
+    """f dc + f (1 - f) q + r, squared, is at most rate F dc^2 + (q^2 s^2 + r^2/(1 - share)) / (1 - F/rate) for all gates f <= F, with
+    s of `forget_slope`, at the worst dc and r; and s is no larger than it has to be."""
+    most = torch.tensor([1e-6, 0.05, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99], dtype=torch.float64)
+    found = forget_slope(most, rate, torch.tensor(share, dtype=torch.float64))
+    f = torch.linspace(0, 1, 100001, dtype=torch.float64)[:, None] * most
+    spare = 1 - most / rate
+    worst = f**2 / (rate * most) + spare * ((f * (1 - f) / found) ** 2 + (1 - share))  # the largest ratio, by Cauchy-Schwarz
+    assert (worst.amax(0) <= 1 + 1e-12).all() and (worst.amax(0) > 1 - 1e-6).all()
+
+
+SHIFT = torch.diag(torch.ones(3, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "relu"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_norm_of_the_radius_shrinks(cell, seed):
+    """Gradient ascent on V(after) / V(before) over pairs of states and an input, V^2 = dh^T P dh."""
+    torch.manual_seed(seed)
+    w = SHIFT * 1.2 if seed == 0 else torch.randn(4, 4, dtype=torch.float64) / 2
+    rate = SHORT * radius(w)
+    p = weighing(w, rate)
+    assert proven(w, p, rate) and rate < norm2(w)
+    size = lambda d: (d @ p @ d).sqrt()  # noqa: E731
+    act, best = getattr(torch, cell), 0.0
+    x = torch.randn(3, 4, dtype=torch.float64).mul(0.3)
+    x[0] += 1.0 if cell == "relu" else 0.0  # no unit starts dead
+    optimizer = torch.optim.Adam([x.requires_grad_()], lr=0.05)
+    for _ in range(300):
+        ratio = size(act(x[0] + w @ x[1]) - act(x[0] + w @ (x[1] + x[2] / 9))) / size(x[2] / 9)
+        best = max(best, ratio.item())
+        optimizer.zero_grad()
+        (-ratio).backward()
+        optimizer.step()
+    assert 0.7 * rate < best <= rate
+
+
+@pytest.mark.parametrize("options", [dict(), dict(nonlinearity="relu"), dict(num_layers=2, bidirectional=True)])
+def test_no_input_passes_the_bound_of_the_radius(options):
+    """Weights of 2-norms above 1, certified by nothing but the radius."""
+    torch.manual_seed(2)
+    module = nn.RNN(2, 4, **options).double()
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(SHIFT * 1.1 + 0.02 * torch.randn(4, 4) if "weight_hh" in name else p.abs())  # no unit of the relu is dead
+    found, levels = certificate(module), read_module(module)
+    assert norm2(levels[0][0].w_hh) > 1.05 and found.rate < 1
+    kept = tuple(tuple(replace(layer, contractions=tuple(c for c in layer.contractions if c.norm == "2" and c.rate < 1)) for layer in level)
+                 for level in found.levels)
+    assert all(layer.contractions for level in kept for layer in level)
+    for k in (1, 4, 8):
+        assert 0 < worst(levels, k, steps=16) <= replace(found, levels=kept).truncation_error(k)
+
+
+def test_numerical_radii():
+    torch.manual_seed(0)
+    for w in (SHIFT, torch.randn(1, 1), torch.randn(30, 30), nn.init.orthogonal_(torch.empty(9, 9)), torch.zeros(3, 3), SHIFT * 1e300):
+        angles = torch.linspace(0, math.pi, 700, dtype=torch.float64)[:, None, None] * 1j
+        parts = torch.exp(angles) * (w.double() / w.abs().max().clamp(min=1e-9)).to(torch.complex128)
+        exact = float(torch.linalg.eigvalsh((parts + parts.mH) / 2).max()) * float(w.double().abs().max())
+        assert exact / SHORT <= radius(w) <= exact * (1 + 1e-5)
+    assert radius(SHIFT) == pytest.approx(math.cos(math.pi / 5), rel=0.01)
+
+
+def test_what_is_not_so_is_not_proven():
+    """Just below the radius no P does, whatever it is; just above, the proof needs the right one."""
+    torch.manual_seed(1)
+    w, one = torch.randn(20, 20, dtype=torch.float64), torch.eye(20, dtype=torch.float64)
+    angles = torch.linspace(0, math.pi, 2000, dtype=torch.float64)[:, None, None] * 1j
+    parts = torch.exp(angles) * w
+    exact = float(torch.linalg.eigvalsh((parts + parts.mH) / 2).max())
+    p = weighing(w, exact * 1.0001)
+    assert proven(w, p, exact * 1.0001) and not proven(w, p, exact * 0.9999) and weighing(w, exact * 0.9999) is None
+    for wrong in (one, p + 0.2 * one, p - 0.2 * one, 2 * one, 0 * one, p * math.nan):
+        assert not proven(w, wrong, exact * 1.0001)
+    assert proven(w, one, norm2(w) * (1 + 1e-9)) and not proven(w, one, norm2(w) * (1 - 1e-7))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.RNN(3, 5), lambda: nn.LSTM(3, 5), lambda: nn.LSTM(3, 5, proj_size=2)])
@@ -209,6 +292,9 @@ def test_rnn_rates():
         module.weight_hh_l0.mul_(0.9)
     found = certificate(module)
     assert found.norm == "2" and 0.9 <= found.rate <= 0.9 * (1 + 1e-6)
+    torch.manual_seed(0)
+    fresh = nn.RNN(4, 64)  # torch's own weights
+    assert norm2(fresh.weight_hh_l0.double()) > 1.1 and certificate(fresh).rate < 0.85
     module = nn.RNN(4, 3).double()
     with torch.no_grad():  # triangular: outside in both plain norms, inside in the max-norm with weights of the units
         module.weight_hh_l0.copy_(torch.eye(3) * 0.5 + torch.diag(torch.ones(2) * 0.9, 1))

@@ -11,8 +11,10 @@ from torch import nn
 
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
 from stable_rnn.stability import check_stability
+from stable_rnn.stability.nearest import into_ball
+from stable_rnn.stability.radius import into_radius, radius
 
-NORMS = ("2", "inf", "auto")
+NORMS = ("2", "inf", "auto", "radius")
 
 
 def snapshot(module):
@@ -132,6 +134,64 @@ def test_auto_accepts_either_norm():
         assert torch.equal(rnn.weight_hh_l0, w) is not moves
 
 
+def test_radius_accepts_norms_above_one():
+    """torch's own weights: a 2-norm above 1, a numerical radius well below. "radius" leaves them, and moves W_hh alone when it must."""
+    torch.manual_seed(0)
+    rnn = StableRNN(4, 64, stability=None)
+    before = snapshot(rnn)
+    assert torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2) > 1.05
+    rnn.stability = Certified(norm="radius")
+    rnn.project_(), rnn.project_(certify=False)
+    assert unchanged(rnn, before) and rnn.certificate().rate < 0.9
+    with torch.no_grad():
+        rnn.weight_hh_l0.mul_(1.4)
+    before = snapshot(rnn)
+    rnn.project_()
+    assert {name for name, p in rnn.named_parameters() if not torch.equal(p, before[name])} == {"weight_hh_l0"}
+    assert 0.9 < rnn.certificate().rate <= 0.99 and torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2) > 1.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_end_at_the_nearest_weights(seed):
+    """Gradient steps towards weights outside, each projected, come to rest at the point of the set that is nearest to these: proven
+    by the dual, whose value for any L >= 0 is a lower bound. Clipping the singular values of D W rests elsewhere."""
+    torch.manual_seed(seed)
+    goal, scales, bound = torch.randn(24, 6, dtype=torch.float64), torch.tensor([0.3, 1.0, 0.9, 0.1], dtype=torch.float64), 0.5
+    rows, one = scales.repeat_interleave(6)[:, None], torch.eye(6, dtype=torch.float64)
+
+    def clip(w):
+        u, s, vh = torch.linalg.svd(rows * w, full_matrices=False)
+        return (u * s.clamp(max=bound)) @ vh / rows
+
+    def rest(project):
+        w = project(torch.zeros_like(goal))
+        for _ in range(400):
+            w = project(w + 0.02 * (goal - w))
+        return clip(w)
+
+    near, other = rest(lambda w: into_ball(w, scales, bound)), rest(clip)
+    u, s, vh = torch.linalg.svd(rows * near, full_matrices=False)
+    push = vh.mT @ (u.mT @ ((goal - near) / rows) @ vh.mT / s) @ vh  # goal - near = D^2 near push
+    found, v = torch.linalg.eigh((push + push.mT) / 2)
+    push = (v * found.clamp(min=0)) @ v.mT
+    w = torch.stack([torch.linalg.solve(one + d * d * push, row) for d, row in zip(rows[:, 0], goal)])
+    least = (w - goal).square().sum() + (push @ (w.mT @ (rows * rows * w) - bound**2 * one)).trace()
+    assert least <= (goal - near).square().sum() <= least * 1.01
+    assert (goal - other).square().sum() > least * 1.2
+
+
+def test_projections_return_what_is_inside():
+    w = torch.randn(12, 3, dtype=torch.float64)
+    assert into_ball(w, torch.full((4,), 0.5, dtype=torch.float64), 100.0) is w
+    assert into_radius(v := w[:3], 100.0) is v
+    for scale in (1e-3, 10.0, 1e200):
+        far = w[:3] * scale
+        assert radius(into_radius(far, 0.9)) <= 0.9 * (1 + 1e-6)
+        near = into_ball(w * scale, torch.tensor([1.0, 0.5, 0.1, 0.2], dtype=torch.float64), 0.9, rounds=20)
+        rows = torch.tensor([1.0, 0.5, 0.1, 0.2], dtype=torch.float64).repeat_interleave(3)[:, None]
+        assert torch.linalg.matrix_norm(rows * near, 2) <= 0.9 * (1 + 1e-4)
+
+
 def test_the_forget_gate_is_bounded_by_its_weights():
     """The default LSTM: no input within the bound and no state opens the gate further; a negative bias stays."""
     module = spoil(StableLSTM(3, 8, stability=Certified(forget=0.6, input_bound=2.0)), 2.0)
@@ -233,7 +293,8 @@ def test_sets_are_values():
 
 @pytest.mark.parametrize("arguments, error, text", [
     (dict(rate=1.0), ValueError, "between 0 and 1, got 1.0"), (dict(rate=0), ValueError, "got 0"), (dict(rate=-0.5), ValueError, "-0.5"),
-    (dict(rate=math.nan), ValueError, "nan"), (dict(rate="0.9"), TypeError, "'0.9'"), (dict(norm="1"), ValueError, "2, inf, auto, got '1'"),
+    (dict(rate=math.nan), ValueError, "nan"), (dict(rate="0.9"), TypeError, "'0.9'"),
+    (dict(norm="1"), ValueError, "2, inf, auto, radius, got '1'"),
     (dict(norm=2), ValueError, "got 2"), (dict(forget=0.5), ValueError, "between 0.5 and the rate"),
     (dict(forget=0.99), ValueError, "0.99"),
     (dict(forget=0.6, rate=0.6), ValueError, "0.6"), (dict(forget=0.0, cap=True), ValueError, "between 0 and"),

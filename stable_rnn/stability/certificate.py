@@ -240,7 +240,7 @@ def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None 
 
 
 def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: tuple[float, float] | None,
-                      norms: tuple[str, ...] = ("2", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
+                      norms: tuple[str, ...] = ("2", "radius", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
     """One layer and direction, and the bound of |h| per unit (P,)."""
     gain = norm2(w.w_ih) if data is None or upper else 0.0
     drive = drive_of_bound(w, x, x2, gain) if data is None else drive_of_data(w, data)
@@ -251,7 +251,7 @@ def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None
         h2 = length(h)
     else:
         b = rnn_bounds(w, drive)
-        found = rnn_contractions(w, b, norms, gain)
+        found = rnn_contractions(w, b, norms, gain, target)
         h, forget, cell_bound = b.h, None, 0.0
         if w.cell == "rnn_relu":
             h = relu_bound(found, w.hidden)

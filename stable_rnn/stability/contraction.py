@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..ops.spectral import spectral_norm_bound
 from .bounds import LstmBounds, RnnBounds, length, times, up
+from .radius import SHORT, proven, radius, weighing
 from .weights import LayerWeights
 
 SHARE = 0.3  # of the room for the gates f, i, g that falls to f, unless a stable set says otherwise
 STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
+LARGEST = 512  # units for which a numerical radius is looked for: it takes seconds there
 FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
 
 
@@ -78,15 +80,19 @@ def norm2(matrix: Tensor) -> float:
 # ---- the tanh and relu RNN
 
 
-def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float) -> list[Contraction]:
-    """In the 2-norm ||W_hh||_2; in the max-norm absolute row sums, plain and with weights v near the Perron vector of |W_hh|.
+def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float,
+                     target: tuple[float, float] | None) -> list[Contraction]:
+    """In the 2-norm ||W_hh||_2, and for "radius" near its numerical radius; in the max-norm absolute row sums, plain and with weights v
+    near the Perron vector of |W_hh|.
 
-    gain >= ||W_ih||_2."""
+    gain >= ||W_ih||_2. `target`: a rate (and a share) worth trying."""
     found = []
     if "2" in norms:
         rate = norm2(w.w_hh)
         start = min(length(b.h), _upwards(_piled_up(b.norm, rate)))
         found.append(Contraction("2", rate, gain, start, (1.0, 1.0), (0.0, math.sqrt(w.hidden)), (0.0, 1.0)))
+    if "radius" in norms:
+        found += _rnn_radius(w, b, gain, norm2(w.w_hh), target)
     if "inf" in norms:
         ones, drive = torch.ones_like(b.drive), times(w.abs_ih, torch.ones_like(w.w_ih[0]))
         for v in (ones, _perron(lambda v: times(w.abs_hh, v), ones)):
@@ -96,6 +102,22 @@ def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain
             gain_inf, out = _upwards(float((drive / v).max())), (float(v.max()), length(v))
             found.append(Contraction("inf", rate, gain_inf, start, out, per_unit, per_unit))
     return found
+
+
+def _rnn_radius(w: LayerWeights, b: RnnBounds, gain: float, most: float, target: tuple[float, float] | None) -> Iterator[Contraction]:
+    """V^2 = dh^T P dh, at a rate just above the numerical radius of W_hh and at the target, where these are below `most` >= ||W_hh||_2."""
+    if not 0 < most < 2 or w.hidden > LARGEST:  # the radius is at least half of the norm
+        return
+    for rate in (SHORT * radius(w.w_hh), 1.0 if target is None else target[0]):
+        P = weighing(w.w_hh, rate) if rate < most else None
+        if P is None:
+            continue
+        P = (P + P.mT) / 2
+        off = norm2(P - torch.eye(w.hidden, dtype=P.dtype))  # P lies between 1 - off and 1 + off
+        if off < 1 and proven(w.w_hh, P, rate):
+            small, large = (1 - off) ** -0.5 * (1 + 2.0**-45), _upwards((1 + off) ** 0.5)
+            start = _upwards(min(large * length(b.h), _piled_up(small * b.norm, rate)))
+            yield Contraction("2", rate, _upwards(small * gain), start, (small, small), (0.0, large * math.sqrt(w.hidden)), (0.0, large))
 
 
 def relu_bound(found: list[Contraction], hidden: int) -> Tensor:
@@ -136,12 +158,12 @@ def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float 
     share = torch.as_tensor(share, dtype=torch.float64)
     room = kappa * b.o * (rate / (rate - b.f))
     rest = (1 - share).rsqrt()
-    own = b.c * torch.minimum(b.sf * share.rsqrt(), _forget_slope(b.f, rate, share))
+    own = b.c * torch.minimum(b.sf * share.rsqrt(), forget_slope(b.f, rate, share))
     scales = [room * b.si * joint(b.z) * rest, room * own, room * b.i * rest, kappa * b.so * joint(b.t)]
     return torch.cat([s.expand_as(b.o) for s in scales]) * (1 + 2.0**-45)
 
 
-def _forget_slope(f: Tensor, rate: float, share: Tensor) -> Tensor:
+def forget_slope(f: Tensor, rate: float, share: Tensor) -> Tensor:
     """What stands for slope / sqrt(share) of the forget gate, which is hardly steep where it is open: the supremum over g <= f of
     g (1 - g) sqrt(f (rate - f) / (K - g^2)), K = f (f + share (rate - f)), at f or at the middle root of g^3 - 2 K g + K. README.md."""
     f = f.clamp(min=1e-30)

@@ -14,6 +14,7 @@ from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
 from .contraction import gate_scales
 from .nearest import into_ball
+from .radius import into_radius
 from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, on_cpu, read
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     certify=True: afterwards every layer is certified at `stability.rate`; layers that were so before are left bitwise untouched.
     certify=False: one warm step of the spectral projection and the cheap rules, for training loops; it may stop a little short.
 
-    In the 2-norm: RNN ||W_hh||_2 <= rate; LSTM ||D W_hh||_2 <= rate with D of `gate_scales`, ||W_hr||_2 <= 1. In the max-norm: the same
-    of row sums. LSTM without a clamp: for each unit of the forget gate the rows of W_ih and W_hh and a positive bias are scaled
-    together until sigmoid(row sums + bias) <= forget.
+    In the 2-norm: RNN ||W_hh||_2 <= rate ("radius": its numerical radius); LSTM ||D W_hh||_2 <= rate with D of `gate_scales`,
+    ||W_hr||_2 <= 1. In the max-norm: the same of row sums. LSTM without a clamp: for each unit of the forget gate the rows of W_ih and
+    W_hh and a positive bias are scaled together until sigmoid(row sums + bias) <= forget. Weights outside of a 2-norm set go (nearly) to
+    the nearest ones inside.
 
     Raises ValueError, before anything is written: for weights or biases with NaN or infinite values or on the meta device, weights that
     other parameters compute (a parametrization, weight norm), a set that doesn't fit the module.
@@ -92,7 +94,7 @@ def _checked_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> None:
-    norms = ("2", "inf") if stability.norm == "auto" else (stability.norm,)
+    norms = {"auto": ("2", "inf"), "radius": ("2", "radius")}.get(stability.norm, (stability.norm,))
     bound = stability.input_limit(cell)
     x = torch.full((weights[levels[0][0]["weight_ih"]].shape[1],), bound, dtype=torch.float64)
     x2 = length(x) if math.isfinite(bound) else math.inf
@@ -105,6 +107,7 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
                     break
                 margin = FIRST_MARGIN * 8**attempt
                 _into_balls(_balls(weights, names, stability, cell, margin), True, SpectralState())
+                _into_radius(weights, names, stability, cell, margin, torch.float64)
                 _into_rows(weights, names, stability, cell, margin, x)
             else:
                 forget = "" if layer.forget is None else f", its forget gate may reach {layer.forget:.6g} (allowed: {stability.forget:g})"
@@ -121,6 +124,7 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Cert
         for names in level:
             if number == 0:
                 x = torch.full_like(_wide(weights[names["weight_ih"]][0]), stability.input_bound)
+            _into_radius(weights, names, stability, cell, FIRST_MARGIN, torch.float32)
             _into_rows(weights, names, stability, cell, FIRST_MARGIN, x)
         x = torch.cat([_state_bound(weights, names) for names in level])
 
@@ -130,12 +134,13 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Cert
 
 def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str,
            margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
-    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate, or None for 1. None for the max-norm set."""
+    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate, or None for 1. None for the max-norm set, nor for
+    an RNN's numerical radius."""
     if stability.norm == "inf":
         return []
     w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     if cell != "lstm":
-        return [(w_hh, None, stability.rate)]
+        return [] if stability.norm == "radius" else [(w_hh, None, stability.rate)]
     scales = gate_scales(_any_gates(1, stability.forget), *stability.target)
     most = float(scales.max())  # divided out, so that no product with a large weight overflows
     balls = [(w_hh, (scales / most).to(w_hh.device), stability.rate * (1 - margin) / most)]
@@ -170,6 +175,16 @@ def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool,
     for w, wide, near, rows, scaled, before in changed:
         clipped = torch.where(scaled == before, near, scaled / rows)
         w.copy_(torch.where(clipped == wide, w, clipped.to(w.dtype)))
+
+
+def _into_radius(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float, least: torch.dtype) -> None:
+    """`least`: the narrowest dtype to reckon in."""
+    w = weights[names["weight_hh"]]
+    if stability.norm == "radius" and cell != "lstm":
+        before = w.to("cpu" if w.device.type == "mps" else w.device).to(torch.promote_types(w.dtype, least))
+        near = into_radius(before, stability.rate * (1 - margin))
+        if near is not before:
+            w.copy_(near)
 
 
 # ---- rows: the max-norm, and the forget gate's bound

@@ -13,7 +13,7 @@ from torch import nn
 
 from .projection import project_, projected_names
 
-NORMS = ("2", "inf", "auto")
+NORMS = ("2", "inf", "auto", "radius")
 
 
 class Stability:
@@ -87,8 +87,9 @@ class Certified(Stability):
     """Weights for which `certificate(module).rate <= rate` is proven.
 
     rate         0 < rate < 1, of every layer and direction
-    norm         the norm in which weights from outside are brought in: "2" (singular values clipped), "inf" (absolute row sums), or
-                 "auto" (layers that are certified in either norm stay as they are, others as for "2")
+    norm         the norm in which weights from outside are brought in: "2" (singular values), "inf" (absolute row sums), "auto" (layers
+                 that are certified in either norm stay as they are, others as for "2"), or "radius" (an RNN's numerical radius: more
+                 room than "2" at some ten products of H x H matrices a step; the LSTM as for "2")
     forget       LSTM: bound of the forget gate. Default 0.55, with cap=True 0.6, or less where the rate is less
     input_bound  bound of |x_t| for which the LSTM's weights keep the forget gate below `forget`; then 1/2 < forget < rate
     cap          True: the LSTM cell clamps its forget gate at `forget` instead, 0 < forget < rate; holds for inputs of any size
