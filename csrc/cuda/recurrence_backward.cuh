@@ -5,8 +5,8 @@
 // a lane (what they load and store is contiguous), the cells of a group spread over its warps.
 // The adjoint of the cell state stays in registers from stage to stage, and so does c, which is the next stage's c_prev before it.
 //
-// A stage of M lanes: 2 M G H^2 operations; LSTM 4 M H values of gates, 4 M H of dz, M H of dy, 4 M H bytes of cells; RNN M H values each of
-// y, dy and dz; and the weights from where they stay. README.md has the floors.
+// A stage of M lanes: 2 M G H^2 operations; an LSTM's 4 M H values of gates, 4 M H of dz, M H of dy and 4 M H bytes of cells, an RNN's M H
+// values each of y, dy and dz; and the weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
@@ -38,12 +38,15 @@ struct BackwardWarp {
   __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
       : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)), gate(thread_index() / 32 % gates),
         lane(group() / geometry.groups * (8 * octets) + gate * lanes + thread_index() % 32 / 16),
-        unit(rank * geometry.units + group() % geometry.groups * group_units + thread_index() % 16), cap(Storage(p.cap)) {}
+        unit(rank * geometry.units + group() % geometry.groups * group_units + thread_index() % 16),
+        cap(Storage(p.cap)) {}
 
   __device__ __forceinline__ static int group() { return thread_index() / 32 / gates; }
   __device__ __forceinline__ int first_lane() const { return lane - thread_index() % 32 / 16; }         // of the warp's cells
   __device__ __forceinline__ int first_of_product() const { return first_lane() - gate * lanes; }
-  __device__ __forceinline__ char* outbox() const { return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp; }
+  __device__ __forceinline__ char* outbox() const {
+    return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp;
+  }
 
   // body(j, lane) for this thread's cells
   template <class Body>

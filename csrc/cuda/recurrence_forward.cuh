@@ -58,7 +58,9 @@ struct ForwardWarp {
   __device__ __forceinline__ static int g() { return thread_index() % 32 / 4; }
   __device__ __forceinline__ static int t() { return thread_index() % 4; }
   __device__ __forceinline__ int first_lane() const { return lane - 2 * t(); }   // of the warp
-  __device__ __forceinline__ char* outbox() const { return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp; }
+  __device__ __forceinline__ char* outbox() const {
+    return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp;
+  }
 
   // body(n, e, lane, unit) for this thread's cells
   template <class Body>

@@ -11,7 +11,7 @@ double larger(double a, double b) { return a > b ? a : b; }
 
 // One step of one tile. The constants are guesses from published figures, to be replaced by measurements.
 double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, const Geometry& g) {
-  constexpr double l2 = 32, shared = 128;   // bytes a clock
+  constexpr double l2 = 20, shared = 128;   // bytes a clock, of one SM where all read
   const bool lstm = cell == LSTM, tensor = dtype != F32;
   const double element = product_shape(dtype).element, quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
   const double rows = lstm && !backward ? 2 : 1, cells = double(plan.lanes) * plan.units;
@@ -31,31 +31,44 @@ double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, con
   return product + gates + meeting;
 }
 
+struct Problem {
+  int backward, cell, dtype, arch, sms, max_cluster;
+  int64_t shared_bytes, hidden, entries;
+
+  bool operator==(const Problem& p) const {
+    return backward == p.backward && cell == p.cell && dtype == p.dtype && arch == p.arch && sms == p.sms &&
+           max_cluster == p.max_cluster && shared_bytes == p.shared_bytes && hidden == p.hidden && entries == p.entries;
+  }
+};
+
 // Goes through all divisions that the device and the kernels allow.
-struct Search {
-  bool backward;
-  int cell, dtype;
-  int64_t hidden, entries;
-  const CudaLimits& limits;
+struct Search : Problem {
   CudaPlan best{};
   double least = 0;
 
+  // That run at the same time, one block on an SM. The blocks of a cluster share a part of the chip, of at least 16 SMs.
+  int64_t clusters(int blocks) const {
+    const int64_t parts = sms / 16;
+    return blocks == 1 || parts == 0 ? sms / blocks : parts * (16 / blocks);
+  }
+
   void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
     const int warps = units / units_of_warp(backward, cell) * warps_of_units(backward, cell) * lane_groups;
-    if (warps > most_warps(backward, cell == LSTM, dtype, octets, place == in_registers)) return;
+    const int most = most_warps(backward, cell == LSTM, dtype, octets, place == in_registers);
+    if (warps > most) return;
     if (product_shape(dtype).element == 4 ? octets == 8 || place == in_registers : octets == 8 && backward) return;   // not compiled
     if (place == in_registers && octets * lane_groups > 1) return;
     CudaPlan plan{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
     Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
-    if (g.shared_bytes > limits.shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
+    if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
-    const int64_t tiles = ceil_div(entries, plan.lanes), fit = limits.sms / blocks;
+    const bool grid = blocks > 1 && cluster == 1;   // all its blocks have to run at the same time; other small ones share an SM
+    const int64_t tiles = ceil_div(entries, plan.lanes), fit = grid ? sms / blocks : clusters(blocks);
     const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, plan, g);
     if (best.blocks && clocks >= least) return;
-    const bool grid = blocks > 1 && cluster == 1;   // then all blocks have to run at the same time; else small ones share an SM
-    const int64_t by_memory = (limits.shared_bytes + 1024) / (g.shared_bytes + 1024), by_warps = 16 / warps;
-    const int64_t most = grid ? fit : fit * (by_memory < by_warps ? by_memory : by_warps);
-    plan.teams = static_cast<int>(tiles < most ? tiles : most);
+    const int64_t by_memory = (shared_bytes + 1024) / (g.shared_bytes + 1024), by_registers = most / warps;
+    const int64_t together = grid ? fit : fit * (by_memory < by_registers ? by_memory : by_registers);
+    plan.teams = static_cast<int>(tiles < together ? tiles : together);
     g.teams = plan.teams;
     plan.shared_bytes = g.shared_bytes;
     plan.workspace_bytes = workspace_parts(plan, g).bytes;
@@ -71,17 +84,33 @@ struct Search {
 
   CudaPlan run() {
     const int step = units_of_warp(backward, cell);
-    for (int blocks = 1; blocks <= limits.max_cluster && blocks <= limits.sms; blocks *= 2) {
+    for (int blocks = 1; blocks <= max_cluster && blocks <= sms; blocks *= 2) {
       const int64_t units = round_up(ceil_div(hidden, blocks), step);
       if ((blocks - 1) * units < hidden) each_tile(blocks, blocks, static_cast<int>(units));   // no block without a unit
     }
     for (int units = step; units <= 16 * step; units += step) {
       const int64_t blocks = ceil_div(hidden, units);
-      if (blocks > 1 && blocks <= limits.sms) each_tile(static_cast<int>(blocks), 1, units);
+      if (blocks > 1 && blocks <= sms) each_tile(static_cast<int>(blocks), 1, units);
     }
     return best;
   }
 };
+
+// Searches take microseconds and calls repeat themselves: the last few answers are kept.
+CudaPlan recent(const Problem& problem) {
+  constexpr int kept = 16;
+  static thread_local struct {
+    Problem problem;
+    CudaPlan plan;
+  } known[kept];
+  static thread_local unsigned oldest = 0;
+  for (const auto& k : known)
+    if (k.problem == problem) return k.plan;
+  auto& k = known[oldest++ % kept];
+  k.plan = problem.hidden > most_hidden ? CudaPlan{} : Search{problem}.run();
+  k.problem = problem;
+  return k.plan;
+}
 
 CudaPlan refuse(const char* message) {
   CudaPlan plan{};
@@ -147,7 +176,8 @@ CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
   if (hidden < 0) return refuse("hidden must not be negative");
   if (hidden == 0) return CudaPlan{};
-  const CudaPlan plan = hidden > most_hidden ? CudaPlan{} : Search{backward, cell, dtype, hidden, entries < 1 ? 1 : entries, limits}.run();
+  const CudaPlan plan = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster, limits.shared_bytes, hidden,
+                                       entries < 1 ? 1 : entries});
   return plan.blocks ? plan : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
 }
 

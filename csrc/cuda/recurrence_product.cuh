@@ -4,7 +4,8 @@
 // A thread reads 16 bytes at a time (a Quad). With g = lane / 4, t = lane % 4 it ends up with
 //     sums[0, 1] = row g x lanes 2t, 2t + 1,   sums[2, 3] = row g + 8 x lanes 2t, 2t + 1          (the layout of mma.m16n8)
 // Tensor cores: chunks of 64 bytes. The thread holds bytes [16t, 16t + 16) of rows g and g + 8 and of lane g, which is two mma's share:
-//     the instruction's order of k is a permutation of ours, the same one for weights and for states, so no sum notices.
+//     the instruction's order of k is a permutation of ours, the same one for weights and for states, so no sum notices. Weights are packed
+//     so that one Quad is an mma's operand: rows g, g + 8, g, g + 8 of two words.
 // CUDA cores (float32): chunks of 16 bytes. The thread holds all of rows g and g + 8 and of lanes 2t and 2t + 1, and sums k in order.
 // Sums start at zero and take the chunks in order: a lane's bits depend neither on the lanes beside it nor on where the weights are.
 #pragma once
@@ -23,7 +24,7 @@ struct ProductShape {
   int element;     // of weights and states
   int chunk;
   int pitch_unit;  // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks
-  int fragments;   // different Quads that a warp reads of 8 rows and a chunk
+  int fragments;   // Quads of weights that a warp reads at once; two such reads are 16 rows of a chunk
 };
 
 constexpr ProductShape product_shape(int dtype) {
@@ -37,14 +38,16 @@ struct TensorProduct {
   static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane / 4 * pitch + lane % 4 * 16; }
   static __device__ __forceinline__ States states(const char* at, int) { return {*reinterpret_cast<const Quad*>(at)}; }
 
-  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&rows)[2], const States& s) {
+  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&weights)[2], const States& s) {
 #pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      const uint32_t a[4] = {rows[0].word[j], rows[1].word[j], rows[0].word[j + 1], rows[1].word[j + 1]};
-      const uint32_t b[2] = {s.lane.word[j], s.lane.word[j + 1]};
-      mma(sums, a, b, Tag{});
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t b[2] = {s.lane.word[2 * j], s.lane.word[2 * j + 1]};
+      mma(sums, weights[j].word, b, Tag{});
     }
   }
+  // What word `w` of fragment `f` in read j is: a row of the 16, and a word of the chunk.
+  static __device__ __forceinline__ int row_of(int, int f, int w) { return f / 4 + w % 2 * 8; }
+  static __device__ __forceinline__ int word_of(int j, int f, int w) { return f % 4 * 4 + 2 * j + w / 2; }
 };
 
 struct ScalarProduct {
@@ -59,12 +62,14 @@ struct ScalarProduct {
     std::memcpy(&value, &word, 4);
     return value;
   }
-  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&rows)[2], const States& s) {
+  static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&weights)[2], const States& s) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[e] = fma(as_float(rows[e / 2].word[k]), as_float(s.lanes[e % 2].word[k]), sums[e]);
+      for (int e = 0; e < 4; ++e) sums[e] = fma(as_float(weights[e / 2].word[k]), as_float(s.lanes[e % 2].word[k]), sums[e]);
   }
+  static __device__ __forceinline__ int row_of(int j, int f, int) { return f + 8 * j; }
+  static __device__ __forceinline__ int word_of(int, int, int w) { return w; }
 };
 
 // Storage: of tensors. Element: of weights and states in the product. Real: of the gate arithmetic.
@@ -110,42 +115,67 @@ struct HeldWeights {
 #pragma unroll
       for (int c = 0; c < held_chunks; ++c)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (c < chunks) quads[m][c][half] = packed[((m * chunks + c) * 2 + half) * A::shape.fragments];
+        for (int j = 0; j < 2; ++j)
+          if (c < chunks) quads[m][c][j] = packed[((m * chunks + c) * 2 + j) * A::shape.fragments];
   }
 };
 
-// `states`: where the thread's first lane begins.
-template <class A, int rows, int octets>
-__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const HeldWeights<A, rows>& weights, int chunks,
-                                        const char* states, int pitch) {
+// `states`: where the thread's first lane begins. A chunk's states are read while the one before is multiplied.
+template <class A, int rows>
+__device__ __forceinline__ void product(float (&sums)[rows][1][4], const HeldWeights<A, rows>& weights, int chunks, const char* states,
+                                        int pitch) {
+  auto next = A::states(states, pitch);
 #pragma unroll
   for (int c = 0; c < held_chunks; ++c) {
     if (c == chunks) break;
+    const auto now = next;
+    if (c + 1 < chunks) next = A::states(states + (c + 1) * A::shape.chunk, pitch);
 #pragma unroll
-    for (int n = 0; n < octets; ++n) {
-      const auto s = A::states(states + n * 8 * pitch + c * A::shape.chunk, pitch);
-#pragma unroll
-      for (int m = 0; m < rows; ++m) A::multiply(sums[m][n], weights.quads[m][c], s);
-    }
+    for (int m = 0; m < rows; ++m) A::multiply(sums[m][0], weights.quads[m][c], now);
   }
 }
 
-// `packed`: the thread's first Quad of weights, in shared or global memory; in fragment order [rows][chunk][half][fragment].
 template <class A, int rows, int octets>
-__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Quad* packed, int chunks, const char* states, int pitch) {
-#pragma unroll 2
-  for (int c = 0; c < chunks; ++c) {
-    Quad w[rows][2];
+struct Chunk {
+  Quad weights[rows][2];
+  typename A::States states[octets];
+
+  __device__ __forceinline__ void load(const Quad* packed, int chunks, const char* first_state, int pitch, int c) {
 #pragma unroll
     for (int m = 0; m < rows; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) w[m][half] = packed[((m * chunks + c) * 2 + half) * A::shape.fragments];
+      for (int j = 0; j < 2; ++j) weights[m][j] = packed[((m * chunks + c) * 2 + j) * A::shape.fragments];
 #pragma unroll
-    for (int n = 0; n < octets; ++n) {
-      const auto s = A::states(states + n * 8 * pitch + c * A::shape.chunk, pitch);
+    for (int n = 0; n < octets; ++n) states[n] = A::states(first_state + n * 8 * pitch + c * A::shape.chunk, pitch);
+  }
+  __device__ __forceinline__ void multiply(float (&sums)[rows][octets][4]) const {
 #pragma unroll
-      for (int m = 0; m < rows; ++m) A::multiply(sums[m][n], w[m], s);
+    for (int n = 0; n < octets; ++n)
+#pragma unroll
+      for (int m = 0; m < rows; ++m) A::multiply(sums[m][n], weights[m], states[n]);
+  }
+};
+
+// `packed`: the thread's first Quad of weights, in shared or global memory, in the order [rows][chunk][2][fragment].
+// With few lanes nothing else hides the time of a read, so the next chunk is read ahead; with many, registers are dear.
+template <class A, int rows, int octets>
+__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Quad* packed, int chunks, const char* states, int pitch) {
+  if constexpr (octets <= 2) {
+    Chunk<A, rows, octets> next;
+    next.load(packed, chunks, states, pitch, 0);
+#pragma unroll 2
+    for (int c = 1; c < chunks; ++c) {
+      const auto now = next;
+      next.load(packed, chunks, states, pitch, c);
+      now.multiply(sums);
+    }
+    next.multiply(sums);
+  } else {
+#pragma unroll 2
+    for (int c = 0; c < chunks; ++c) {
+      Chunk<A, rows, octets> now;
+      now.load(packed, chunks, states, pitch, c);
+      now.multiply(sums);
     }
   }
 }

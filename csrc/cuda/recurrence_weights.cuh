@@ -23,33 +23,33 @@ struct PrepareParams {
   void *h_to, *c_to;             // [B, H] or null
 };
 
-// Which row of weights a warp's 16 are. Forward, the sums are rows of W_hh: an LSTM's warp has two blocks, (i, f) and (g, o) of the same 8
+// Which rows of weights a warp's 16 are. Forward, the sums are rows of W_hh: an LSTM's warp has two blocks, (i, f) and (g, o) of the same 8
 // units, so that a thread ends up with all gates of a unit. Backward they are columns, and k runs over the rows of one gate.
 template <int dtype>
 __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   using A = Arithmetic<dtype>;
-  constexpr int per_quad = 16 / A::shape.element, fragments = A::shape.fragments;
+  constexpr int of_word = 4 / A::shape.element, of_chunk = A::shape.chunk / A::shape.element;   // elements
   const Geometry& g = q.geometry;
-  const int rows = q.lstm && !q.backward ? 2 : 1, gates = q.lstm && q.backward ? 4 : 1, group_units = rows == 2 ? 8 : 16;
-  const int fragment = index % fragments, half = (index /= fragments) % 2, chunk = (index /= 2) % g.chunks;
+  const bool two_blocks = q.lstm && !q.backward;
+  const int rows = two_blocks ? 2 : 1, gates = q.lstm && q.backward ? 4 : 1;
+  const int fragment = index % A::shape.fragments, j = (index /= A::shape.fragments) % 2, chunk = (index /= 2) % g.chunks;
   const int m = (index /= g.chunks) % rows, slot = (index /= rows) % (g.groups * gates);
-  const int64_t block = index / (g.groups * gates);
+  const int first_unit = index / (g.groups * gates) * g.units + slot / gates * (two_blocks ? 8 : 16);
 
-  const int row = fragments == 32 ? fragment / 4 : fragment, part = fragments == 32 ? fragment % 4 : 0;
-  const int64_t gate = rows == 2 ? 2 * m + half : slot % gates;
-  const int64_t unit = block * g.units + slot / gates * group_units + row + (rows == 2 ? 0 : 8 * half);
-  const int64_t k = int64_t(chunk) * (A::shape.chunk / A::shape.element) + part * per_quad;
-
+  const int64_t H = q.hidden;
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
-  typename A::Element elements[per_quad];
-  for (int j = 0; j < per_quad; ++j) {
-    float value = 0;
-    if (unit < q.hidden && k + j < q.hidden)
-      value = q.backward ? w[(gate * q.hidden + k + j) * q.hidden + unit] : w[(gate * q.hidden + unit) * q.hidden + k + j];
-    elements[j] = A::element(value);
-  }
   Quad quad;
-  std::memcpy(&quad, elements, sizeof quad);
+  for (int word = 0; word < 4; ++word) {
+    const int row = A::row_of(j, fragment, word), k = chunk * of_chunk + A::word_of(j, fragment, word) * of_word;
+    const int unit = first_unit + (two_blocks ? row % 8 : row), gate = two_blocks ? 2 * m + row / 8 : slot % gates;
+    typename A::Element elements[of_word];
+    for (int e = 0; e < of_word; ++e) {
+      float value = 0;
+      if (unit < H && k + e < H) value = q.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
+      elements[e] = A::element(value);
+    }
+    std::memcpy(&quad.word[word], elements, 4);
+  }
   return quad;
 }
 
