@@ -1,0 +1,215 @@
+"""The `triton` backend: kernels that need no compiler on the user's machine, on float32, float16 and bfloat16 tensors.
+
+`triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, at the first run. Under
+`TRITON_INTERPRET=1` they run on the CPU too, slowly, for tests.
+
+float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`).
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...precision import tf32_allowed
+from . import windows
+from .compiled import DTYPES, TF32, Kernels
+from .problem import CELLS, Problem
+
+ALL_STEPS = 2**31 - 1
+MOST_HIDDEN = 16384  # offsets inside W_hh are 32-bit
+
+
+class Device(NamedTuple):
+    kind: str  # cuda | hip | cpu (interpreted)
+    arch: int  # 10 x the compute capability of an NVIDIA GPU, else 0
+    programs: int  # that may wait for each other: one on each multiprocessor
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled: set by cell, H, dtype, device and whether the lanes are windows; never by the number of lanes."""
+
+    small: bool
+    lanes: int  # LANES, and so on: as in the kernels
+    units: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
+    if x.dtype not in DTYPES:
+        return False, f"the Triton kernels take float32, float16 and bfloat16, not {x.dtype}"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+        return False, f"the Triton kernels run on CUDA and ROCm devices, the tensors are on {x.device}"
+    if not installed():
+        return False, "triton is not installed (pip install triton)"
+    device = device_of(x)
+    if device.kind == "cpu" and x.dtype == torch.bfloat16:
+        return False, "Triton's interpreter has no bfloat16 products"
+    needed = 80 if x.dtype == torch.bfloat16 else 75
+    if device.kind == "cuda" and device.arch < needed:
+        return False, f"the Triton kernels need compute capability {needed / 10} for {x.dtype}, this device has {device.arch / 10}"
+    if w_hr is not None:
+        return False, "the Triton kernels have no projected states (proj_size)"
+    if w_hh is not None and w_hh.shape[1] > MOST_HIDDEN:
+        return False, f"the Triton kernels take up to {MOST_HIDDEN} hidden units, not {w_hh.shape[1]}"
+    return True, ""
+
+
+@cache
+def installed() -> bool:
+    found = find_spec("triton")
+    return found is not None and found.origin is not None  # a folder of that name is no package
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_of(x: Tensor) -> Device:
+    return Device("cpu", 0, 1) if x.device.type == "cpu" else _gpu(x.device.index or 0)
+
+
+@cache
+def _gpu(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device("hip", 0, found.multi_processor_count)
+    return Device("cuda", 10 * found.major + found.minor, found.multi_processor_count)
+
+
+def config(backward: bool, cell: str, dtype: int, hidden: int, windows: bool, device: Device) -> Config:
+    """The table: no value was tuned on a device yet, all were chosen to fit its memory and registers (`tests/triton`)."""
+    units = max(16, 1 << (hidden - 1).bit_length())
+    weights = (4 if cell == "lstm" else 1) * units**2 * (4 if dtype in (DTYPES[torch.float32], TF32) else 2)
+    if weights <= on_chip(device) and not plain(dtype, device):
+        warps = 4 if units <= 32 or device.kind == "hip" else 8 if units <= 128 else 16
+        return Config(True, 16, units, units, warps, 2 if weights <= 32 << 10 else 1)
+    if plain(dtype, device):
+        return Config(False, 16, 32, 32, 4, 2)
+    if not windows or device.kind == "hip":
+        return Config(False, 16, 32, 32 if dtype == TF32 else 64, 4, 3)
+    if device.arch == 90 and dtype != TF32:
+        return Config(False, 64, 64, 32 if backward else 64, 8, 3)
+    return Config(False, 32, 64, 16 if backward and dtype == TF32 else 32, 8, 3)
+
+
+def options(found: Config, dtype: int, device: Device) -> dict:
+    """For Triton's compiler. With tensor cores a thread may have all registers: they are worth more here than programs side by side."""
+    most = {} if device.kind != "cuda" or plain(dtype, device) else dict(maxnreg=255 if found.warps <= 8 else 128)
+    return dict(num_warps=found.warps, num_stages=found.stages, enable_fp_fusion=True, **most)
+
+
+def plain(dtype: int, device: Device) -> bool:
+    """Products without tensor cores."""
+    return dtype == DTYPES[torch.float32] or device.kind == "cuda" and device.arch < 80
+
+
+def on_chip(device: Device) -> int:
+    """Bytes of weights that a program keeps in shared memory, beside what else it needs there."""
+    if device.kind == "cuda":
+        return 128 << 10 if device.arch in (80, 87, 90, 100, 103) else 64 << 10  # of 163 or 227 KB; of 99 KB
+    return 32 << 10  # of 64 KB
+
+
+def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, xp, w_hh, _w_hr,
+             h0, c0, h_init, c_init, y, h_n, c_n, *rest, many: bool = False) -> None:
+    if y is None or steps == 0:  # no time, or no unit
+        for state, given in ((h_n, h0), (c_n, c0)):
+            if state is not None:
+                state.copy_(given)
+        return
+    count = -(-steps // stride) * batch if ids is None else chosen
+    tensors = (xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids, y, h_n, c_n, *rest)
+    _launch(False, cell, dtype, hidden, tensors, xp, (cap, count, steps, batch, step, stride, warmup), min(steps, stride + warmup), many)
+
+
+def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, dy, y, gates, cells,
+              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
+    if dz is None or steps == 0:
+        for state, given in ((dh0, dh_n), (dc0, dc_n)):
+            if state is not None:
+                state.copy_(given)
+        return
+    count = -(-steps // stride) * batch if ids is None else chosen
+    saved_cap = float(torch.tensor(cap, dtype=dy.dtype)) if cap < 1 else float("inf")  # as the saved forget gates were rounded
+    tensors = (dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids, dz, dh0, dc0, *rest)
+    _launch(True, cell, dtype, hidden, tensors, dy, (saved_cap, count, steps, batch, step, stride, warmup),
+            min(steps, stride + warmup) + 1, many)
+
+
+def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, x: Tensor, numbers: tuple, stages: int, many: bool) -> None:
+    """`tensors` and `numbers` in the kernels' order; x sets dtype and device, `many` asks for the configuration of windows."""
+    _, count, steps, _, _, stride, _ = numbers
+    if not count:
+        return
+    cell, device = CELLS[cell], device_of(x)
+    found = config(backward, cell, dtype, hidden, many or stride == 1 < steps, device)
+    kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
+    kernel = kernels.backward if backward else kernels.forward
+    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION="tf32" if dtype == TF32 else "ieee")
+    shape |= options(found, dtype, device)
+    tiles = -(-count // found.lanes)
+    if found.small:
+        kernel[(tiles,)](*tensors, *numbers, **shape)
+        return
+    members, teams = team(tiles, -(-hidden // found.units), device.programs)
+    width, gates = -(-hidden // 16) * 16, 4 if backward and cell == "lstm" else 1
+    planes = x.new_empty(2, teams * found.lanes, gates * width)
+    cells = x.new_empty(teams * found.lanes, width, dtype=torch.float32) if cell == "lstm" else None
+    arrivals = torch.zeros(teams, dtype=torch.int32, device=x.device)
+    alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
+    spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]
+    for begin, end in spans:
+        kernel[(teams * members,)](*tensors, planes, cells, arrivals, *numbers, members, begin, end, INNER=found.inner, WIDTH=width,
+                                   ALONE=alone, launch_cooperative_grid=cooperative, **shape)
+
+
+def team(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
+    """Members of a team, and teams, for so many tiles of lanes and blocks of hidden units, where `programs` may wait for each other."""
+    members = min(blocks, max(1, programs // tiles))
+    members = -(-blocks // -(-blocks // members))  # no member has more blocks than another needs
+    return members, min(tiles, 4 * programs) if members == 1 else tiles
+
+
+def _dtype(x: Tensor) -> int:
+    return TF32 if x.dtype == torch.float32 and x.is_cuda and not torch.version.hip and tf32_allowed() else DTYPES[x.dtype]
+
+
+def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(shape, dtype=dtype)
+
+
+def _there(t: Tensor | None) -> Tensor | None:
+    return t if t is not None and t.numel() else None
+
+
+def _on_device(run: Callable) -> Callable:
+    """torch's current device is that of the tensors while `run` allocates and launches."""
+
+    def guarded(x: Tensor, *rest, **named):
+        with torch.cuda.device_of(x):
+            return run(x, *rest, **named)
+
+    return guarded
+
+
+_kernels = Kernels(_forward, _backward, _dtype, _make, _there)
+forward, backward = _on_device(_kernels.forward), _on_device(_kernels.backward)
+
+
+class _Windows:
+    """The same for the windows that `windows.py` gathers as rows of their own."""
+
+    _kernels = Kernels(partial(_forward, many=True), partial(_backward, many=True), _dtype, _make, _there)
+    forward, backward = staticmethod(_kernels.forward), staticmethod(_kernels.backward)
+
+
+windowed_backward = _on_device(partial(windows.windowed_backward, _Windows))

@@ -1,0 +1,76 @@
+"""Compiles the kernels in their table configurations for devices that are not here, and reads what they take."""
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stable_rnn.ops.recurrence import triton as backend
+from stable_rnn.ops.recurrence import triton_large, triton_small
+from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
+
+KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "float16": DTYPES[torch.float16], "bfloat16": DTYPES[torch.bfloat16]}
+TYPES = {"float32": "fp32", "tf32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
+ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
+STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
+BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
+WIDE = (*STARTS[:4], *BORDERS, "cells", "c_plane", "dc_plane")  # float32 in every storage type
+LSTM = ("c0", "c_n", "gates", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_plane", "dc_plane")
+
+
+class Use(NamedTuple):
+    shared: int  # bytes
+    spilled: int  # bytes of a thread's stack (NVIDIA), spilled vector registers (AMD)
+    code: str
+
+
+def device(arch) -> backend.Device:
+    return backend.Device("cuda", arch, 100) if isinstance(arch, int) else backend.Device("hip", 0, 100)
+
+
+def target(arch) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def recurrence(arch, backward: bool, cell: str, kind: str, hidden: int, windows: bool = False, alone: bool = True,
+               absent=()) -> tuple[bool, Use]:
+    """The kernel that a shape gets, with all its tensors but those `absent`: whether it is a small one, and what it takes."""
+    found = backend.config(backward, cell, KINDS[kind], hidden, windows, device(arch))
+    kernels = triton_small if found.small else triton_large
+    kernel = kernels.backward if backward else kernels.forward
+    fixed = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION="tf32" if kind == "tf32" else "ieee",
+                 INNER=found.inner, WIDTH=-(-hidden // 16) * 16, ALONE=alone)
+    missing = {*absent, *(() if cell == "lstm" else LSTM)}
+    kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in fixed or name in missing:
+            signature[name] = "constexpr"
+        elif name == "cap":
+            signature[name] = "fp32"
+        elif name in triton_large.NUMBERS:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*" + kinds.get(name, TYPES[kind])
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    constants = {name: fixed.get(name) for name, what in signature.items() if what == "constexpr"}
+    options = backend.options(found, KINDS[kind], device(arch)) | dict(launch_cooperative_grid=not alone)
+    return found.small, use(triton.compile(ASTSource(kernel, signature, constants, attributes), target=target(arch), options=options))
+
+
+def use(kernel) -> Use:
+    if "amdgcn" in kernel.asm:
+        code = kernel.asm["amdgcn"]
+        return Use(kernel.metadata.shared, int(re.search(r"vgpr_spill_count:\s+(\d+)", code)[1]), code)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return Use(kernel.metadata.shared, int(re.search(r"STACK:(\d+)", printed)[1]), kernel.asm["ptx"])

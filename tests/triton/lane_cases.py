@@ -1,0 +1,90 @@
+"""Runs the backend on a `lane_loop.Case` with poisoned outputs, and holds what it writes against the plain loops."""
+import lane_loop as loop
+import torch
+
+from stable_rnn.ops.recurrence import triton as backend
+from stable_rnn.ops.recurrence.problem import Adjoint, Output, Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def problem(case) -> Problem:
+    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved(case.batch)
+
+
+def to_device(values):
+    return None if values is None else torch.as_tensor(values, device=DEVICE)
+
+
+def rows(case):
+    """base and lengths."""
+    return to_device(None if case.plain_base else case.base), to_device(case.lengths)
+
+
+def _poisoned(case, kind, wide, **columns):
+    """An `Output` or `Adjoint` full of NaN; float32 where `wide`. A field without columns is empty."""
+    count = {"h_n": case.batch, "c_n": case.batch, "dh0": case.batch, "dc0": case.batch}
+    made = {}
+    for name in kind._fields:
+        long = case.lanes if name.endswith(("start", "end")) else count.get(name, case.n)
+        shape = (long, columns[name]) if columns.get(name) else (0,)
+        made[name] = torch.full(shape, loop.NAN, dtype=torch.float32 if name in wide else case.dtype, device=DEVICE)
+    return kind(**made)
+
+
+def forward(case, made) -> dict:
+    H, C = case.hidden, case.hidden * case.lstm
+    out = _poisoned(case, Output, ("cells", "h_start", "c_start", "h_end", "c_end"), y=H, h_n=H, c_n=C, gates=4 * C, cells=C, h_start=H,
+                    c_start=C, h_end=H, c_end=C)
+    on = {name: to_device(value) for name, value in made.items()}
+    backend.forward(on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case), problem(case), borders=True, ids=to_device(case.select),
+                    h_init=on.get("h_init"), c_init=on.get("c_init") if case.lstm else None, out=out)
+    return {name: t.cpu() for name, t in out._asdict().items() if t.dim() == 2}
+
+
+def backward(case, made, saved) -> dict:
+    H, C = case.hidden, case.hidden * case.lstm
+    out = _poisoned(case, Adjoint, ("dh_start", "dc_start", "dh_end", "dc_end"), dz=case.gates * H, dh0=H, dc0=C, dh_start=H, dc_start=C,
+                    dh_end=H, dc_end=C)
+    on = {name: to_device(value) for name, value in (made | saved).items()}
+    empty = torch.empty(0, device=DEVICE)
+    backend.backward(on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, on["y"], on.get("gates", empty), on.get("cells", empty),
+                     on["w_hh"], None, on["c0"], *rows(case), problem(case), borders=True, ids=to_device(case.select),
+                     dh_init=on.get("h_init"), dc_init=on.get("c_init") if case.lstm else None, out=out)
+    return {name: t.cpu() for name, t in out._asdict().items() if t.dim() == 2}
+
+
+def assert_like(found: dict, exact: dict, eager: dict, case, terms: int) -> None:
+    """Every tensor of `found`: NaN exactly where the oracle is; else at most twice eager's error plus rounding terms: one unit of the
+    storage type; and for each of a lane's steps the float32 rounding of a sum of `terms` products (growing like a random walk) and what
+    its inputs were rounded by, a unit of a 16-bit type, or 2^-11 relative each for the two factors of TF32. The weights have variance
+    1 / hidden and rounding errors have random signs, so a sum errs by sqrt(terms / hidden) times that, relative to the state."""
+    assert found.keys() == exact.keys()
+    steps = min(case.stride + case.warmup, case.steps)
+    inputs = 2.0**-10 if case.tf32 else torch.finfo(case.dtype).eps if case.dtype.itemsize == 2 else 0.0
+    for name, value in found.items():
+        want, plain = exact[name], eager[name]
+        assert value.shape == want.shape, name
+        written = ~want.isnan()
+        assert torch.equal(~value.isnan(), written), f"{name}: the wrong elements were written"
+        if not written.any():
+            continue
+        scale = max(1.0, float(want[written].abs().max()))
+        sums = torch.finfo(torch.float32).eps * (steps * (terms + 8)) ** 0.5
+        rounding = torch.finfo(value.dtype).eps + sums + inputs * steps * (terms / case.hidden) ** 0.5
+        allowed = 2 * float((plain.double() - want)[written].abs().max()) + scale * rounding
+        error = float((value.double() - want)[written].abs().max())
+        assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}"
+
+
+def check(case, saved=None) -> tuple[dict, dict]:
+    """Forward, and backward over `saved`, by default what the forward saved."""
+    made = case.draw()
+    found = forward(case, made)
+    assert_like(found, loop.loop_forward(case, made), loop.loop_forward(case, made, torch.float32), case, case.hidden)
+    saved = {name: (found if saved is None else saved)[name] for name in ("y", "gates", "cells") if name in found}
+    back = backward(case, made, saved)
+    exact, eager = ({name: t for name, t in loop.loop_backward(case, made, saved, kind).items() if name != "dh"}
+                    for kind in (torch.float64, torch.float32))
+    assert_like(back, exact, eager, case, case.gates * case.hidden)
+    return found, back

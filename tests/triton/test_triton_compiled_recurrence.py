@@ -1,0 +1,41 @@
+"""The Triton recurrence kernels compiled for devices that are not here, as their table says: what they take of a device's memory, and
+that nothing is spilled where all of a run is to stay on chip."""
+import pytest
+from compiling import BORDERS, SHARED, STARTS, recurrence
+
+SMALL = 0  # bytes of a thread that leave its registers
+LARGE = 128  # a step of these waits for L2 many times longer
+
+CASES = [
+    # architecture, cell, dtype, hidden, windows
+    (80, "lstm", "bfloat16", 128, False),
+    (80, "lstm", "float16", 512, False),
+    (80, "lstm", "float32", 200, False),
+    (80, "rnn_tanh", "bfloat16", 256, False),
+    (86, "lstm", "tf32", 64, False),
+    (90, "lstm", "bfloat16", 64, False),
+    (90, "lstm", "bfloat16", 128, False),
+    (90, "lstm", "bfloat16", 512, False),
+    (90, "lstm", "bfloat16", 512, True),
+    (90, "rnn_relu", "tf32", 500, False),
+    (90, "lstm", "float32", 32, False),
+    (100, "lstm", "float16", 128, False),
+    (100, "lstm", "bfloat16", 512, True),
+    ("gfx942", "lstm", "float16", 64, False),
+    ("gfx942", "lstm", "bfloat16", 512, False),
+]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("arch, cell, kind, hidden, windows", CASES)
+def test_memory_and_registers(arch, cell, kind, hidden, windows, backward):
+    alone = windows or hidden <= 256  # else by teams
+    absent = (*STARTS, *BORDERS, *(() if backward else ("gates", "cells"))) if windows else ()
+    small, use = recurrence(arch, backward, cell, kind, hidden, windows, alone, absent)
+    assert use.shared <= SHARED[arch] << 10
+    assert use.spilled <= (SMALL if small else LARGE)
+    if isinstance(arch, int):
+        assert ("mma" in use.code) == (kind != "float32")  # tensor cores
+        assert ("red.global.gpu.release" in use.code) == ("ld.global.gpu.acquire" in use.code) == (not alone)
+    assert "atom.add.f32" not in use.code and "atom.global.add.f32" not in use.code
+
