@@ -24,8 +24,10 @@ LOCK   := $(if $(shell command -v flock),flock Makefile)
 demo: .venv/installed
 	$(V)/stable-rnn demo $(DEMO)
 
+# Triton's interpreter is chosen as its kernels are imported: a process of its own.
 test: .venv/installed lint
 	$(V)/python -m pytest $(TESTS)
+	$(if $(filter tests,$(TESTS)),TRITON_INTERPRET=1 $(V)/python -m pytest tests/triton)
 
 lint: .venv/installed
 	$(V)/ruff check .

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .ops.recurrence import cuda, native, reference
+from .ops.recurrence import cuda, native, reference, triton
 from .ops.recurrence.problem import Problem
 
-NAMES = ("auto", "cuda", "cpu", "reference", "torch")
-_RUNNERS = {"cuda": cuda, "cpu": native, "reference": reference}
-_GPU, _CPU = ("cuda",), ("cpu",)  # what `auto` tries before the reference
+NAMES = ("auto", "cuda", "triton", "cpu", "reference", "torch")
+_RUNNERS = {"cuda": cuda, "triton": triton, "cpu": native, "reference": reference}
+_GPU, _CPU = ("cuda", "triton"), ("cpu",)  # what `auto` tries before the reference
 _warned: set[str] = set()
 
 
@@ -35,7 +35,7 @@ def backends() -> list[Backend]:
     """Every backend, whether it can run here, and why or why not."""
     gpu = torch.empty(0, device="cuda") if torch.cuda.is_available() else None
     rows = [_on_gpu("cuda", gpu, "compiled CUDA kernels; float32, float16, bfloat16"),
-            Backend("triton", False, "not part of this version")]
+            _on_gpu("triton", gpu, "kernels that Triton compiles at first use; float32, float16, bfloat16")]
     return rows + [
         Backend("cpu", _native.lib is not None, _native.reason or "compiled C++ kernels; float32, bfloat16"),
         Backend("torch", True, "torch's own recurrence, for plain Recurrent() stacks"),
@@ -45,7 +45,7 @@ def backends() -> list[Backend]:
 
 def _on_gpu(name: str, gpu: Tensor | None, what: str) -> Backend:
     able, reason = _RUNNERS[name].can_run(None, torch.empty(0) if gpu is None else gpu)
-    return Backend(name, able, what if able else reason)
+    return Backend(name, able, what if able else reason.replace("the tensors are on cpu", "torch finds none here"))
 
 
 def check_name(name: str) -> str:
@@ -69,7 +69,7 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
     name = requested(p.backend)
     if name == "torch":
         raise ValueError("backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
-                         "auto, cuda, cpu, reference")
+                         "auto, cuda, triton, cpu, reference")
     if name != "auto":
         able, reason = _RUNNERS[name].can_run(p, x, w_hh, w_hr)
         if not able:
