@@ -237,7 +237,7 @@ def speed(found: dict) -> str:
     rows = []
     for row in found["rows"]:
         context = "all" if row["context"] is None else str(row["context"])
-        off = "" if row["off"] is None else f"{row['off']:.0e}"
+        off = "" if row["off"] is None else f"{row['off']:.0e}" if row["off"] else "0"
         median, low, high = (f"{1e3 * row[key]:.1f}" for key in ("median", "low", "high"))
         rows.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", off, row["note"]])
     return (f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one "
