@@ -57,6 +57,7 @@ class Team {
 
   __device__ __forceinline__ void arrive() {
     ++steps_;
+    warp_sync();   // a cluster's barrier wants whole warps
     if (g_.cluster > 1) return cluster_arrive();
     if (!through_l2()) return;
     block_sync();
@@ -64,6 +65,7 @@ class Team {
   }
 
   __device__ __forceinline__ void wait() {
+    warp_sync();
     if (g_.cluster > 1) return cluster_wait();
     if (through_l2()) {
       for (int r = thread_index(); r < g_.blocks; r += thread_count()) flag_wait(flags() + r, steps_);

@@ -20,6 +20,7 @@ EXPORT void complete_plan(bool backward, int cell, int dtype, int64_t hidden, Cu
 EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits* limits) {
   return recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, *limits);
 }
+EXPORT const char* device_limits(CudaLimits* limits) { return cuda_limits(0, limits); }
 EXPORT int allowed_warps(bool backward, bool lstm, int dtype, int octets, bool held) {
   return most_warps(backward, lstm, dtype, octets, held);
 }

@@ -99,7 +99,7 @@ class Machine:
     @cached_property
     def library(self) -> ctypes.CDLL:
         lib = ctypes.CDLL(str(self.build()))
-        lib.planned_forward.restype = lib.planned_backward.restype = c_char_p
+        lib.planned_forward.restype = lib.planned_backward.restype = lib.device_limits.restype = c_char_p
         lib.automatic_plan.restype = Plan
         lib.automatic_plan.argtypes = [c_bool, c_int, c_int, c_int64, c_int64, c_int64, POINTER(Limits)]
         lib.complete_plan.argtypes = [c_bool, c_int, c_int, c_int64, POINTER(Plan)]
@@ -107,6 +107,15 @@ class Machine:
         lib.struct_sizes(sizes)
         assert list(sizes) == [ctypes.sizeof(s) for s in (Forward, Backward, Plan, Launch, Limits)]
         return lib
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Of the device; the executor's is an H100."""
+        found = Limits()
+        problem = self.library.device_limits(byref(found))
+        if problem:
+            raise RuntimeError(problem.decode())
+        return found
 
     def automatic(self, limits: Limits, backward: bool, cell: int, dtype: int, hidden: int, entries: int, out: int | None = None) -> Plan:
         return self.library.automatic_plan(backward, cell, dtype, hidden, hidden if out is None else out, entries, byref(limits))
