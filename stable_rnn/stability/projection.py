@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
-ROUNDS = 8  # of a certified step towards the nearest weights; what they leave is clipped
+SLACK = 5e-3  # relative: how far outside a training step may leave the LSTM's weights
 FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 
 # The subspaces that the spectral projection carries from step to step; no part of a module, so that state dicts, copies and pickles
@@ -154,7 +154,7 @@ def _any_gates(hidden: int, forget: float) -> LstmBounds:
 
 
 def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool, state: SpectralState) -> None:
-    """certify=False: for LSTM weights one round towards the nearest ones, for others the warm step of `spectral_project_`."""
+    """certify=False: for LSTM weights a few rounds towards the nearest ones, for others the warm step of `spectral_project_`."""
     matrices, bounds, changed = [], [], []
     for w, scales, bound in balls:
         if scales is None:
@@ -162,7 +162,7 @@ def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool,
             continue
         kind = torch.float64 if certify or w.dtype == torch.float64 else torch.float32
         wide = w.to(kind)
-        near = into_ball(wide, scales.to(kind), bound, ROUNDS if certify else 1)
+        near = into_ball(wide, scales.to(kind), bound, 0.0 if certify else SLACK)
         if certify:  # what is left outside is clipped, and proven
             rows = scales.to(kind).repeat_interleave(len(w) // len(scales))[:, None]
             scaled = (rows * near).contiguous()
