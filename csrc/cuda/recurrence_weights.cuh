@@ -59,7 +59,7 @@ __device__ __forceinline__ void hand_through(const void* from, void* to, int64_t
 }
 
 template <int dtype>
-__global__ void prepare(const PrepareParams q) {
+__global__ void __launch_bounds__(256) prepare(const PrepareParams q) {
   using Storage = typename Arithmetic<dtype>::Storage;
   const int64_t first = int64_t(block_index()) * thread_count() + thread_index(), step = int64_t(block_count()) * thread_count();
   for (int64_t i = first; i < q.quads; i += step) q.packed[i] = pack<dtype>(q, i);

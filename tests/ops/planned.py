@@ -1,4 +1,4 @@
-"""The CUDA recurrence kernels with a plan of the caller's choice: `planned.cpp` by ctypes, in the block executor or on a GPU.
+"""The CUDA recurrence kernels with a plan of the caller's choice: `planned.cu` by ctypes, in the block executor or on a GPU.
 
 A `Variant` says how the work is divided, as `CudaPlan` does: how many blocks run a tile together and how they meet, lanes and units of a
 block, place of the weights. A `Machine` runs `lane_loop` cases by one.
@@ -87,13 +87,13 @@ class Machine:
         self.name, self.device, self.descending, self.asan = name, device, descending, asan
 
     def build(self) -> Path:
-        sources = [*sorted(CSRC.glob("recurrence*.cu")), HERE / "planned.cpp"]
+        sources = [*sorted(CSRC.glob("recurrence*.cu")), HERE / "planned.cu"]
         if self.device == "cpu":
             return build._link("planned.so", [*sources, *build.EXECUTOR], self.asan)
         made = build.CACHE / "gpu" / "planned.so"
         build.move_into(made, lambda to: build.run(
             ["nvcc", "-std=c++17", "-arch=native", "--fmad=false", "--expt-relaxed-constexpr", "-shared", "-cudart=static",
-             "-Xcompiler=-fPIC,-fvisibility=hidden", *build.INCLUDE, *map(str, sources), str(CSRC / "limits.cu"), "-o", to]))
+             "-Xcompiler=-fPIC,-fvisibility=hidden", "-t0", *build.INCLUDE, *map(str, sources), str(CSRC / "limits.cu"), "-o", to]))
         return made
 
     @cached_property
