@@ -183,7 +183,7 @@ struct BackwardWarp {
 };
 
 template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(true, lstm, dtype, octets, held), 1) recurrence_backward(const BackwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(true, lstm, octets, held), 1) recurrence_backward(const BackwardLaunch q) {
   using Warp = BackwardWarp<dtype, lstm, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;

@@ -197,7 +197,7 @@ __device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLan
 }
 
 template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(false, lstm, dtype, octets, held), 1) recurrence_forward(const ForwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(false, lstm, octets, held), 1) recurrence_forward(const ForwardLaunch q) {
   using Warp = ForwardWarp<dtype, lstm, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;

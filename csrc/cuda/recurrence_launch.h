@@ -17,7 +17,7 @@ using ForwardLaunch = RecurrenceLaunch<ForwardParams>;
 using BackwardLaunch = RecurrenceLaunch<BackwardParams>;
 
 // The most warps of a block, so that registers suffice: what a kernel is compiled for.
-constexpr int most_warps(bool backward, bool lstm, int dtype, int octets, bool held) {
+constexpr int most_warps(bool backward, bool lstm, int octets, bool held) {
   return (held && lstm && !backward) || octets >= 4 ? 8 : octets == 2 ? 12 : 16;
 }
 constexpr int units_of_warp(bool backward, int cell) { return cell == LSTM && !backward ? 8 : 16; }

@@ -54,7 +54,7 @@ struct Search : Problem {
 
   void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
     const int warps = units / units_of_warp(backward, cell) * warps_of_units(backward, cell) * lane_groups;
-    const int most = most_warps(backward, cell == LSTM, dtype, octets, place == in_registers);
+    const int most = most_warps(backward, cell == LSTM, octets, place == in_registers);
     if (warps > most) return;
     if (product_shape(dtype).element == 4 ? octets == 8 || place == in_registers : octets == 8 && backward) return;   // not compiled
     if (place == in_registers && octets * lane_groups > 1) return;
