@@ -9,10 +9,7 @@ namespace {
 
 __global__ void __launch_bounds__(THREADS, 1) spectral_step(const Params p) {
   Team team(p);
-  for (int i = team.index; i < p.count; i += p.teams) {
-    Step(p, i, team).run();
-    if (i + p.teams < p.count) team.meet();   // the workspace is free again
-  }
+  Step(p, team).run();
 }
 
 struct Flags {
@@ -32,15 +29,27 @@ T round_up(T a, T unit) {
   return (a + unit - 1) / unit * unit;
 }
 
+int64_t wanted_blocks(int64_t rows) { return rows <= 2 * ROWS ? 1 : (rows + ROWS - 1) / ROWS; }
+
+// As many of `most` blocks as the rows want; in a cluster a power of two, as `most` is.
+int own_blocks(int64_t rows, int most, bool cluster) {
+  const int64_t wanted = std::min<int64_t>(wanted_blocks(rows), most);
+  int blocks = 1;
+  while (blocks < wanted) blocks *= 2;
+  return cluster ? blocks : static_cast<int>(wanted);
+}
+
 // Prefers W to stay; then X and the sums of W^T Y in shared memory; then tiles that come while others are worked on. False: too wide.
-bool lay_out(int64_t rows, int64_t cols, int blocks, int64_t shared_bytes, Layout* layout) {
+bool lay_out(const SpectralMatrix& a, int team, bool cluster, int64_t shared_bytes, Layout* layout) {
+  const int64_t rows = a.rows, cols = a.cols;
+  const int blocks = own_blocks(rows, team, cluster);
   const int share = static_cast<int>(std::max<int64_t>(1, (rows + blocks - 1) / blocks));
   if (cols > 1 << 20) return false;
   const int pitch = static_cast<int>(round_up<int64_t>(cols, 32)), whole = round_up(share, 16);
   const struct { int tile, buffers; bool x, z; } tries[] = {
       {whole, 1, true, false}, {32, 2, true, true}, {16, 2, true, true}, {16, 1, true, true}, {16, 1, true, false}, {16, 1, false, false}};
   for (const auto& t : tries) {
-    *layout = {share, t.tile, (share + t.tile - 1) / t.tile, pitch, t.buffers, t.x, t.z};
+    *layout = {blocks, share, t.tile, (share + t.tile - 1) / t.tile, pitch, t.buffers, t.x, t.z};
     if (Shared(*layout).bytes <= shared_bytes) return true;
   }
   return false;
@@ -48,7 +57,7 @@ bool lay_out(int64_t rows, int64_t cols, int blocks, int64_t shared_bytes, Layou
 
 struct Plan {
   const char* message = nullptr;
-  int blocks = 1, teams = 1;
+  int blocks = 1;
   bool cluster = false;
   int64_t shared_bytes = 0, flags = 0, workspace_bytes = 0;
   Space space{};
@@ -56,30 +65,30 @@ struct Plan {
 
 Plan plan(const SpectralParams& p, const CudaLimits& limits) {
   Plan plan;
-  int64_t wanted = 1, rows = 1, cols = 1;
+  int64_t rows = 1, cols = 1;
   for (int64_t i = 0; i < p.count; ++i) {
     const SpectralMatrix& a = p.matrices[i];
     if (a.dtype != F32 && a.dtype != BF16 && a.dtype != F16) plan.message = "dtype of a matrix: float32, bfloat16 or float16";
     if (a.width < 0 || a.width > K) plan.message = "a block has more than 16 vectors";
     if (a.rows > INT32_MAX - 1024) plan.message = "a matrix has too many rows for the CUDA kernel";
-    if (a.rows > 2 * ROWS) wanted = std::max<int64_t>(wanted, (a.rows + ROWS - 1) / ROWS);
     rows = std::max<int64_t>(rows, a.rows);
     cols = std::max<int64_t>(cols, a.cols);
   }
   if (plan.message) return plan;
 
-  const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(p.count, MOST)), most = std::max<int64_t>(1, std::min<int64_t>(limits.max_cluster, LARGEST_TEAM));
-  while (plan.blocks < wanted && 2 * plan.blocks <= most) plan.blocks *= 2;
-  plan.teams = static_cast<int>(at_once);
-  const int64_t larger = std::min<int64_t>(wanted, limits.sms / at_once);   // a team whose blocks all run at the same time as the others'
-  if (larger >= 2 * plan.blocks && (rows + plan.blocks - 1) / plan.blocks * cols > MUCH) plan.blocks = static_cast<int>(larger);
+  const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(p.count, MOST));
+  int most = 1;
+  while (2 * most <= std::min(limits.max_cluster, LARGEST_TEAM)) most *= 2;
+  plan.blocks = own_blocks(rows, most, true);
+  const int64_t larger = std::min(wanted_blocks(rows), limits.sms / at_once);   // blocks that wait for each other must all run
+  const int64_t share = (rows + plan.blocks - 1) / plan.blocks * cols;
+  if (larger >= 2 * plan.blocks && share > MUCH) plan.blocks = static_cast<int>(larger);
   plan.cluster = plan.blocks > 1 && plan.blocks <= most;
-  if (plan.blocks > most) plan.teams = static_cast<int>(std::min<int64_t>(at_once, limits.sms / plan.blocks));
 
   int64_t pitch = 0;
   for (int64_t i = 0; i < p.count; ++i) {
     Layout layout;
-    if (!lay_out(p.matrices[i].rows, p.matrices[i].cols, plan.blocks, limits.shared_bytes, &layout)) {
+    if (!lay_out(p.matrices[i], plan.blocks, plan.cluster, limits.shared_bytes, &layout)) {
       plan.message = "a matrix has too many columns for the shared memory of this device";
       return plan;
     }
@@ -94,8 +103,8 @@ Plan plan(const SpectralParams& p, const CudaLimits& limits) {
   plan.space.grams = take(2 * 8 * K * K * plan.blocks);
   plan.space.largest = take(4 * plan.blocks);
   plan.space.bytes = bytes;
-  plan.flags = round_up<int64_t>(4 * plan.blocks * plan.teams, 256);
-  plan.workspace_bytes = plan.flags + plan.teams * bytes;
+  plan.flags = round_up<int64_t>(4 * plan.blocks * at_once, 256);
+  plan.workspace_bytes = plan.flags + at_once * bytes;
   return plan;
 }
 
@@ -116,7 +125,6 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
   if (launched.workspace_bytes < plan.workspace_bytes) return "the workspace is smaller than spectral_workspace_cuda says";
   return with_device(launched.device, [&]() -> const char* {
     Params params;
-    params.teams = plan.teams;
     params.blocks = plan.blocks;
     params.cluster = plan.cluster;
     params.scale = p.scale != 0;
@@ -136,14 +144,13 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
         Matrix& m = params.matrices[i];
         m = {reinterpret_cast<void*>(a.w), reinterpret_cast<float*>(a.block), a.stride, p.bounds[first + i],
              static_cast<int>(a.rows), static_cast<int>(a.cols), static_cast<int>(a.width), static_cast<int>(a.dtype), {}};
-        lay_out(a.rows, a.cols, plan.blocks, limits.shared_bytes, &m.layout);
+        lay_out(a, plan.blocks, plan.cluster, limits.shared_bytes, &m.layout);
       }
-      const int teams = static_cast<int>(std::min<int64_t>(plan.teams, params.count));
-      params.teams = teams;
+      const int blocks = params.count * plan.blocks;
       if (flags)
-        if (const char* problem = launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, teams * plan.blocks}))
+        if (const char* problem = launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, blocks}))
           return problem;
-      const Grid grid{teams * plan.blocks, THREADS, plan.cluster ? plan.blocks : 1, plan.shared_bytes, flags, launched.stream};
+      const Grid grid{blocks, THREADS, plan.cluster ? plan.blocks : 1, plan.shared_bytes, flags, launched.stream};
       if (const char* problem = launch(spectral_step, grid, params)) return problem;
     }
     return nullptr;

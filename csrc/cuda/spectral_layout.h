@@ -1,11 +1,15 @@
 // What the kernel of the spectral step is told, and where a block keeps what: device and host agree here.
 #pragma once
+#include <cmath>
+
 #include "device.cuh"
 #include "stable_rnn/cuda.h"
 #include "stable_rnn/params.h"
 
 namespace stable_rnn {
 namespace spectral {
+
+using std::fma;                        // for doubles too: stable_rnn::fma is for floats, and would take them
 
 constexpr int K = SPECTRAL_BLOCK;
 constexpr int WARPS = 16;              // of a block. They share a product; the last one does dense algebra beside it
@@ -17,9 +21,11 @@ struct alignas(16) Quad {
   float v[4];
 };
 
-// Of one matrix in a block's shared memory. A block owns `share` rows of W and looks at them `tile` at a time; if they all fit at once,
-// they stay for the whole step.
+// Of one matrix in a block's shared memory. The first `blocks` of a team own `share` rows of W each, and look at them `tile` at a time; if
+// they all fit at once, they stay for the whole step. The team's other blocks only meet: so a small matrix is worked on in the same way,
+// to the same bits, beside large ones.
 struct Layout {
+  int blocks;
   int share, tile, tiles;
   int pitch;                           // of W, and rows of a block of vectors: the columns, zeros up to a multiple of 32
   int buffers;                         // 2: the next tile is on its way while one is worked on
@@ -47,15 +53,15 @@ struct Space {
 
 struct Params {
   Matrix matrices[MOST];
-  int count, teams, blocks;            // teams take matrices in turn; blocks of a team
+  int count, blocks;                   // each matrix has a team of so many blocks
   bool cluster;                        // a team is a cluster; else, if it has several blocks, it meets through flags
   bool scale;
   int iterations, fresh;
   uint64_t seed;
   double* norms;
   int64_t* near;
-  unsigned* flags;                     // [teams][blocks], zeros at the launch
-  char* workspace;                     // [teams] of Space
+  unsigned* flags;                     // [count][blocks], zeros at the launch
+  char* workspace;                     // [count] of Space
   Space space;
 };
 static_assert(sizeof(Params) <= 4096, "kernel parameters");

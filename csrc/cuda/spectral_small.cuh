@@ -1,8 +1,6 @@
 // Dense algebra on 16 x 16 matrices of doubles in shared memory, each by one warp: the Cholesky factor and the eigenvectors of a Gram
 // matrix. What csrc/cpu/kernels/small.h does on one core; here every step is a wait, so both are arranged for few steps in a row.
 #pragma once
-#include <cmath>
-
 #include "spectral_layout.h"
 
 namespace stable_rnn {
@@ -18,6 +16,23 @@ __device__ __forceinline__ double reciprocal(double x) {
 __device__ __forceinline__ double reciprocal_root(double x) {
   const double start = 1 / sqrtf(static_cast<float>(x));
   return start * fma(-0.5 * x * start, start, 1.5);
+}
+
+// One warp. Whether the columns of Z, G = Z^T Z, are far from orthogonal: else, at unit length, their singular values are within a factor 5
+// of each other, and Z T loses no digit to speak of.
+__device__ __forceinline__ bool crowded(const double* G) {
+  const int lane = thread_index() % 32, j = lane % K;
+  const double diagonal = G[j * K + j], inverse = diagonal > 0 ? 1 / diagonal : 0;
+  double cosines = 0;   // squares of them
+#pragma unroll
+  for (int m = 0; m < K / 2; ++m) {
+    const int i = 2 * m + lane / K;
+    const double g = G[i * K + j], other = shuffle(inverse, i);
+    if (i != j) cosines = fma(g * inverse, g * other, cosines);
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) cosines += shuffle_xor(cosines, mask);
+  return cosines > 0.8;   // the Frobenius norm is then 0.9, and the eigenvalues of the scaled G are 0.1 to 1.9
 }
 
 // One warp. G = Z^T Z (K, K) -> the upper triangular T (K, K) with orthonormal Z T. A column that depends on those before it gets a zero

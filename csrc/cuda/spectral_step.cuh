@@ -3,9 +3,10 @@
 // The team's blocks own slabs of rows of W, and slabs of rows of X. They exchange sums through the L2 cache and meet at barriers:
 //     largest |W|                                    | meet |    unit (1 for ordinary weights), or NaN: nothing is written
 //     repeat:  Y = W X,  own summand of W^T Y        | meet |    own rows of Z = sum of the summands, in the order of the blocks
-//              own summand of Z^T Z, own rows of Z   | meet |    Z^T Z = R^T R, and X = Z R^-1 becomes Y = (W Z) R^-1: the factorization
-//                                                                runs beside the product. The last time X = Z R^-1 is formed, and made
-//                                                                orthonormal a second time
+//              own rows of Z, own summand of Z^T Z   | meet |    Z^T Z = R^T R; X = Z R^-1 becomes Y = (W Z) R^-1, so that the factorization
+//                                                                runs beside the product
+//              the last time, and where the columns of Z are far from orthogonal:
+//              own rows of Z <- Z R^-1, and so on    | meet |    the same again: orthonormal to rounding
 //     Y = W X,  own summand of Y^T Y                 | meet |    its eigenvectors: Rayleigh-Ritz. Own rows of W and of the block are written
 // Every block finds small matrices, and so all decisions, for itself from the same summands.
 #pragma once
@@ -24,7 +25,7 @@ __device__ __forceinline__ uint64_t mixed(uint64_t x) {   // one draw of splitmi
 
 class Team {
  public:
-  const int index, rank, blocks;
+  const int index, rank, blocks;   // index: of the matrix
 
   __device__ __forceinline__ explicit Team(const Params& p)
       : index(block_index() / p.blocks), rank(block_index() % p.blocks), blocks(p.blocks), cluster_(p.cluster),
@@ -49,9 +50,9 @@ class Team {
 
 class Step {
  public:
-  __device__ __forceinline__ Step(const Params& p, int which, Team& team)
-      : p_(p), a_(*in_shared<Matrix>(Shared::matrix)), l_(a_.layout), team_(team), which_(which) {
-    if (thread_index() == 0) *in_shared<Matrix>(Shared::matrix) = p.matrices[which];
+  __device__ __forceinline__ Step(const Params& p, Team& team)
+      : p_(p), a_(*in_shared<Matrix>(Shared::matrix)), l_(a_.layout), team_(team) {
+    if (thread_index() == 0) *in_shared<Matrix>(Shared::matrix) = p.matrices[team.index];
     block_sync();
     const Shared at(l_);
     y_ = static_cast<int>(at.y);
@@ -61,7 +62,7 @@ class Step {
     space_ = p.workspace + team.index * p.space.bytes;
     first_ = min_of(int64_t(team.rank) * l_.share, a_.rows);
     last_ = min_of(int64_t(first_) + l_.share, a_.rows);
-    const int slab = (a_.cols + team.blocks - 1) / team.blocks;
+    const int slab = (a_.cols + l_.blocks - 1) / l_.blocks;
     x_first_ = min_of(int64_t(team.rank) * slab, a_.cols);
     x_last_ = min_of(int64_t(x_first_) + slab, a_.cols);
   }
@@ -73,15 +74,17 @@ class Step {
       multiply(i > 0, i == p_.iterations);
       if (i == p_.iterations) break;
       combine();
-      if (i == p_.iterations - 1) {
-        exchange_gram();
+      publish();
+      exchange_gram();
+      if (i == p_.iterations - 1 || crowded(G())) {
         if (warp() == WARPS - 1) orthogonalizer(G(), T());
         block_sync();
         rotate(X(), x_first_, x_last_, T());
+        sum_ = 0;
         add_gram(X(), x_first_, x_last_);
+        publish();
+        exchange_gram();
       }
-      publish();
-      exchange_gram();
       gather();
     }
     exchange_gram();
@@ -93,7 +96,6 @@ class Step {
   const Matrix& a_;
   const Layout& l_;
   Team& team_;
-  const int which_;
   int y_, w_, x_, z_;                     // where they begin in shared memory
   char* space_;                           // the team's
   int first_, last_, x_first_, x_last_;   // own rows of W and of X
@@ -217,7 +219,7 @@ class Step {
     start();
     team_.meet();
     most = 0;
-    for (int s = 0; s < team_.blocks; ++s) most = larger(most, load_l2(largest() + s));
+    for (int s = 0; s < l_.blocks; ++s) most = larger(most, load_l2(largest() + s));
     if (most != most) return false;
     // Powers of W up to the third must keep in range, for any shape: other weights than these are taken in units of their own.
     if (most > 0 && (most < 0x1p-20f || most > 0x1p20f)) exponent_ = ilogbf(most) + 1;
@@ -230,9 +232,9 @@ class Step {
   // X: the kept vectors, then fresh random ones, then zeros.
   __device__ __forceinline__ void start() {
     const int first = l_.shared_x ? 0 : x_first_;
-    const int last = l_.shared_x || team_.rank == team_.blocks - 1 ? l_.pitch : x_last_;
+    const int last = l_.shared_x || team_.rank == l_.blocks - 1 ? l_.pitch : x_last_;
     const int kept = a_.width > p_.fresh ? a_.width - p_.fresh : 0;
-    const uint64_t seed = mixed(p_.seed + which_);
+    const uint64_t seed = mixed(p_.seed + team_.index);
     float* X = this->X();
     for (int e = first * K + thread_index(); e < last * K; e += THREADS) {
       const int j = e / K, c = e % K;
@@ -306,7 +308,7 @@ class Step {
     for (int e = x_first_ * K + thread_index(); e < x_last_ * K; e += THREADS) {
       float sum = load_l2(partials() + e);
 #pragma unroll 4
-      for (int s = 1; s < team_.blocks; ++s) sum += load_l2(partials() + int64_t(s) * l_.pitch * K + e);
+      for (int s = 1; s < l_.blocks; ++s) sum += load_l2(partials() + int64_t(s) * l_.pitch * K + e);
       X[e] = sum;
     }
     block_sync();
@@ -338,7 +340,7 @@ class Step {
     if (thread_index() < K * K) {
       double sum = 0;
 #pragma unroll 4
-      for (int s = 0; s < team_.blocks; ++s) sum += load_l2(place + s * K * K + thread_index());
+      for (int s = 0; s < l_.blocks; ++s) sum += load_l2(place + s * K * K + thread_index());
       G()[thread_index()] = sum;
     }
     block_sync();
@@ -467,8 +469,8 @@ class Step {
 
   __device__ __forceinline__ void report(double norm, int near) const {
     if (team_.rank > 0 || thread_index() > 0) return;
-    p_.norms[which_] = norm;
-    p_.near[which_] = near;
+    p_.norms[team_.index] = norm;
+    p_.near[team_.index] = near;
   }
 };
 
