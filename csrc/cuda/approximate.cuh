@@ -1,5 +1,5 @@
-// A float whose exponential and division are the hardware's, good to about 1e-6 absolute: the gate arithmetic where states are stored in
-// 16 bits, at a third of the instructions. cell.h does the rest of a step with it.
+// A float whose exponential and division are the hardware's, below 1e-6 absolute by their documented errors: for states stored in
+// 16 bits, with far fewer instructions. cell.h does the rest of a step with it.
 #pragma once
 #include "device.cuh"
 
