@@ -5,6 +5,9 @@ Nothing waits for the device: what a step finds (norms, NaN where a matrix is no
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -41,8 +44,14 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
 
 
 def _workspace(matrices: list[Tensor], blocks: list[Tensor], limits: tuple[int, ...]) -> int:
-    shapes = table(matrices, blocks, DTYPES)
-    return lib.spectral_workspace_cuda(len(matrices), shapes.data_ptr(), limits)
+    """Bytes that a step needs on a device with these limits; -1 where it cannot run."""
+    return _workspace_of(lib, tuple((DTYPES[W.dtype], *W.shape, W.shape[1], X.shape[1], 0, 0) for W, X in zip(matrices, blocks)), limits)
+
+
+@lru_cache(maxsize=64)
+def _workspace_of(lib: ModuleType, fields: tuple[tuple[int, ...], ...], limits: tuple[int, ...]) -> int:
+    shapes = torch.tensor(fields, dtype=torch.int64, device="cpu")
+    return lib.spectral_workspace_cuda(len(fields), shapes.data_ptr(), limits)
 
 
 def spectral_step(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .norm import check_bound, check_dtype, check_matrix, prove, scaled, shift, spectral_norm_bound, width
-from .reference import fresh_vectors, krylov
+from . import certified
+from .later import LAG, Sent, capturing, check_finite, on_gpu, send
+from .norm import check_bound, check_dtype, check_matrix, scaled, shift
+from .reference import fresh_vectors
+from .registration import kernel
 
 METHODS = ("clip", "scale")
 COLD, WARM = 8, 2  # applications of W^T W to the block in one uncertified step
@@ -32,6 +34,10 @@ class SpectralState:
         self.calls = 0
         self.blocks: list[Tensor] = []
         self.exact: list[int] = []  # the call that last saw the whole spectrum
+        self.sent: Sent | None = None  # what a step on a GPU found, not yet read
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "sent": None}
 
     def prepare(self, matrices: Sequence[Tensor]) -> bool:
         """Makes the blocks fit the matrices; True if any of them had to start anew."""
@@ -47,7 +53,7 @@ class SpectralState:
             blocks.append(block)
         self.calls += 1
         if not fits:
-            self.exact = [self.calls - PERIOD] * len(blocks)
+            self.exact, self.sent = [self.calls - PERIOD] * len(blocks), None
         self.blocks = blocks
         return not fits
 
@@ -74,57 +80,99 @@ def spectral_project_(
     follows in every 16th call, which keeps the norm below bound + 16 times the largest norm of an update. Without a state (or when it
     is new) the step is a cold one: more iterations, and that SVD at once. In bfloat16 and float16, corrections below half a unit in the
     last place of the entries are lost.
+    On a GPU the step waits for nothing, but for a cold one: what it found is looked at in every 16th call, 4 calls late. So 16 becomes 20,
+    and a matrix with NaN or infinite entries is left alone and raises when the next look finds it. While a CUDA graph is captured nothing
+    is looked at, and replays repeat the same random vectors.
 
     W      a tensor or an iterable of tensors, any real floating dtype, any strides; parameters and views of parameters are written
            through. No two may overlap.
     bound  > 0; one for all or one per matrix.
-    Returns float64, 0-dimensional for one matrix, (number of matrices,) otherwise: upper bounds of the norms after a certified call,
-    estimates from below after an uncertified one.
+    Returns float64, 0-dimensional for one matrix, (number of matrices,) otherwise: upper bounds of the norms after a certified call, on the
+    CPU; estimates from below after an uncertified one, on the device of the (first) matrix.
 
-    Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite or
-    requires grad, an unknown method, a tensor that is no matrix; TypeError for other dtypes, a bound that is no number, another state.
+    Raises, before anything is written: ValueError for NaN or infinite entries (uncertified on a GPU: see above), a bound that is not
+    positive and finite or requires grad, an unknown method, a tensor that is no matrix; TypeError for other dtypes, a bound that is no
+    number, another state.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     single = isinstance(W, Tensor)
     matrices = [W] if single else list(W)
-    for i, matrix in enumerate(matrices):
-        name = "W" if single else f"W[{i}]"
+    names = ["W"] if single else [f"W[{i}]" for i in range(len(matrices))]
+    for matrix, name in zip(matrices, names):
         if isinstance(matrix, Tensor) and matrix.dim() != 2:
             raise ValueError(f"{name} must be a matrix (m, n), got the shape {tuple(matrix.shape)}")
-        check_matrix(matrix, name) if certify else check_dtype(matrix, name)  # the step looks for NaN itself
+        check_dtype(matrix, name)
+        if certify and not on_gpu([matrix]):  # there with the proofs; the step looks for NaN itself
+            check_matrix(matrix, name)
     if state is not None and not isinstance(state, SpectralState):
         raise TypeError(f"state must be a SpectralState or None, got {type(state).__name__}")
     matrices = [matrix.detach() for matrix in matrices]
     bounds = _bounds(bound, len(matrices))
     state = SpectralState() if state is None else state
-    cold = state.prepare(matrices)
     if certify:
-        found = [_certified(*each, scale=method == "scale") for each in zip(matrices, bounds, state.blocks)]
-        for matrix, (stored, _) in zip(matrices, found):
-            if stored is not None:
-                matrix.copy_(stored)
-        state.exact = [state.calls] * len(matrices)
-        norms = torch.stack([norm for _, norm in found]) if found else torch.zeros(0, dtype=torch.float64, device="cpu")
+        norms = _certified(matrices, names, bounds, method == "scale", state)
     else:
-        norms = _stepped(matrices, bounds, method == "scale", state, COLD if cold else WARM)
+        norms = _stepped(matrices, bounds, method == "scale", state)
     return norms[0] if single else norms
 
 
-def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: SpectralState, iterations: int) -> Tensor:
+def _certified(matrices: list[Tensor], names: list[str], bounds: list[float], scale: bool, state: SpectralState) -> Tensor:
+    def step(some: list[Tensor], blocks: list[Tensor], aims: list[float]) -> bool:
+        able = kernel(some, blocks)[0] is not None  # the reference would wait often
+        if able:
+            torch.ops.stable_rnn.spectral_step_(some, blocks, aims, state.fresh, scale, COLD, _seed(state, matrices))
+        return able
+
+    if on_gpu(matrices):
+        norms = certified.look(matrices, bounds)
+        for name, norm in zip(names, norms):
+            if norm != norm:
+                raise ValueError(f"{name} holds NaN or infinite values")
+        state.prepare(matrices)
+        found = certified.together(matrices, bounds, state.blocks, scale, norms, step)
+    else:
+        state.prepare(matrices)
+        found = certified.one_by_one(matrices, bounds, state.blocks, scale)
+    for matrix, (stored, _) in zip(matrices, found):
+        if stored is not None:
+            matrix.copy_(stored)
+    state.exact = [state.calls] * len(matrices)
+    return torch.tensor([norm for _, norm in found], dtype=torch.float64, device="cpu")
+
+
+def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: SpectralState) -> Tensor:
     """One step. Where the whole block lies at the bound it cannot tell what else does: there an SVD follows every PERIOD calls."""
+    cold = state.prepare(matrices)
+    gpu = on_gpu(matrices)
+    late = gpu and (not cold or capturing(matrices))
+    counts, seen = None, state.calls
+    if state.sent is not None and state.calls >= state.sent.call + LAG:
+        sent, state.sent = state.sent, None
+        counts, seen = sent.counts(), sent.call
     norms, near = torch.ops.stable_rnn.spectral_step_(
-        matrices, state.blocks, bounds, state.fresh, scale, iterations, state.seed + state.calls * max(1, len(matrices))
+        matrices, state.blocks, bounds, state.fresh, scale, COLD if cold else WARM, _seed(state, matrices)
     )
-    for i, (W, block, count) in enumerate(zip(matrices, state.blocks, near.tolist())):
+    if not late:
+        if gpu:
+            check_finite(norms)
+        counts = near.tolist()
+    elif state.calls % PERIOD == 0 and not capturing(matrices):
+        state.sent = send(state.calls, norms, near)
+    for i, count in enumerate(counts or ()):
+        W, block = matrices[i], state.blocks[i]
         full = count >= block.shape[1] - state.fresh and block.shape[1] < min(W.shape) and not scale
-        if full and state.calls - state.exact[i] >= PERIOD:
+        if full and seen - state.exact[i] >= (1 if late else PERIOD):
             A, own = scaled(W)
             limit, exponent = math.frexp(bounds[i])
-            T = _svd_clipped(A.to(block.dtype), own - exponent, limit, block)
+            T = certified.svd_clipped(A.to(block.dtype), own - exponent, limit, block)
             W.copy_(shift(T, torch.tensor(exponent, device=T.device)))
             state.exact[i] = state.calls
     return norms
+
+
+def _seed(state: SpectralState, matrices: list[Tensor]) -> int:
+    return state.seed + state.calls * max(1, len(matrices))
 
 
 def _bounds(bound: float | Sequence[float] | Tensor, count: int) -> list[float]:
@@ -137,94 +185,3 @@ def _bounds(bound: float | Sequence[float] | Tensor, count: int) -> list[float]:
         if not 0 < b < math.inf:
             raise ValueError(f"bound must be positive and finite, got {b}")
     return values
-
-
-def _certified(W: Tensor, bound: float, block: Tensor, scale: bool) -> tuple[Tensor | None, Tensor]:
-    """(what to store, or None if W is inside; an upper bound of its norm). Writes the block only.
-
-    The target T in float64 is rounded to W's dtype, and what is then proven inside is stored. Where rounding takes it outside again,
-    the excess of the rounded matrix is subtracted from T once more: it accumulates there until rounding gives way, which one larger
-    step cannot do (a correction below half a unit in the last place vanishes each time). One rounding is enough as a rule.
-    """
-    exponent = math.frexp(bound)[1]
-    unit = torch.tensor(exponent, device=W.device)
-    slack = width(max(W.shape), min(W.shape))
-    limit = math.ldexp(bound, -exponent) * (1 - slack)  # in units of 2**exponent
-    norm = _proven(W, limit, exponent)
-    if norm is not None:
-        return None, norm
-    aim = limit * (1 - slack - torch.finfo(W.dtype).eps)
-    A, own = scaled(W)
-    T = (_scaled_target if scale else _clipped_target)(A, own - unit, aim, block)
-    for attempt in itertools.count():
-        stored = shift(T, unit).to(W.dtype)
-        norm = _proven(stored, limit, exponent)
-        if norm is not None:
-            return stored, norm
-        A = shift(stored.double(), -unit)
-        if attempt > 30:  # seen only where the bound is a few of the dtype's smallest numbers
-            T = T / 2
-        elif scale:
-            T = T * (aim / spectral_norm_bound(A))
-        else:
-            U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-            T = T - (U * (S - aim).clamp(min=0)) @ Vh
-
-
-def _proven(W: Tensor, limit: float, exponent: int) -> Tensor | None:
-    """An upper bound of the norm of W if limit * 2**exponent is proven to be about one, else None."""
-    A, own = scaled(W)
-    if not A.any():
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    gap = exponent - int(own)
-    if abs(gap) > 500:  # so far outside, or inside, that the largest entry decides
-        square = A.new_tensor(torch.inf if gap < 0 else float(A.numel()))
-    else:
-        square = prove(A, A.new_tensor(math.ldexp(limit, gap) ** 2))
-    if torch.isinf(square):
-        return None
-    norm = shift(square.sqrt() * (1 + 1e-15), own)
-    return norm.cpu()
-
-
-def _scaled_target(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
-    return A * (aim / spectral_norm_bound(A))
-
-
-def _clipped_target(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
-    """The projection of A * 2**gap onto the ball of radius aim, from the block where it suffices, else from an SVD."""
-    if gap < 20:  # else the subtraction would cancel
-        B = shift(A, gap)
-        found = _few_outside(B, aim, block)
-        if found is not None:
-            U, S, V = found
-            return B - (U * (S - aim).clamp(min=0)) @ V.mT
-    return _svd_clipped(A, gap, aim, block)
-
-
-def _svd_clipped(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
-    """The projection of A * 2**gap, and the block set to the top right singular vectors."""
-    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    block.copy_(Vh[: block.shape[1]].mT)
-    floor = S[0] * max(A.shape) * torch.finfo(S.dtype).eps  # singular values below are rounding noise: keep the rank
-    return (U * shift(torch.where(S > floor, S, 0).double(), gap).clamp(max=aim)) @ Vh.double()
-
-
-def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 4, depth: int = 4) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Converged triplets of all singular values above aim, or None if the block is too small or converges too slowly.
-
-    A residual R = B^T U - V S belongs to exact triplets of a matrix that is ||R||_F away, and the projection does not expand
-    distances: the error of the clipped matrix is at most 2 ||R||_F (asked for: 1e-4 of the distance it moves).
-    """
-    V = block.to(B)
-    whole = block.shape[1] == min(B.shape)
-    for _ in range(rounds):
-        U, S, V = krylov(B, V, depth)
-        outside = int((S > aim).sum())
-        if outside == len(S) and not whole:
-            return None
-        block.copy_(V)
-        residual = torch.linalg.matrix_norm((B.mT @ U - V * S)[:, :outside])
-        if residual <= 1e-4 * torch.linalg.vector_norm(S[:outside] - aim):
-            return (U, S, V) if outside else None
-    return None

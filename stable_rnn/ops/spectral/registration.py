@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ...dispatch import requested
-from . import native, reference
+from . import reference
 
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
+_MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "native"}
+_GPU, _CPU = ("cuda", "triton"), ("cpu",)  # what `auto` tries before the reference
 _warned: set[str] = set()
 
 
@@ -19,33 +23,53 @@ def _spectral_step(
 ) -> tuple[Tensor, Tensor]:
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
+    home = _home(matrices)
     with torch.autocast(matrices[0].device.type if matrices else "cpu", enabled=False):
-        return _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+        norms, near = _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+        return norms.to(home), near.to(home)
 
 
-def _backend(matrices: list[Tensor], blocks: list[Tensor]):
-    """The rule of `stable_rnn.backends`; the backend `torch` has no other code for this than the reference."""
+def _home(matrices: list[Tensor]) -> torch.device:
+    """Where the results are: with the matrices, but for devices without float64."""
+    return matrices[0].device if matrices and matrices[0].device.type != "mps" else torch.device("cpu")
+
+
+def kernel(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[ModuleType | None, str]:
+    """The compiled code that runs a step on these, by the rule of `stable_rnn.dispatch`, or None and the reasons why there is none."""
     name = requested("auto")
-    if name in ("reference", "torch"):
-        return reference
-    able, reason = native.can_run(matrices, blocks)
-    if able:
-        return native
-    if name == "cpu":
-        raise ValueError(f"backend 'cpu' cannot run this projection: {reason}")
-    if reason not in _warned:
+    if name in ("reference", "torch"):  # torch has no other code for this than the reference
+        return None, ""
+    on_gpu = bool(matrices) and matrices[0].device.type == "cuda"
+    reasons = []
+    for each in (_GPU if on_gpu else _CPU) if name == "auto" else (name,):
+        backend = import_module(f".{_MODULES[each]}", __package__)
+        able, reason = backend.can_run(matrices, blocks)
+        if able:
+            return backend, ""
+        reasons.append(reason)
+    return None, "; ".join(reasons)
+
+
+def _backend(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType:
+    backend, reason = kernel(matrices, blocks)
+    name = requested("auto")
+    if backend is None and reason and name != "auto":
+        raise ValueError(f"backend {name!r} cannot run this projection: {reason}")
+    if backend is None and reason and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"stable_rnn runs its slow reference projection: {reason}", RuntimeWarning, stacklevel=2)
-    return reference
+    return backend or reference
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
-    return tuple(torch.empty(len(matrices), dtype=dtype, device="cpu") for dtype in (torch.float64, torch.int64))
+    return tuple(torch.empty(len(matrices), dtype=dtype, device=_home(matrices)) for dtype in (torch.float64, torch.int64))
 
 
 # One uncertified step for many matrices: W (m, n) and its block (n, k) are overwritten, the `fresh` last columns of the block are not
-# read but replaced by random ones that depend on `seed` and the matrix's place. Returns, on the CPU, estimates of the norms afterwards
-# and how many singular values of each block were above 0.999 of the bound before.
+# read but replaced by random ones that depend on `seed` and the matrix's place. Returns, on the device of the first matrix, estimates of
+# the norms afterwards and how many singular values of each block were above 0.999 of the bound before. A matrix with NaN or infinite
+# entries is left alone; it raises ValueError (CPU kernels and reference, before anything is written), or has the norm NaN (on a GPU, where
+# telling would have to wait).
 _library.define(
     "spectral_step_(Tensor(a!)[] matrices, Tensor(b!)[] blocks, float[] bounds, int fresh, bool scale, int iterations, int seed)"
     " -> (Tensor norms, Tensor near)"
