@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence import triton_large, triton_small
 from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
+from stable_rnn.ops.spectral import triton_step
 
 KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "float16": DTYPES[torch.float16], "bfloat16": DTYPES[torch.bfloat16]}
 TYPES = {"float32": "fp32", "tf32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -20,8 +21,9 @@ SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # 
 ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
 BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
-WIDE = (*STARTS[:4], *BORDERS, "cells", "c_plane", "dc_plane")  # float32 in every storage type
-LSTM = ("c0", "c_n", "gates", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_plane", "dc_plane")
+WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
+LSTM = ("c0", "c_n", "gates", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
+        "dc_planes")
 
 
 class Use(NamedTuple):
@@ -74,3 +76,14 @@ def use(kernel) -> Use:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     return Use(kernel.metadata.shared, int(re.search(r"STACK:(\d+)", printed)[1]), kernel.asm["ptx"])
+
+
+def spectral(arch, kind: str, scale: bool, alone: bool = True) -> Use:
+    """The spectral step for matrices of one dtype."""
+    fixed = dict(DTYPE=getattr(triton.language, kind), SCALE=scale, ALONE=alone, FIELDS=triton_step.FIELDS, BAND=triton_step.BAND,
+                 TILE=triton_step.TILE)
+    pointers = dict(table="*i64", bounds="*fp64", norms="*fp64", near="*i64", space="*fp32", grams="*fp64", arrivals="*i32")
+    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in triton_step.step.arg_names}
+    attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
+    options = dict(num_warps=4, enable_fp_fusion=True, launch_cooperative_grid=not alone)
+    return use(triton.compile(ASTSource(triton_step.step, signature, fixed, attributes), target=target(arch), options=options))

@@ -171,7 +171,8 @@ def test_nan_and_infinity_pass_through(cell, way):
 def test_tanh_and_sigmoid_to_a_few_units():
     """A tanh RNN without state weights is tanh itself, down to the smallest numbers: within 6 units in the last place, of which one
     is the division's on a GPU (at most 2 units). So are the gates of an LSTM without any."""
-    x = torch.cat([torch.linspace(-12, 12, 499), torch.logspace(-30, 0, 200), -torch.logspace(-30, 0, 200), torch.tensor([90.0, -1e4, 3e38])])
+    small = torch.logspace(-30, 0, 200)
+    x = torch.cat([torch.linspace(-12, 12, 499), small, -small, torch.tensor([90.0, -1e4, 3e38])])
     case = Case("rnn_tanh", 1, len(x), 1, stride=1, warmup=0)  # each value a row of the batch
     unit = 6 * torch.finfo(torch.float32).eps
     y = run(case, dict(xp=x[:, None], w_hh=torch.zeros(1, 1), h0=torch.zeros(len(x), 1), c0=None)).y[:, 0].cpu()
@@ -189,7 +190,7 @@ def test_tanh_and_sigmoid_to_a_few_units():
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
 @pytest.mark.parametrize("layout, lengths", [("padded", None), ("reverse", (7, 0, 5)), ("packed", (7, 3, 6))])
 def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
-    """The true gradient of windows. Here the error also grows with the number of windows that add up."""
+    """The true gradient of windows: sums over the units of all windows, whose rounding grows like a random walk."""
     case = Case(cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell == "lstm" else 1.0)
     made = case.draw()
     names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "h0", "c0")
@@ -204,24 +205,26 @@ def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
     exact, eager = gradients(reference, torch.float64, "cpu"), gradients(reference, torch.float32, "cpu")
     for value, want, plain in zip(found, exact, eager, strict=True):
         if want is not None:
-            limit = 2 * (plain - want).abs().max() + 8 * torch.finfo(torch.float32).eps * (case.lanes * case.gates) ** 0.5 * want.abs().max()
+            rounding = 8 * torch.finfo(torch.float32).eps * (case.lanes * case.gates) ** 0.5 * want.abs().max()
+            limit = 2 * (plain - want).abs().max() + rounding
             assert (value.cpu() - want).abs().max() <= limit
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
 def test_verified(cell, way):
     """Checked lanes are rerun from the states before them until all borders agree: with tol 0 that is the sequential run, bitwise."""
-    case = Case(cell, 24, 2, 10, stride=24, warmup=0, lengths=(24, 19), cap=0.6 if cell == "lstm" else 1.0)
+    case = Case(cell, 30, 2, 10, stride=30, warmup=0, lengths=(30, 19), cap=0.1 if cell == "lstm" else 1.0)
     made = case.draw()
-    made["w_hh"] *= 0.3
+    made["w_hh"] *= 0.1  # forgets fast
     on = {name: to_device(made[name]) for name in ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")}
     tensors = (on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case))
-    checked = problem(case)._replace(stride=6, warmup=3, tol=0.0, max_passes=4)
+    checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
     whole = backend.forward(*tensors, problem(case))
     found, report = verified.run(backend, tensors, checked, save=True)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
-    tensors = (on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, found.y, found.gates, found.cells, on["w_hh"], None, on["c0"], *rows(case))
+    saved = found.y, found.gates, found.cells
+    tensors = (on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case))
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(back.dz, backend.backward(*tensors, problem(case)).dz)

@@ -163,7 +163,7 @@ def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, 
     members, teams = team(tiles, -(-hidden // found.units), device.programs)
     width, gates = -(-hidden // 16) * 16, 4 if backward and cell == "lstm" else 1
     planes = x.new_empty(2, teams * found.lanes, gates * width)
-    cells = x.new_empty(teams * found.lanes, width, dtype=torch.float32) if cell == "lstm" else None
+    cells = x.new_empty(2, teams * found.lanes, width, dtype=torch.float32) if cell == "lstm" else None
     arrivals = torch.zeros(teams, dtype=torch.int32, device=x.device)
     alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
     spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]

@@ -2,8 +2,8 @@
 
 A member of a team takes every `members`-th block of UNITS hidden units, with all gates of a unit, so that the cell's update is its own. The
 team exchanges the state (forward h, backward dz, in the storage type) through two planes of global memory, of which each step reads one
-and writes the other, and meets in between: one program by a barrier of its threads, several by a counter in L2. The number of members
-changes no sum: each product runs over INNER units at a time, in ascending order.
+and writes the other (so are the cells kept), and meets in between: one program by a barrier of its threads, several by a counter in L2. The
+number of members changes no sum: each product runs over INNER units at a time, in ascending order.
 
 A launch does the steps [begin, end), after the start where begin < 0: all of them in one launch where programs may wait for each other,
 else the start and each step in launches of their own.
@@ -15,26 +15,15 @@ import triton
 import triton.language as tl
 
 from . import triton_small
-from .triton_parts import backward_run, forward_run, keep, load, lstm_step, lstm_vjp, rnn_step, rnn_vjp, start
+from .triton_parts import backward_run, forward_run, keep, load, lstm_step, lstm_vjp, meet, rnn_step, rnn_vjp, start
 
 NUMBERS = (*triton_small.NUMBERS, "members", "begin", "end")
-
-
-@triton.jit
-def meet(arrivals, goal, ALONE: tl.constexpr):
-    """A barrier of the team: after it, all members see what each has written before it."""
-    tl.debug_barrier()
-    if not ALONE:
-        tl.atomic_add(arrivals, 1, sem="release", scope="gpu")
-        while tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < goal:
-            pass
-        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
             y, h_n, c_n, gates, cells, h_start, c_start, h_end, c_end,
-            h_planes, c_plane, arrivals,
+            h_planes, c_planes, arrivals,
             cap, count, steps, batch, step, stride, warmup, members, begin, end,
             H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
             PRECISION: tl.constexpr, ALONE: tl.constexpr):
@@ -54,47 +43,47 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
                 keep(h_n, b * H + unit, h, there & last & (n == 0))
                 if CELL == "lstm":
                     c = start(c0, c_init, b * H + unit, entry * H + unit, given, there)
-                    tl.store(c_plane + place + unit, c, mask=unit < WIDTH)
+                    tl.store(c_planes + turn % 2 * plane + place + unit, c, mask=unit < WIDTH)
                     keep(c_n, b * H + unit, c, there & last & (n == 0))
         for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32))):
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
-            now, next = h_planes + turn % 2 * plane + place, h_planes + (turn + 1) % 2 * plane + place
+            now, next = turn % 2 * plane + place, (turn + 1) % 2 * plane + place
             row = first + s * step.to(tl.int64)
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                 live = (unit < H) & (s < n)
                 begins, writes, ends = live & (s == warm), live & (s >= warm), live & (s == n - 1)
                 if h_start is not None:
-                    keep(h_start, id * H + unit, tl.load(now + unit, mask=begins, other=0.0), begins)
+                    keep(h_start, id * H + unit, tl.load(h_planes + now + unit, mask=begins, other=0.0), begins)
                 if CELL == "lstm":
                     at = row * (4 * H) + unit
-                    c = tl.load(c_plane + place + unit, mask=unit < WIDTH, other=0.0)
+                    c = tl.load(c_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(c_start, id * H + unit, c, begins)
                     zi, zf, zg, zo = load(xp + at, live), load(xp + at + H, live), load(xp + at + 2 * H, live), load(xp + at + 3 * H, live)
                     for k0 in range(0, H, INNER):
                         k = k0 + tl.arange(0, INNER)
-                        h = tl.load(now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
+                        h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
                         w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
                         zi = tl.dot(h, tl.load(w, mask=square, other=0.0), zi, input_precision=PRECISION)
                         zf = tl.dot(h, tl.load(w + H * H, mask=square, other=0.0), zf, input_precision=PRECISION)
                         zg = tl.dot(h, tl.load(w + 2 * H * H, mask=square, other=0.0), zg, input_precision=PRECISION)
                         zo = tl.dot(h, tl.load(w + 3 * H * H, mask=square, other=0.0), zo, input_precision=PRECISION)
                     c, h = lstm_step(zi, zf, zg, zo, c, cap, gates, cells, at, row * H + unit, writes, H)
-                    tl.store(c_plane + place + unit, c, mask=unit < WIDTH)
+                    tl.store(c_planes + next + unit, c, mask=unit < WIDTH)
                     keep(c_end, id * H + unit, c, ends)
                     keep(c_n, b * H + unit, c, ends & last)
                 else:
                     z = load(xp + row * H + unit, live)
                     for k0 in range(0, H, INNER):
                         k = k0 + tl.arange(0, INNER)
-                        h = tl.load(now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
+                        h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
                         w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
                         z = tl.dot(h, tl.load(w, mask=square, other=0.0), z, input_precision=PRECISION)
                     h = rnn_step(z, CELL)
                 h = h.to(w_hh.dtype.element_ty)
-                tl.store(next + unit, h, mask=unit < WIDTH)
+                tl.store(h_planes + next + unit, h, mask=unit < WIDTH)
                 keep(y, row * H + unit, h, writes)
                 keep(h_end, id * H + unit, h, ends)
                 keep(h_n, b * H + unit, h, ends & last)
@@ -104,14 +93,14 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
 @triton.jit(do_not_specialize=NUMBERS)
 def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids,
              dz, dh0, dc0, dh_start, dc_start, dh_end, dc_end,
-             dz_planes, dc_plane, arrivals,
+             dz_planes, dc_planes, arrivals,
              cap, count, steps, batch, step, stride, warmup, members, begin, end,
              H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
              PRECISION: tl.constexpr, ALONE: tl.constexpr):
     GATES: tl.constexpr = 4 if CELL == "lstm" else 1
     team, rank, teams = tl.program_id(0) // members, tl.program_id(0) % members, tl.num_programs(0) // members
     lane = tl.arange(0, LANES).to(tl.int64)[:, None]
-    place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * (GATES * WIDTH)
+    place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
     turn, met = tl.maximum(begin, 0), 0
     for tile in range(team, tl.cdiv(count, LANES), teams):
         entry = tile * LANES + lane
@@ -120,12 +109,12 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                 dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, (unit < H) & (entry < count))
-                tl.store(dc_plane + place + unit, dc, mask=unit < WIDTH)
+                tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
         for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)):  # after its last step a lane only hands on
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
-            now, next = dz_planes + turn % 2 * plane + GATES * place, dz_planes + (turn + 1) % 2 * plane + GATES * place
+            now, next = turn % 2 * plane + place, (turn + 1) % 2 * plane + place
             row = first - s * step.to(tl.int64)
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
@@ -135,7 +124,7 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                 dh = tl.zeros((LANES, UNITS), tl.float32)
                 for k0 in range(0, tl.minimum(s, 1) * H, INNER):  # nothing is carried to step 0
                     k = k0 + tl.arange(0, INNER)
-                    z, w = now + k[None, :], w_hh + k[:, None] * H + unit
+                    z, w = dz_planes + GATES * now + k[None, :], w_hh + k[:, None] * H + unit
                     inside, square = k[None, :] < WIDTH, (k[:, None] < H) & (unit < H)
                     for gate in tl.static_range(GATES):
                         dh = tl.dot(tl.load(z + gate * WIDTH, mask=inside, other=0.0), tl.load(w + gate * (H * H), mask=square, other=0.0),
@@ -146,24 +135,25 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                 keep(dh0, b * H + unit, dh, ends & last)
                 total = dh + load(dy + row * H + unit, live)
                 if CELL == "lstm":
-                    dc = tl.load(dc_plane + place + unit, mask=unit < WIDTH, other=0.0)
+                    dc = tl.load(dc_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(dc_start, id * H + unit, dc, begins)
                     keep(dc_end, id * H + unit, dc, ends & (n > 0))
                     keep(dc0, b * H + unit, dc, ends & last)
                     at = row * (4 * H) + unit
                     zi, zf, zg, zo, dc = lstm_vjp(total, dc, cap, gates, cells, c0, at, row * H + unit, (row - step) * H + unit,
                                                   b * H + unit, live, last & (s == n - 1), H)
-                    tl.store(dc_plane + place + unit, dc, mask=unit < WIDTH)
-                    tl.store(next + unit, zi, mask=unit < WIDTH)
-                    tl.store(next + WIDTH + unit, zf, mask=unit < WIDTH)
-                    tl.store(next + 2 * WIDTH + unit, zg, mask=unit < WIDTH)
-                    tl.store(next + 3 * WIDTH + unit, zo, mask=unit < WIDTH)
+                    tl.store(dc_planes + next + unit, dc, mask=unit < WIDTH)
+                    carry = dz_planes + GATES * next + unit
+                    tl.store(carry, zi, mask=unit < WIDTH)
+                    tl.store(carry + WIDTH, zf, mask=unit < WIDTH)
+                    tl.store(carry + 2 * WIDTH, zg, mask=unit < WIDTH)
+                    tl.store(carry + 3 * WIDTH, zo, mask=unit < WIDTH)
                     keep(dz, at, zi, writes)
                     keep(dz, at + H, zf, writes)
                     keep(dz, at + 2 * H, zg, writes)
                     keep(dz, at + 3 * H, zo, writes)
                 else:
                     z = rnn_vjp(total, load(y + row * H + unit, live), CELL)
-                    tl.store(next + unit, z, mask=unit < WIDTH)
+                    tl.store(dz_planes + next + unit, z, mask=unit < WIDTH)
                     keep(dz, row * H + unit, z, writes)
             turn += 1

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the non-linearities, one step of each cell and its adjoint, and where a lane's data lie.
+"""What the Triton kernels share: the non-linearities, one step of each cell and its adjoint, where a lane's data lie, and the barrier.
 
 The formulas are those of `csrc/include/stable_rnn/cell.h` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
 """
@@ -166,3 +166,14 @@ def start(state, init, rows, entries, given, there):
     else:
         x = load(state + rows, given & there)
     return x
+
+
+@triton.jit
+def meet(arrivals, goal, ALONE: tl.constexpr):
+    """A barrier of the team: after it, all members see what each has written before it."""
+    tl.debug_barrier()
+    if not ALONE:
+        tl.atomic_add(arrivals, 1, sem="release", scope="gpu")
+        while tl.atomic_add(arrivals, 0, sem="acquire", scope="gpu") < goal:
+            pass
+        tl.debug_barrier()
