@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _native
 from ..recurrence.cuda import device_limits
-from .native import BLOCK, table
+from .native import BLOCK
 
 DEVICE = "cuda"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,6 +54,12 @@ def _workspace_of(lib: ModuleType, fields: tuple[tuple[int, ...], ...], limits: 
     return lib.spectral_workspace_cuda(len(fields), shapes.data_ptr(), limits)
 
 
+@lru_cache(maxsize=64)
+def _table(values: tuple, dtype: torch.dtype) -> Tensor:
+    """Numbers for the launch to read; the same ones come at every optimizer step."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -65,7 +71,8 @@ def spectral_step(
         return norms, near
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
     index = device.index or 0
-    shapes, limits = table(dense, blocks, DTYPES), torch.tensor(bounds, dtype=torch.float64, device="cpu")
+    fields = tuple((DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks))
+    shapes, limits = _table(fields, torch.int64), _table(tuple(bounds), torch.float64)
     work = torch.empty(_workspace(dense, blocks, device_limits(index)[0]), dtype=torch.uint8, device=device)
     stream = torch._C._cuda_getCurrentRawStream(index) if DEVICE == "cuda" else 0
     lib.spectral_step_cuda(
