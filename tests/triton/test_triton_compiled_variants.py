@@ -36,7 +36,7 @@ def compiled(request, monkeypatch):
         self.device_caches[device][0][key] = made[-1]
         return made[-1]
 
-    monkeypatch.setattr(triton.runtime.driver, "_active" if hasattr(triton.runtime.driver, "_active") else "active", Driver(request.param))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(request.param))
     monkeypatch.setattr(JITFunction, "_do_compile", compile)
     monkeypatch.setattr(JITFunction, "__getitem__", lambda self, grid: lambda *a, **k: self.run(*a, grid=grid, warmup=True, **k))
     monkeypatch.setattr(backend, "device_of", lambda x: device(request.param))
@@ -56,12 +56,14 @@ def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **optio
 SHAPES = [(5, 3), (1, 1), (16, 16), (17, 1), (300, 2), (1, 64), (4096, 1)]
 
 
-@pytest.mark.parametrize("cell, hidden, dtype", [("lstm", 64, torch.float16), ("rnn_tanh", 130, torch.float32), ("lstm", 500, torch.float16)])
+KERNELS = [("lstm", 64, torch.float16), ("rnn_tanh", 130, torch.float32), ("lstm", 500, torch.float16)]
+
+
+@pytest.mark.parametrize("cell, hidden, dtype", KERNELS)
 def test_neither_time_nor_batch_compiles_anything_anew(compiled, cell, hidden, dtype):
     for steps, batch in SHAPES:
         for stride, warmup in ((0, 0), (4, 2), (16, 16)):
-            if stride != 1 and steps != 1 or stride == 0:
-                run(cell, hidden, dtype, steps, batch, stride, warmup)
+            run(cell, hidden, dtype, steps, batch, stride, warmup)
     names = [name for name, *_ in compiled]
     # a team of one program and one of several are different kernels
     assert sorted(set(names)) == ["backward", "forward"] and len(names) <= 4, names
@@ -75,4 +77,4 @@ def test_spectral_shapes_compile_nothing_anew(compiled):
         blocks = [torch.zeros(W.shape[1], min(16, *W.shape)) for W in Ws]
         for iterations in (1, 8):
             spectral.spectral_step(Ws, blocks, [1.0] * len(Ws), 2, False, iterations, seed)
-    assert len(compiled) == len({options.launch_cooperative_grid for *_, options in compiled})
+    assert len(compiled) == len({options.launch_cooperative_grid for *_, options in compiled}) == 2  # a program a matrix, or several

@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.cell}-{c.steps}x{c.batch}x{c.hidden}-{c.stride}-{c.warmup}-{c.layout}")
 def test_every_output(case, way, kind):
     found, _ = check(replace(case, **kind))
     if case.cap < 1:
