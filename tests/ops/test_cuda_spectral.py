@@ -126,7 +126,7 @@ def test_no_worse_than_the_reference(machine, dtype, scale, size):
     bounds = [0.9 * size] * len(Ws)
     found, plain, like_cpu = ([W.clone() for W in Ws] for _ in range(3))
     blocks = [block(W) for W in Ws]
-    starts = [X.cpu() for X in blocks]
+    starts = [X.clone().cpu() for X in blocks]
     norms, near = machine.step(found, blocks, bounds, scale=scale)
     reference.spectral_step(plain, [block(W) for W in Ws], bounds, 2, scale, 8, 7)
     for W, V, R, X, b, shape in zip(Ws, found, plain, blocks, bounds, SHAPES):
@@ -252,6 +252,7 @@ def test_a_grid_of_several_teams():
             assert_close(W, V, R, 0.9, False)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_alignments(machine, dtype):
     """Rows that begin anywhere; columns apart go through a copy. Nothing beside the view is written."""
@@ -268,6 +269,7 @@ def test_strides_and_alignments(machine, dtype):
         assert torch.equal(big, outside)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_matrix_that_is_not_finite_is_left_alone(machine, bad):
     for where in ((0, 0), (69, 39), (33, 38)):
