@@ -71,6 +71,7 @@ static_assert(sizeof(Params) <= 4096, "kernel parameters");
 struct Shared {
   static constexpr int64_t matrix = 0, gram = 128, eigenvectors = gram + 8 * K * K, singular = eigenvectors + 8 * K * K, orthogonal = singular + 8 * K,
                            turn = orthogonal + 4 * K * K, excess = turn + 4 * K * K, scratch = excess + 4 * K * K;
+  static_assert(sizeof(Matrix) <= gram - matrix, "room for the parameters");
   int64_t y, w, x, z, bytes;
   STABLE_RNN_HD explicit Shared(const Layout& l) {
     y = scratch + int64_t{4} * WARPS * K * (l.tile < STRIP ? l.tile : STRIP);
