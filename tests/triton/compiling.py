@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence import triton_large, triton_small
 from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
+from stable_rnn.ops.spectral import triton as backend_spectral
 from stable_rnn.ops.spectral import triton_step
 
 KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "float16": DTYPES[torch.float16], "bfloat16": DTYPES[torch.bfloat16]}
@@ -85,5 +86,5 @@ def spectral(arch, kind: str, scale: bool, alone: bool = True) -> Use:
     pointers = dict(table="*i64", bounds="*fp64", norms="*fp64", near="*i64", space="*fp32", grams="*fp64", arrivals="*i32")
     signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in triton_step.step.arg_names}
     attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
-    options = dict(num_warps=4, enable_fp_fusion=True, launch_cooperative_grid=not alone)
+    options = backend_spectral.OPTIONS | dict(launch_cooperative_grid=not alone)
     return use(triton.compile(ASTSource(triton_step.step, signature, fixed, attributes), target=target(arch), options=options))

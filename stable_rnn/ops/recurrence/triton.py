@@ -1,6 +1,6 @@
 """The `triton` backend: kernels that need no compiler on the user's machine, on float32, float16 and bfloat16 tensors.
 
-`triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, at the first run. Under
+`triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, as late as can be. Under
 `TRITON_INTERPRET=1` they run on the CPU too, slowly, for tests.
 
 float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`).
@@ -8,6 +8,7 @@ float32 products are exact float32 unless torch's switch for matrix products all
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -23,6 +24,7 @@ from .compiled import DTYPES, TF32, Kernels
 from .problem import CELLS, Problem
 
 ALL_STEPS = 2**31 - 1
+OLDEST = (3, 3)
 MOST_HIDDEN = 16384  # offsets inside W_hh are 32-bit
 
 
@@ -48,8 +50,9 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
         return False, f"the Triton kernels take float32, float16 and bfloat16, not {x.dtype}"
     if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
         return False, f"the Triton kernels run on CUDA and ROCm devices, the tensors are on {x.device}"
-    if not installed():
-        return False, "triton is not installed (pip install triton)"
+    reason = missing()
+    if reason:
+        return False, reason
     device = device_of(x)
     if device.kind == "cpu" and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter has no bfloat16 products"
@@ -64,9 +67,18 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
 
 
 @cache
-def installed() -> bool:
+def missing() -> str:
+    """Why triton cannot be used, or nothing. Imports it."""
     found = find_spec("triton")
-    return found is not None and found.origin is not None  # a folder of that name is no package
+    if found is None or found.origin is None:  # a folder of that name is no package
+        return "triton is not installed (pip install triton)"
+    try:
+        version = import_module("triton").__version__
+    except Exception as error:  # a package that does not fit this Python or this system
+        return f"triton cannot be imported ({error})"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+        return f"the Triton kernels need triton {'.'.join(map(str, OLDEST))}, this is {version}"
+    return ""
 
 
 def interpreted() -> bool:
@@ -113,10 +125,10 @@ def plain(dtype: int, device: Device) -> bool:
 
 
 def on_chip(device: Device) -> int:
-    """Bytes of weights that a program keeps in shared memory, beside what else it needs there."""
+    """Bytes of weights that a program keeps, in shared memory where nothing else is said, beside what else it needs there."""
     if device.kind == "cuda":
         return 128 << 10 if device.arch in (80, 87, 90, 100, 103) else 64 << 10  # of 163 or 227 KB; of 99 KB
-    return 32 << 10  # of 64 KB
+    return 8 << 10  # in registers
 
 
 def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, xp, w_hh, _w_hr,

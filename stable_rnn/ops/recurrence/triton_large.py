@@ -105,11 +105,12 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
     for tile in range(team, tl.cdiv(count, LANES), teams):
         entry = tile * LANES + lane
         id, b, first, n, warm, given, last = backward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init)
-        if begin < 0 and CELL == "lstm":
-            for block in range(rank, tl.cdiv(H, UNITS), members):
-                unit = block * UNITS + tl.arange(0, UNITS)[None, :]
-                dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, (unit < H) & (entry < count))
-                tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
+        if CELL == "lstm":
+            if begin < 0:
+                for block in range(rank, tl.cdiv(H, UNITS), members):
+                    unit = block * UNITS + tl.arange(0, UNITS)[None, :]
+                    dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, (unit < H) & (entry < count))
+                    tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
         for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)):  # after its last step a lane only hands on
             if s > begin:
                 met += 1

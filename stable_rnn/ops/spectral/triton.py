@@ -14,6 +14,7 @@ from ..recurrence import triton as recurrence
 from .native import BLOCK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPTIONS = dict(num_warps=8, enable_fp_fusion=True)  # for Triton's compiler
 
 
 def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
@@ -79,7 +80,7 @@ def _launch(
         triton_step.step[(len(dense) * members,)](
             table, limits, norms, near, *work, iterations, fresh, seed % 2**31, members, begin, end,
             DTYPE=getattr(language, str(dtype).removeprefix("torch.")), SCALE=scale, ALONE=alone, FIELDS=triton_step.FIELDS,
-            BAND=triton_step.BAND, TILE=triton_step.TILE, num_warps=4, enable_fp_fusion=True, launch_cooperative_grid=cooperative,
+            BAND=triton_step.BAND, TILE=triton_step.TILE, launch_cooperative_grid=cooperative, **OPTIONS,
         )
 
 

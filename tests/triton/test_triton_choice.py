@@ -1,0 +1,66 @@
+"""When the `triton` backend runs, what it says when it does not, and that importing this package imports no Triton."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stable_rnn.ops.recurrence import triton as backend
+from stable_rnn.ops.recurrence.problem import Problem
+
+P = Problem("lstm", 3, 1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """CPU tensors pass for tensors of a GPU of the given compute capability."""
+
+    def of(arch):
+        monkeypatch.setattr(backend, "interpreted", lambda: True)
+        monkeypatch.setattr(backend, "device_of", lambda x: backend.Device("cuda", arch, 100))
+
+    return of
+
+
+@pytest.mark.skipif(bool(backend.missing()), reason=backend.missing() or "-")
+def test_reasons(gpu, monkeypatch):
+    f32, bf16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    assert backend.can_run(P, f32) == (False, "the Triton kernels run on CUDA and ROCm devices, the tensors are on cpu")
+    gpu(75)
+    assert backend.can_run(P, f32) == (True, "") == backend.can_run(None, f32)
+    assert backend.can_run(P, bf16) == (False, "the Triton kernels need compute capability 8.0 for torch.bfloat16, this device has 7.5")
+    gpu(70)
+    assert "7.5 for torch.float32, this device has 7.0" in backend.can_run(P, f32)[1]
+    gpu(90)
+    assert backend.can_run(P, bf16)[0]
+    assert "not torch.float64" in backend.can_run(P, f32.double())[1]
+    assert "proj_size" in backend.can_run(P, f32, torch.zeros(8, 1), torch.zeros(1, 2))[1]
+    assert "16384 hidden units, not 20000" in backend.can_run(P, f32, torch.zeros(1, 20000))[1]
+
+
+@pytest.mark.parametrize("missing, reason", [
+    ("sys.modules['triton'] = None; importlib.util.find_spec = lambda name, *rest: None", "triton is not installed (pip install triton)"),
+    ("triton = types.ModuleType('triton'); triton.__version__ = '3.1.0'; sys.modules['triton'] = triton; "
+     "importlib.util.find_spec = lambda name, *rest: types.SimpleNamespace(origin='here')",
+     "the Triton kernels need triton 3.3, this is 3.1.0"),
+])
+def test_without_triton(missing, reason):
+    program = f"""
+import importlib.util, os, sys, types
+import torch
+given = importlib.util.find_spec
+{missing}
+os.environ["TRITON_INTERPRET"] = "1"
+from stable_rnn.ops.recurrence import triton as backend
+from stable_rnn.ops.spectral import triton as spectral
+importlib.util.find_spec = given
+x = torch.zeros(3, 3)
+assert backend.can_run(None, x) == spectral.can_run([x], [x]) == (False, {reason!r}), backend.can_run(None, x)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_import_is_late():
+    program = "import sys, torch; before = 'triton' in sys.modules; import stable_rnn; assert ('triton' in sys.modules) == before"
+    subprocess.run([sys.executable, "-c", program], check=True)
