@@ -45,7 +45,10 @@ def backends() -> list[Backend]:
 
 def _on_gpu(name: str, gpu: Tensor | None, what: str) -> Backend:
     able, reason = _RUNNERS[name].can_run(None, torch.empty(0) if gpu is None else gpu)
-    return Backend(name, able, what if able else reason.replace("the tensors are on cpu", "torch finds none here"))
+    if gpu is None:
+        no_driver = cuda.device_limits(0)[1] if name == "cuda" and cuda.lib else ""
+        reason = no_driver or reason.replace("the tensors are on cpu", "torch finds none here")
+    return Backend(name, able, what if able else reason)
 
 
 def check_name(name: str) -> str:
