@@ -11,7 +11,7 @@ from torch import nn
 
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
 from stable_rnn.stability import check_stability
-from stable_rnn.stability.nearest import into_ball
+from stable_rnn.stability.nearest import Directions, into_ball, step_into_ball
 from stable_rnn.stability.radius import into_radius, radius
 
 NORMS = ("2", "inf", "auto", "radius")
@@ -151,25 +151,36 @@ def test_radius_accepts_norms_above_one():
     assert 0.9 < rnn.certificate().rate <= 0.99 and torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2) > 1.2
 
 
+SCALES = torch.tensor([0.3, 1.0, 0.9, 0.1], dtype=torch.float64)
+
+
+def rows_of(scales, w):
+    return scales.to(w.dtype).repeat_interleave(len(w) // 4)[:, None]
+
+
+def clip(w, bound, scales=SCALES):
+    rows = rows_of(scales, w)
+    u, s, vh = torch.linalg.svd(rows * w, full_matrices=False)
+    return (u * s.clamp(max=bound)) @ vh / rows
+
+
+@pytest.mark.parametrize("way", ["at once", "step by step"])
 @pytest.mark.parametrize("seed", range(3))
-def test_steps_end_at_the_nearest_weights(seed):
+def test_steps_end_at_the_nearest_weights(seed, way):
     """Gradient steps towards weights outside, each projected, come to rest at the point of the set that is nearest to these: proven
     by the dual, whose value for any L >= 0 is a lower bound. Clipping the singular values of D W rests elsewhere."""
     torch.manual_seed(seed)
-    goal, scales, bound = torch.randn(24, 6, dtype=torch.float64), torch.tensor([0.3, 1.0, 0.9, 0.1], dtype=torch.float64), 0.5
-    rows, one = scales.repeat_interleave(6)[:, None], torch.eye(6, dtype=torch.float64)
-
-    def clip(w):
-        u, s, vh = torch.linalg.svd(rows * w, full_matrices=False)
-        return (u * s.clamp(max=bound)) @ vh / rows
+    goal, bound, kept = torch.randn(24, 6, dtype=torch.float64), 0.5, Directions()
+    rows, one = rows_of(SCALES, goal), torch.eye(6, dtype=torch.float64)
 
     def rest(project):
         w = project(torch.zeros_like(goal))
         for _ in range(400):
             w = project(w + 0.02 * (goal - w))
-        return clip(w)
+        return clip(w, bound)
 
-    near, other = rest(lambda w: into_ball(w, scales, bound)), rest(clip)
+    project = (lambda w: into_ball(w, SCALES, bound)) if way == "at once" else (lambda w: step_into_ball(w, SCALES, bound, kept))
+    near, other = rest(project), rest(lambda w: clip(w, bound))
     u, s, vh = torch.linalg.svd(rows * near, full_matrices=False)
     push = vh.mT @ (u.mT @ ((goal - near) / rows) @ vh.mT / s) @ vh  # goal - near = D^2 near push
     found, v = torch.linalg.eigh((push + push.mT) / 2)
@@ -180,16 +191,35 @@ def test_steps_end_at_the_nearest_weights(seed):
     assert (goal - other).square().sum() > least * 1.2
 
 
+@pytest.mark.parametrize("shape", [(256, 64), (192, 96), (400, 80)])
+def test_steps_with_kept_directions_do_what_all_of_them_do(shape):
+    """Steps larger than the weights, in random directions: the block finds most of what crosses the bound at once, the rest soon."""
+    torch.manual_seed(1)
+    bound, kept, used, outside = 1.0, Directions(), 0, []
+    few = torch.randn(6, shape[1])
+    drift, w = torch.randn(shape[0], 6) @ few / shape[1] ** 0.5, torch.zeros(shape)
+    for _ in range(40):
+        noise = torch.randn(shape[0], 6) @ (few + torch.randn(6, shape[1])) / shape[1] ** 0.5
+        grown = w + 0.1 * drift + 0.1 * noise
+        used += kept.block is not None
+        w, all_ways = step_into_ball(grown, SCALES.float(), bound, kept), step_into_ball(grown, SCALES.float(), bound, Directions())
+        outside.append([float(torch.linalg.matrix_norm(rows_of(SCALES, w) * each, 2)) - bound for each in (grown, w, all_ways)])
+        assert (w - grown).norm() < 1.05 * (clip(all_ways, bound) - grown).norm()
+    before, after, best = torch.tensor(outside).mean(0).tolist()
+    assert used > 30 and before > 1.3 and after < 0.13 and after < best + 0.07
+
+
 def test_projections_return_what_is_inside():
     w = torch.randn(12, 3, dtype=torch.float64)
     assert into_ball(w, torch.full((4,), 0.5, dtype=torch.float64), 100.0) is w
+    assert step_into_ball(w, torch.full((4,), 0.5, dtype=torch.float64), 100.0, Directions()) is w
     assert into_radius(v := w[:3], 100.0) is v
     for scale in (1e-3, 10.0, 1e200):
         far = w[:3] * scale
         assert radius(into_radius(far, 0.9)) <= 0.9 * (1 + 1e-6)
-        near = into_ball(w * scale, torch.tensor([1.0, 0.5, 0.1, 0.2], dtype=torch.float64), 0.9)
-        rows = torch.tensor([1.0, 0.5, 0.1, 0.2], dtype=torch.float64).repeat_interleave(3)[:, None]
-        assert torch.linalg.matrix_norm(rows * near, 2) <= 0.9 * (1 + 1e-9)
+        for near in (into_ball(w * scale, SCALES, 0.9), step_into_ball(w * scale, SCALES, 0.9, Directions())):
+            assert torch.linalg.matrix_norm(rows_of(SCALES, w) * near, 2) <= 0.9 * 1.5
+    assert not step_into_ball(torch.zeros(12, 3), SCALES.float(), 0.9, Directions()).any()
 
 
 def test_the_forget_gate_is_bounded_by_its_weights():

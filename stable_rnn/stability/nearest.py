@@ -1,44 +1,110 @@
-"""The nearest weights whose gates, each with its own scale, have a joint spectral norm within a bound. The derivation is in README.md."""
+"""Weights near the closest ones whose gates, each with its own scale, have a joint spectral norm within a bound.
+
+Everywhere W is (G*H, P), its gates stacked; scales (G,) > 0, d is scales[g] in all rows of gate g, and inside means
+||diag(d) W||_2 <= bound. The derivation is in README.md. Nothing here proves anything."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ROUNDS = 8
 FAR = 64.0  # times the bound: weights that reach further are scaled down to it first, so that no square overflows
+ROUNDS, STEP_ROUNDS = 8, 2
+NEWTON = 12
+SPARE, MULTIPLE, PERIOD = 8, 8, 16  # of `Directions`
 
 
-def into_ball(W: Tensor, scales: Tensor, bound: float, slack: float = 0.0) -> Tensor:
-    """Weights near the closest ones (Frobenius norm) with ||diag(d) W'||_2 <= bound, where d is scales[g] in all rows of gate g.
+def into_ball(W: Tensor, scales: Tensor, bound: float) -> Tensor:
+    """Weights near the closest ones (Frobenius norm) inside, up to what is left to clip (5 % and less); W itself if it is inside.
 
-    W (G*H, P), scales (G,) > 0  ->  (G*H, P); W itself if it is inside. A round is exact to first order in how far W is outside (and
-    where all scales are equal). Rounds end within bound * (1 + slack); what the last leaves is clipped, all gates alike. Proves nothing."""
-    reach = float((W.reshape(len(scales), -1).abs().amax(1) * scales).max())
-    if reach > FAR * bound:
-        W = W * (FAR * bound / reach)
-    rows = scales.repeat_interleave(len(W) // len(scales))[:, None]
-    for number in range(ROUNDS + 1):
-        scaled = rows * W
-        squares, V = _eigh(scaled.mT @ scaled)
+    Each round takes P^3 * 10 operations or so, for the eigenvectors, beside its products."""
+    W = _near(W, scales, bound)
+    for _ in range(ROUNDS):
+        squares, V = _all_directions(W, scales)
         over = squares > bound * bound * (1 + 8 * torch.finfo(W.dtype).eps)
-        if not over.any() or number and float(squares[-1]) <= (bound * (1 + slack)) ** 2:
+        if not over.any():
             break
-        squares, V = squares[over], V[:, over]  # (k,), (P, k)
-        A = W @ V
-        if number == ROUNDS:
-            return W + (A * (bound / squares.sqrt() - 1)) @ V.mT
-        # W' = W - D^2 W V L V^T, with L >= 0 of H L + L H = excess, as the nearest point asks, in the eigenvectors of H
-        slopes, Q = _eigh((rows * rows * A).mT @ (rows * rows * A))
-        slopes = slopes.clamp(min=torch.finfo(W.dtype).eps * float(slopes[-1]))  # they are positive, up to rounding
-        excess = 2 * squares * (squares.sqrt() / bound - 1)
-        L = (Q.mT * excess) @ Q / (slopes[:, None] + slopes)
-        steps, R = _eigh(Q @ L @ Q.mT)
-        shrink = 1 / (1 + steps.clamp(min=0) * scales.square()[:, None])  # (G, k)
-        W = W + ((A @ R) * (shrink - 1).repeat_interleave(len(W) // len(scales), 0)) @ (V @ R).mT
+        V = V[:, over]
+        W = W + _less(W @ V, squares[over], scales, bound) @ V.mT
     return W
 
 
-def _eigh(S: Tensor) -> tuple[Tensor, Tensor]:
-    found, vectors = torch.linalg.eigh(S.cpu() if S.device.type == "mps" else S)  # which has none
-    return found.to(S.device), vectors.to(S.device)
+@dataclass
+class Directions:
+    """What the training steps of one matrix hand on: the right singular vectors (P, k) of diag(d) W outside and just inside the bound.
+
+    Every PERIOD-th step, and where too few are left to spare, the next looks at all P; so it does where a block would save nothing."""
+
+    block: Tensor | None = None
+    steps: int = 0
+
+
+def step_into_ball(W: Tensor, scales: Tensor, bound: float, kept: Directions) -> Tensor:
+    """As `into_ball`, for the weights after an optimizer's step: two rounds in the directions that are kept, each after one block power
+    iteration. That leaves W outside by 5 % where the optimizer's step alone is as large as W, by less where it is smaller.
+
+    A round takes 8 G H P k operations or so, for products with W, and k^3 * 10."""
+    near = _near(W, scales, bound)
+    block, P = kept.block, W.shape[1]
+    known = block is not None and block.shape[0] == P and block.dtype == W.dtype and block.device == W.device
+    kept.steps += 1
+    if not known or kept.steps % PERIOD == 0:
+        squares, V = _all_directions(near, scales)
+        outside = int((squares > bound * bound).sum())
+        k = min(P, -(-(outside + SPARE) // MULTIPLE) * MULTIPLE)
+        squares, V = squares[P - k :], V[:, P - k :]
+        Y = near @ V
+    else:
+        squares, V, Y = _power_step(near, near @ block, scales)
+        outside, k = int((squares > bound * bound).sum()), block.shape[1]
+    kept.block = V if outside + SPARE // 2 <= k <= P // 2 else None
+    if not outside:
+        return near
+    for number in range(STEP_ROUNDS):
+        if number:
+            squares, V, Y = _power_step(near, Y, scales)
+        less = _less(Y, squares, scales, bound)
+        near, Y = near + less @ V.mT, Y + less
+    kept.block = kept.block if kept.block is None else V
+    return near
+
+
+def _near(W: Tensor, scales: Tensor, bound: float) -> Tensor:
+    reach = float((W.reshape(len(scales), -1).abs().amax(1) * scales).max())
+    return W * (FAR * bound / reach) if reach > FAR * bound else W
+
+
+def _all_directions(W: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The squares (P,) of the singular values of diag(d) W, ascending, and its right singular vectors (P, P)."""
+    scaled = _rows(scales, W) * W
+    return torch.linalg.eigh(scaled.mT @ scaled)
+
+
+def _power_step(W: Tensor, Y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, Y = W V for some V (P, k)  ->  squares (k,) ascending, V, Y: after V <- orth(W^T diag(d)^2 Y), Ritz pairs of that space."""
+    squared = _rows(scales, W).square()
+    V = torch.linalg.qr(W.mT @ (squared * Y))[0]
+    Y = W @ V
+    squares, turn = torch.linalg.eigh(Y.mT @ (squared * Y))
+    return squares, V @ turn, Y @ turn
+
+
+def _less(Y: Tensor, squares: Tensor, scales: Tensor, bound: float) -> Tensor:
+    """What Y = W V (G*H, k) loses where direction v, outside by its own square, is divided by 1 + mu d_g^2 in gate g, so that it comes to
+    lie on the bound: mu >= 0 of sum_g d_g^2 |W_g v|^2 / (1 + mu d_g^2)^2 = bound^2, by Newton's method for 1/bound, from mu = 0."""
+    gates, speed = Y.reshape(len(scales), -1, Y.shape[1]), scales.square()[:, None]
+    parts = speed * gates.square().sum(1)  # (G, k)
+    mu = torch.zeros_like(squares)
+    for _ in range(NEWTON):
+        shrunk = 1 + mu * speed
+        now = parts / shrunk.square()
+        size = now.sum(0).sqrt()
+        mu = mu + (1 / bound - 1 / size).clamp(min=0) * size**3 / (now * speed / shrunk).sum(0)
+    mu = torch.where(squares > bound * bound, mu, 0.0)  # also of directions with no length, where mu is NaN
+    return ((1 / (1 + mu * speed) - 1)[:, None] * gates).reshape(Y.shape)
+
+
+def _rows(scales: Tensor, W: Tensor) -> Tensor:
+    return scales.repeat_interleave(len(W) // len(scales))[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from ..ops.spectral import SpectralState, row_project_, spectral_project_
 from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
 from .contraction import gate_scales
-from .nearest import into_ball
+from .nearest import Directions, into_ball, step_into_ball
 from .radius import into_radius
 from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, on_cpu, read
 
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
 
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
-SLACK = 5e-3  # relative: how far outside a training step may leave the LSTM's weights
 FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 
-# The subspaces that the spectral projection carries from step to step; no part of a module, so that state dicts, copies and pickles
-# don't hold them.
-_warm: WeakKeyDictionary[nn.Module, SpectralState] = WeakKeyDictionary()
+
+class _Warm:
+    """The subspaces that training steps carry on, of the spectral projection and of each LSTM matrix; no part of a module, so that state
+    dicts, copies and pickles don't hold them."""
+
+    def __init__(self) -> None:
+        self.spectral = SpectralState()
+        self.directions: defaultdict[int, Directions] = defaultdict(Directions)
+
+
+_warm: WeakKeyDictionary[nn.Module, _Warm] = WeakKeyDictionary()
 
 
 @on_cpu
@@ -54,7 +62,7 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     projected_names(module, stability)
     levels, weights = layer_names(module), _checked_weights(module)
     if not certify:
-        _step(weights, levels, stability, cell, _warm.setdefault(module, SpectralState()))
+        _step(weights, levels, stability, cell, _warm.setdefault(module, _Warm()))
         return
     found = {name: w.clone() for name, w in weights.items()}
     _certified(found, levels, stability, cell)
@@ -106,7 +114,7 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
                 if layer.rate <= stability.rate:
                     break
                 margin = FIRST_MARGIN * 8**attempt
-                _into_balls(_balls(weights, names, stability, cell, margin), True, SpectralState())
+                _into_balls(_balls(weights, names, stability, cell, margin))
                 _into_radius(weights, names, stability, cell, margin, torch.float64)
                 _into_rows(weights, names, stability, cell, margin, x)
             else:
@@ -117,9 +125,9 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
 
 
-def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str, state: SpectralState) -> None:
+def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str, warm: _Warm) -> None:
     balls = [ball for level in levels for names in level for ball in _balls(weights, names, stability, cell, FIRST_MARGIN)]
-    _into_balls(balls, False, state)
+    _step_into_balls(balls, warm)
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:
@@ -134,8 +142,8 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Cert
 
 def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str,
            margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
-    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate, or None for 1. None for the max-norm set, nor for
-    an RNN's numerical radius."""
+    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate (on the CPU), or None for 1. None for the max-norm
+    set, nor for an RNN's numerical radius."""
     if stability.norm == "inf":
         return []
     w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
@@ -143,7 +151,7 @@ def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell:
         return [] if stability.norm == "radius" else [(w_hh, None, stability.rate)]
     scales = gate_scales(_any_gates(1, stability.forget), *stability.target)
     most = float(scales.max())  # divided out, so that no product with a large weight overflows
-    balls = [(w_hh, (scales / most).to(w_hh.device), stability.rate * (1 - margin) / most)]
+    balls = [(w_hh, scales / most, stability.rate * (1 - margin) / most)]
     return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
 
@@ -153,35 +161,47 @@ def _any_gates(hidden: int, forget: float) -> LstmBounds:
     return LstmBounds(i=one, f=forget * one, o=one, z=one, si=one / 4, sf=one / 4, so=one / 4, c=one / (1 - forget), t=one, m=one, h=one)
 
 
-def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]], certify: bool, state: SpectralState) -> None:
-    """certify=False: for LSTM weights a few rounds towards the nearest ones, for others the warm step of `spectral_project_`."""
+def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]]) -> None:
+    """Proven; LSTM weights near to where they were, in the norm that optimizers move them in: what is left outside is clipped."""
     matrices, bounds, changed = [], [], []
     for w, scales, bound in balls:
+        bounds.append(bound)
         if scales is None:
-            matrices.append(w), bounds.append(bound)
+            matrices.append(w)
             continue
-        kind = torch.float64 if certify or w.dtype == torch.float64 else torch.float32
-        wide = w.to(kind)
-        near = into_ball(wide, scales.to(kind), bound, 0.0 if certify else SLACK)
-        if certify:  # what is left outside is clipped, and proven
-            rows = scales.to(kind).repeat_interleave(len(w) // len(scales))[:, None]
-            scaled = (rows * near).contiguous()
-            matrices.append(scaled), bounds.append(bound)
-            changed.append((w, wide, near, rows, scaled, scaled.clone()))
-        elif near is not wide:
-            w.copy_(near)
+        wide = _computable(w, torch.float64)
+        near = into_ball(wide, scales.to(wide), bound)
+        rows = scales.to(wide).repeat_interleave(len(w) // len(scales))[:, None]
+        matrices.append((rows * near).contiguous())
+        changed.append((w, wide, near, rows, matrices[-1], matrices[-1].clone()))
     if matrices:
-        spectral_project_(matrices, bounds, certify=certify, state=state)
+        spectral_project_(matrices, bounds)
     for w, wide, near, rows, scaled, before in changed:
         clipped = torch.where(scaled == before, near, scaled / rows)
-        w.copy_(torch.where(clipped == wide, w, clipped.to(w.dtype)))
+        w.copy_(torch.where(clipped == wide, w.to(wide), clipped))
+
+
+def _step_into_balls(balls: list[tuple[Tensor, Tensor | None, float]], warm: _Warm) -> None:
+    others = [(w, bound) for w, scales, bound in balls if scales is None]
+    if others:
+        spectral_project_([w for w, _ in others], [bound for _, bound in others], certify=False, state=warm.spectral)
+    for number, (w, scales, bound) in enumerate(balls):
+        if scales is not None:
+            wide = _computable(w, torch.float32)
+            near = step_into_ball(wide, scales.to(wide), bound, warm.directions[number])
+            if near is not wide:
+                w.copy_(near)
+
+
+def _computable(w: Tensor, least: torch.dtype) -> Tensor:
+    """In `least` or a wider dtype, and on the CPU if w is on a device without eigenvectors."""
+    return w.to("cpu" if w.device.type == "mps" else w.device).to(torch.promote_types(w.dtype, least))
 
 
 def _into_radius(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float, least: torch.dtype) -> None:
-    """`least`: the narrowest dtype to reckon in."""
     w = weights[names["weight_hh"]]
     if stability.norm == "radius" and cell != "lstm":
-        before = w.to("cpu" if w.device.type == "mps" else w.device).to(torch.promote_types(w.dtype, least))
+        before = _computable(w, least)
         near = into_radius(before, stability.rate * (1 - margin))
         if near is not before:
             w.copy_(near)
