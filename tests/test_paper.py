@@ -13,7 +13,7 @@ from benchmarks.paper.__main__ import main
 from benchmarks.paper.chunks import chunks, f1
 from benchmarks.paper.models import BODIES, CONFIGS, Model, count, fitting_width, parse
 from benchmarks.paper.tasks import TASKS, batches, loss, score
-from benchmarks.paper.train import Setting, build, searched, train
+from benchmarks.paper.train import Setting, build, refined, searched, train
 from stable_rnn import Certified, ForgetCap, Recurrent, Windowed
 from stable_rnn._errors import UserError
 
@@ -177,6 +177,15 @@ def test_the_search_is_the_same_for_all_and_stays_inside():
     assert len(set(points)) == 64 and all(3e-4 <= rate <= 3e-2 and 0 <= dropout <= 0.6 for rate, dropout in points)
 
 
+def test_the_search_goes_on_from_the_best_point():
+    tried = [(0.003, 0.3, 2.0), (0.001, 0.1, 3.0), (0.01, 0.2, 1.0)]
+    assert refined(tried) == (0.03, 0.2)
+    assert refined([*tried, (0.03, 0.2, 5.0)]) == (round(math.sqrt(0.01 * 0.003), 6), 0.2)
+    assert refined([*tried, (0.03, 0.2, 1.5)]) == (round(math.sqrt(0.01 * 0.03), 6), 0.2)
+    assert refined([(0.003, 0.3, 2.0), (0.01, 0.1, math.inf)]) == (0.001, 0.3)
+    assert refined([(0.003, 0.3, 2.0)]) == (0.009, 0.3)
+
+
 @pytest.mark.parametrize("name", ["rnn", "lstm", "lstm/forgetcap:.5"])
 def test_steps_and_tangents_are_those_of_the_module(name, root):
     """The step that measures forgetting: its trajectory against the module's, its tangents against autograd's Jacobian."""
@@ -243,7 +252,8 @@ def test_truncated_training_with_long_windows_is_full_training(root):
 
 
 def command(root, out, *more):
-    return ["jsb", "--data", str(root), "--out", str(out / "paper" / "jsb"), "--trials", "2", "--seeds", "1", "--epochs", "1",
+    return ["jsb", "--data", str(root), "--out", str(out / "paper" / "jsb"), "--trials", "1", "--refine", "1", "--seeds", "1",
+            "--epochs", "1",
             "--config", "lstm", "--config", "lstm/certified", "--config", "tcn", *more]
 
 
@@ -290,6 +300,7 @@ def test_the_budget_ends_a_run_and_leaves_nothing_half(root, tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["chess"], "invalid choice"), (["jsb", "--minutes", "0"], "must be above 0"), (["jsb", "--trials", "x"], "invalid int"),
+    (["jsb", "--refine", "-1"], "invalid choice"),
     ([], "required"),
 ])
 def test_bad_arguments_are_one_line(arguments, said, capsys):

@@ -31,7 +31,9 @@ def parser() -> Parser:
     top.add_argument("--out", type=Path, metavar="DIR", help="results (default benchmarks/results/paper/TASK); report: its parent folder")
     top.add_argument("--config", action="append", metavar="NAME",
                      help="only this model, such as lstm or lstm/certified:rate=.95,cap=true; may be given again (default: the table)")
-    top.add_argument("--trials", type=positive(int), default=4, metavar="N", help="points of the search for each model (default 4)")
+    top.add_argument("--trials", type=positive(int), default=4, metavar="N", help="points of the search that all models share (default 4)")
+    top.add_argument("--refine", type=int, choices=range(9), default=2, metavar="N",
+                     help="further points for each model, up to 8, where its results so far point (default 2)")
     top.add_argument("--seeds", type=positive(int), default=2, metavar="N", help="final runs of the chosen point (default 2)")
     top.add_argument("--epochs", type=positive(int), metavar="N", help="instead of the task's own number")
     top.add_argument("--minutes", type=positive(float), metavar="M", help="stop after this long; the same command goes on later")
@@ -56,7 +58,7 @@ def run(options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     out = options.out or RESULTS / "paper" / task.name
-    run_task(task, data, out, configs, options.trials, options.seeds, options.epochs, options.minutes, options.race)
+    run_task(task, data, out, configs, options.trials, options.refine, options.seeds, options.epochs, options.minutes, options.race)
 
 
 def report(options) -> None:

@@ -15,11 +15,13 @@ from .tasks import TASKS, Task
 NAMES = {"nll": "nll per frame", "F1": "F1", "bits/char": "bits/char", "perplexity": "perplexity"}
 METHOD = """\
 Every model of a task has about the same number of parameters, the same batches, loss, optimizer (Adam, gradients clipped at norm 1,
-cosine schedule, early stopping on validation) and the same points of the search: learning rate (log-uniform, 3e-4 … 3e-2) and dropout
-(uniform, 0 … 0.6), quasi-random, one seed. The point of the best validation score is trained again with other seeds; only these see the
-test data. Recurrent models have one layer; text is trained on in random stretches and tested in rows of 2048 symbols, each from a zero
-state. Embeddings pass tanh, so inputs lie within 1. *Price* is how much worse than the unconstrained model of the same cell, in the
-task's metric (below 0: it trained better within this budget). Figures are means over seeds (lowest … highest).
+cosine schedule, early stopping on validation) and the same budget of the search, one seed: first the same points for all, quasi-random,
+learning rate (log-uniform, 3e-4 … 3e-2) and dropout (uniform, 0 … 0.6); then points at the dropout of the model's best one so far, its
+learning rate tripled if none tried is higher, a third if none is lower, else halfway to its better neighbour. The point of the best
+validation score is trained again with other seeds; only these see the test data. Recurrent models have one layer; text is trained on in
+random stretches and tested in rows of 2048 symbols, each from a zero state. Embeddings pass tanh, so inputs lie within 1. *Price* is how
+much worse than the unconstrained model of the same cell, in the task's metric (below 0: it trained better within this budget). Figures are
+means over seeds (lowest … highest).
 
 *Certified*: the proven rate per step, for all inputs within 1 (`cap=true`: for any input), and for the inputs there are (all symbols, or
 the test data); "none" where nothing below 1 is proven. *Measured*: exp of the largest Lyapunov exponent on test data, and the largest
@@ -159,15 +161,24 @@ def accuracy(task: Task, results: dict) -> str:
 
 
 def searches(task: Task, results: dict) -> str:
-    trials = sorted({trial for found in results["search"].values() for trial in found})
-    some = next(iter(results["search"].values()))
-    head = [f"{some[t]['setting']['rate']:.2g}, {some[t]['setting']['dropout']:.2g}" if t in some else str(t) for t in trials]
-    rows = [[config, *(shown(found.get(trial)) for trial in trials)] for config, found in results["search"].items()]
-    highest = max(run["setting"]["rate"] for found in results["search"].values() for run in found.values())
-    edge = [config for config, runs in results["final"].items() if runs[0]["setting"]["rate"] == highest]
-    note = f"\nThe chosen learning rate is the highest that was tried for {', '.join(edge)}: more trials may find better.\n" if edge else ""
-    title = f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n"
-    return title + table(["model", *head], rows) + note
+    found = results["search"]
+    trials = sorted({trial for runs in found.values() for trial in runs})
+    points = {t: {point(runs[t]) for runs in found.values() if t in runs} for t in trials}
+    shared = [t for t in trials if len(points[t]) == 1]
+    head = [*(points[t].copy().pop() if t in shared else f"then {t}" for t in trials)]
+    rows = [[config, *(shown(runs.get(t)) + (f" ({point(runs[t])})" if t not in shared and t in runs else "") for t in trials)]
+            for config, runs in found.items()]
+    text = f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(["model", *head], rows)
+    for end, which in ((max, "highest"), (min, "lowest")):
+        edge = [config for config, runs in results["final"].items()
+                if runs[0]["setting"]["rate"] == end(run["setting"]["rate"] for run in found[config].values())]
+        if edge:
+            text += f"\nThe chosen learning rate is the {which} that was tried for {', '.join(edge)}: more points may find better.\n"
+    return text
+
+
+def point(run: dict) -> str:
+    return f"{run['setting']['rate']:.2g}, {run['setting']['dropout']:.2g}"
 
 
 def shown(run: dict | None) -> str:

@@ -23,7 +23,7 @@ from . import measure
 from .data import Data
 from .models import Config, Model, count, fitting_width
 from .tasks import Task
-from .train import OutOfTime, Setting, build, evaluate, searched, train
+from .train import OutOfTime, Setting, build, evaluate, refined, searched, train
 
 DISTANCE_WINDOWS = [1, 2, 4, 8, 16, 32, 64]
 DISTANCE_EPOCHS = 10
@@ -37,6 +37,8 @@ class Bench:
     task: Task
     data: Data
     out: Path
+    trials: int  # points of the search that are the same for every model
+    refine: int  # further ones, each where the model's own results so far point
     epochs: int
     deadline: float
     progress: Progress
@@ -59,33 +61,41 @@ class Bench:
 
     # ---- runs
 
-    def setting(self, config: Config, trial: int) -> Setting:
-        rate, dropout = searched(trial)
+    def setting(self, config: Config, rate: float, dropout: float) -> Setting:
         inputs = self.data.symbols or self.data.train[0][0].shape[1]
         return Setting(rate, dropout, fitting_width(config, self.task, inputs, self.data.outputs), self.epochs, self.task.updates)
 
-    def search(self, config: Config, trial: int) -> None:
-        name, setting = f"{config.slug}.search-{trial}.json", self.setting(config, trial)
-        if not self.stored(name, setting):
-            self.run(name, config, setting, 0)
+    def points(self, config: Config) -> list[tuple[Setting, float | None]]:
+        """The search so far: (setting, loss) of each point, infinite where it diverged; None after the last one, if it is to be run."""
+        found: list[tuple[Setting, float | None]] = []
+        for n in range(self.trials + self.refine):
+            tried = [(setting.rate, setting.dropout, value) for setting, value in found]
+            setting = self.setting(config, *(searched(n) if n < self.trials else refined(tried)))
+            result = self.stored(f"{config.slug}.search-{n}.json", setting)
+            if result is None:
+                return [*found, (setting, None)]
+            value = math.inf if result["valid"] is None else result["valid"]
+            found.append((setting, -value if self.task.higher_is_better and math.isfinite(value) else value))
+        return found
 
-    def best(self, config: Config, trials: int) -> Setting | None:
-        """The setting of the best validation score, once all trials are there."""
-        settings = [self.setting(config, trial) for trial in range(trials)]
-        found = [self.stored(f"{config.slug}.search-{trial}.json", setting) for trial, setting in enumerate(settings)]
-        if not all(found):
-            return None
-        sign = -1 if self.task.higher_is_better else 1
-        return settings[min(range(trials), key=lambda i: sign * found[i]["valid"] if found[i]["valid"] is not None else math.inf)]
+    def search(self, config: Config, n: int) -> None:
+        points = self.points(config)
+        if points[-1][1] is None and len(points) == n + 1:
+            self.run(f"{config.slug}.search-{n}.json", config, points[-1][0], 0)
 
-    def final(self, config: Config, trials: int, seed: int) -> None:
-        setting = self.best(config, trials)
+    def best(self, config: Config) -> Setting | None:
+        """The setting of the best validation score, once the search is done."""
+        points = self.points(config)
+        return None if points[-1][1] is None else min(points, key=lambda point: point[1])[0]
+
+    def final(self, config: Config, seed: int) -> None:
+        setting = self.best(config)
         name = f"{config.slug}.seed-{seed}.json"
-        if setting is None or (self.stored(name, setting) or {}).get("trials") == trials:
+        if setting is None or self.stored(name, setting):
             return
 
         def more(model: Model) -> dict:
-            found: dict = dict(trials=trials, test=measure.finite(evaluate(model, self.task, self.data, self.data.test)))
+            found: dict = dict(test=measure.finite(evaluate(model, self.task, self.data, self.data.test)))
             self.weights(config, seed).parent.mkdir(exist_ok=True)
             whole(self.weights(config, seed), lambda file: torch.save(model.state_dict(), file))
             if config.recurrent:
@@ -117,9 +127,9 @@ class Bench:
         return dict(task=self.task.name, config=config.name, stability=str(config.stability), setting=setting.stored(), seed=seed,
                     metric=self.task.metric, **environment())
 
-    def distances(self, config: Config, trials: int) -> None:
+    def distances(self, config: Config) -> None:
         """Truncated training against full: the same start, batches and dropout masks, under `Windowed(k)`; relative distance of weights."""
-        setting = self.best(config, trials)
+        setting = self.best(config)
         if setting is None or not config.recurrent:
             return
         setting = Setting(setting.rate, setting.dropout, setting.width, min(DISTANCE_EPOCHS, setting.epochs), setting.updates)
@@ -142,17 +152,17 @@ class Bench:
         finally:
             self.progress.remove_task(bar)
 
-    def speed(self, configs: list[Config], trials: int, seconds: float) -> None:
-        """Races the models whose weights are at hand; written once for the same models."""
+    def speed(self, configs: list[Config], seconds: float) -> None:
+        """Races the models whose weights are at hand; written once for the same models, and never in the place of a race of more."""
         models = {}
         for config in configs:
-            setting, file = self.best(config, trials), self.weights(config, 1)
+            setting, file = self.best(config), self.weights(config, 1)
             if setting is not None and file.is_file():
                 models[config.name] = build(config, self.task, self.data, setting, 1)
                 models[config.name].load_state_dict(torch.load(file, weights_only=True))
         name = "speed.json"
         done = json.loads((self.out / name).read_text()) if (self.out / name).is_file() else {}
-        if models and done.get("models") != list(models):
+        if models and set(done.get("models", ())) < set(models):
             rows = measure.speed(models, self.data, seconds=seconds)
             self.write(name, dict(task=self.task.name, models=list(models), rows=rows, **environment()))
 
@@ -168,7 +178,7 @@ def environment() -> dict:
                 threads=torch.get_num_threads())
 
 
-def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: int, seeds: int, epochs: int | None = None,
+def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: int, refine: int, seeds: int, epochs: int | None = None,
              minutes: float | None = None, race_seconds: float = 20.0, console: Console | None = None) -> bool:
     """Search, final runs, truncated training (JSB), speed; returns whether everything is done. `minutes` is a budget of wall time."""
     try:
@@ -178,11 +188,11 @@ def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: i
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        bench = Bench(task, data, out, epochs or task.epochs, deadline, progress)
-        jobs = [lambda c=c, i=i: bench.search(c, i) for i in range(trials) for c in configs]
-        jobs += [lambda c=c, s=s: bench.final(c, trials, s) for s in range(1, seeds + 1) for c in configs]
-        jobs += [lambda c=c: bench.distances(c, trials) for c in configs if task.name == "jsb"]
-        jobs += [lambda: bench.speed(configs, trials, race_seconds)]
+        bench = Bench(task, data, out, trials, refine, epochs or task.epochs, deadline, progress)
+        jobs = [lambda c=c, n=n: bench.search(c, n) for n in range(trials + refine) for c in configs]
+        jobs += [lambda c=c, s=s: bench.final(c, s) for s in range(1, seeds + 1) for c in configs]
+        jobs += [lambda c=c: bench.distances(c) for c in configs if task.name == "jsb"]
+        jobs += [lambda: bench.speed(configs, race_seconds)]
         whole_bar = progress.add_task(task.title, total=len(jobs))
         for job in jobs:
             try:

@@ -47,6 +47,22 @@ def searched(trial: int) -> tuple[float, float]:
     return round(3e-4 * 100**u, 6), round(0.6 * v, 3)
 
 
+def refined(tried: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """The next (learning rate, dropout) after points (learning rate, dropout, loss): at the dropout of the best, three times its rate if
+    none tried is higher, a third if none is lower, else halfway (in logarithms) to whichever neighbour is better."""
+    tried = sorted(tried)
+    at = min(range(len(tried)), key=lambda i: tried[i][2])
+    rate, dropout, _ = tried[at]
+    lower, higher = [p for p in tried if p[0] < rate], [p for p in tried if p[0] > rate]
+    if not higher:
+        rate *= 3
+    elif not lower:
+        rate /= 3
+    else:
+        rate = math.sqrt(rate * min(lower[-1], higher[0], key=lambda p: p[2])[0])
+    return round(rate, 6), dropout
+
+
 def build(config: Config, task: Task, data: Data, setting: Setting, seed: int) -> Model:
     torch.manual_seed(seed)
     inputs = data.symbols or data.train[0][0].shape[1]
