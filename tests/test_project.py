@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
-from stable_rnn.stability import check_stability
+from stable_rnn.stability import check_stability, contraction
 from stable_rnn.stability.nearest import Directions, into_ball, step_into_ball
 from stable_rnn.stability.radius import into_radius, radius
 
@@ -149,6 +149,13 @@ def test_radius_accepts_norms_above_one():
     rnn.project_()
     assert {name for name, p in rnn.named_parameters() if not torch.equal(p, before[name])} == {"weight_hh_l0"}
     assert 0.9 < rnn.certificate().rate <= 0.99 and torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2) > 1.2
+
+
+def test_radius_holds_for_more_units_than_a_certificate_searches(monkeypatch):
+    monkeypatch.setattr(contraction, "LARGEST", 20)
+    torch.manual_seed(0)
+    rnn = StableRNN(4, 24, stability=Certified(0.7, norm="radius"))
+    assert rnn.certificate().rate <= 0.7 < torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2)
 
 
 SCALES = torch.tensor([0.3, 1.0, 0.9, 0.1], dtype=torch.float64)

@@ -16,7 +16,7 @@ from .weights import LayerWeights
 
 SHARE = 0.3  # of the room for the gates f, i, g that falls to f, unless a stable set says otherwise
 STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
-LARGEST = 512  # units for which a numerical radius is looked for: it takes seconds there
+LARGEST = 512  # units for which a numerical radius is looked for: it takes seconds there; a given rate is tried for any number
 FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
 
 
@@ -106,9 +106,10 @@ def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain
 
 def _rnn_radius(w: LayerWeights, b: RnnBounds, gain: float, most: float, target: tuple[float, float] | None) -> Iterator[Contraction]:
     """V^2 = dh^T P dh, at a rate just above the numerical radius of W_hh and at the target, where these are below `most` >= ||W_hh||_2."""
-    if not 0 < most < 2 or w.hidden > LARGEST:  # the radius is at least half of the norm
+    if not 0 < most < 2:  # the radius is at least half of the norm
         return
-    for rate in (SHORT * radius(w.w_hh), 1.0 if target is None else target[0]):
+    rates = [] if w.hidden > LARGEST else [SHORT * radius(w.w_hh)]
+    for rate in rates if target is None else [*rates, target[0]]:
         P = weighing(w.w_hh, rate) if rate < most else None
         if P is None:
             continue
