@@ -22,7 +22,7 @@ from torch import nn
 
 from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
-from .precision import TF32_EPS, tf32_allowed
+from .precision import products_eps
 
 _LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
 
@@ -116,7 +116,7 @@ class Verified(Plan):
 def step_rounding(x: torch.Tensor) -> float:
     """About what rounding does to one step on tensors like x, relative to max(1, |state|): 4 eps of what is stored, 12 eps of what is
     multiplied. Less, and two sound runs of a slowly forgetting model, whose rounding errors live on for a while, would not agree."""
-    products = TF32_EPS if x.is_cuda and x.dtype == torch.float32 and tf32_allowed() else torch.finfo(arithmetic(x.dtype)).eps
+    products = products_eps() if x.is_cuda and x.dtype == torch.float32 else torch.finfo(arithmetic(x.dtype)).eps
     return 4 * torch.finfo(x.dtype).eps + 12 * products
 
 

@@ -1,9 +1,12 @@
-"""What torch's switches say about the rounding of products on GPUs."""
+"""How products of float32 are rounded on GPUs, as torch's and Triton's switches say."""
 from __future__ import annotations
+
+import os
 
 import torch
 
 TF32_EPS = 2.0**-10  # 10 bits behind the point
+TF32X3_EPS = 2.0**-20  # a factor is the sum of two TF32 numbers, and the product of the small ones is left out
 
 
 def tf32_allowed() -> bool:
@@ -13,4 +16,15 @@ def tf32_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-tf32_allowed._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of the whole compiler
+def tf32x3_asked() -> bool:
+    """Whether Triton's default for `tl.dot` is three TF32 products in the place of one in float32 (TRITON_F32_DEFAULT=tf32x3)."""
+    return os.environ.get("TRITON_F32_DEFAULT") == "tf32x3"
+
+
+def products_eps() -> float:
+    """The relative rounding error of float32 products, at most."""
+    return TF32_EPS if tf32_allowed() else TF32X3_EPS if tf32x3_asked() else torch.finfo(torch.float32).eps
+
+
+for _switch in (tf32_allowed, tf32x3_asked, products_eps):
+    _switch._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of the whole compiler

@@ -16,8 +16,9 @@ from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
 from stable_rnn.ops.spectral import triton as backend_spectral
 from stable_rnn.ops.spectral import triton_step
 
-KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "float16": DTYPES[torch.float16], "bfloat16": DTYPES[torch.bfloat16]}
-TYPES = {"float32": "fp32", "tf32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "tf32x3": backend.TF32X3, "float16": DTYPES[torch.float16],
+         "bfloat16": DTYPES[torch.bfloat16]}
+TYPES = {"float32": "fp32", "tf32": "fp32", "tf32x3": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
 ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
@@ -47,7 +48,7 @@ def recurrence(arch, backward: bool, cell: str, kind: str, hidden: int, windows:
     found = backend.config(backward, cell, KINDS[kind], hidden, windows, device(arch))
     kernels = triton_small if found.small else triton_large
     kernel = kernels.backward if backward else kernels.forward
-    fixed = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION="tf32" if kind == "tf32" else "ieee",
+    fixed = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION=backend.PRECISIONS.get(KINDS[kind], "ieee"),
                  INNER=found.inner, WIDTH=-(-hidden // 16) * 16, ALONE=alone)
     missing = {*absent, *(() if cell == "lstm" else LSTM)}
     kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from stable_rnn import precision
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence.problem import Problem
 
@@ -37,6 +38,24 @@ def test_reasons(gpu, monkeypatch):
     assert "not torch.float64" in backend.can_run(P, f32.double())[1]
     assert "proj_size" in backend.can_run(P, f32, torch.zeros(8, 1), torch.zeros(1, 2))[1]
     assert "16384 hidden units, not 20000" in backend.can_run(P, f32, torch.zeros(1, 20000))[1]
+
+
+def test_products_of_float32(gpu, monkeypatch):
+    """After torch's switch first, then Triton's; `Verified` allows for what they round."""
+    f32, allowed = torch.zeros(1), []
+    monkeypatch.setattr(precision, "tf32_allowed", lambda: bool(allowed))
+    monkeypatch.setattr(backend, "tf32_allowed", lambda: bool(allowed))
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
+    gpu(90)
+    plain = backend._dtype(f32)
+    assert plain == backend.DTYPES[torch.float32] and precision.products_eps() == 2.0**-23
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3")
+    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32x3" and precision.products_eps() == 2.0**-20
+    assert backend._dtype(f32.half()) == backend.DTYPES[torch.float16]
+    allowed.append(True)
+    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32" and precision.products_eps() == 2.0**-10
+    monkeypatch.setattr(backend, "device_of", lambda x: backend.Device("hip", 0, 100))
+    assert backend._dtype(f32) == plain
 
 
 @pytest.mark.parametrize("missing, reason", [

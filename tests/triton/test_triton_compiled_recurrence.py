@@ -20,6 +20,13 @@ CASES = [
     (90, "lstm", "bfloat16", 512, False),
     (90, "lstm", "bfloat16", 512, True),
     (90, "rnn_relu", "tf32", 500, False),
+    (80, "lstm", "tf32x3", 256, True),
+    (90, "lstm", "tf32x3", 32, False),
+    (90, "rnn_tanh", "tf32x3", 64, False),
+    (90, "lstm", "tf32x3", 64, False),
+    (90, "lstm", "tf32x3", 512, False),
+    (90, "lstm", "tf32x3", 512, True),
+    (100, "lstm", "tf32x3", 512, True),
     (90, "lstm", "float32", 32, False),
     (100, "lstm", "float16", 128, False),
     (100, "lstm", "bfloat16", 512, True),
@@ -38,6 +45,7 @@ def test_memory_and_registers(arch, cell, kind, hidden, windows, backward):
     assert use.spilled <= (SMALL if small else LARGE)
     if isinstance(arch, int):
         assert ("mma" in use.code) == (kind != "float32")  # tensor cores
+        assert ("cvt.rna.tf32" in use.code) == (kind == "tf32x3")  # parts are rounded, not cut off
         waits = [bool(re.search(rf"(red|atom|ld)\.\S*{order}", use.code)) for order in ("release", "acquire")]
         assert waits == [not alone] * 2
     assert "atom.add.f32" not in use.code and "atom.global.add.f32" not in use.code

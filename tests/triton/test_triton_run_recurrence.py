@@ -12,7 +12,7 @@ from stable_rnn.ops.recurrence import triton as backend
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
-    KINDS |= {"tf32": dict(tf32=True), "float16": dict(dtype=torch.float16), "bfloat16": dict(dtype=torch.bfloat16)}
+    KINDS |= {"tf32": dict(tf32=True), "tf32x3": dict(), "float16": dict(dtype=torch.float16), "bfloat16": dict(dtype=torch.bfloat16)}
 WAYS = ("small", "large", "team")
 
 
@@ -20,6 +20,7 @@ WAYS = ("small", "large", "team")
 def kind(request, monkeypatch):
     if DEVICE == "cuda":
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", request.param == "tf32")
+        monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3" if request.param == "tf32x3" else "ieee")
     return KINDS[request.param]
 
 

@@ -3,7 +3,8 @@
 `triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, as late as can be. Under
 `TRITON_INTERPRET=1` they run on the CPU too, slowly, for tests.
 
-float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`).
+float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`),
+or Triton's asks for three TF32 products in the place of each (TRITON_F32_DEFAULT=tf32x3): on tensor cores, with errors of up to 2^-20.
 """
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...precision import tf32_allowed
+from ...precision import tf32_allowed, tf32x3_asked
 from . import windows
 from .compiled import DTYPES, TF32, Kernels
 from .problem import CELLS, Problem
 
 ALL_STEPS = 2**31 - 1
+TF32X3 = 4  # a dtype of these kernels alone
+PRECISIONS = {TF32: "tf32", TF32X3: "tf32x3"}  # of products; "ieee" of all other dtypes
 OLDEST = (3, 3)
 MOST_HIDDEN = 16384  # offsets inside W_hh are 32-bit
 
@@ -100,17 +103,19 @@ def _gpu(index: int) -> Device:
 def config(backward: bool, cell: str, dtype: int, hidden: int, windows: bool, device: Device) -> Config:
     """The table: no value was tuned on a device yet, all were chosen to fit its memory and registers (`tests/triton`)."""
     units = max(16, 1 << (hidden - 1).bit_length())
-    weights = (4 if cell == "lstm" else 1) * units**2 * (4 if dtype in (DTYPES[torch.float32], TF32) else 2)
+    element = 12 if dtype == TF32X3 else 4 if dtype in (DTYPES[torch.float32], TF32) else 2  # bytes; TF32X3: with its two parts
+    weights = (4 if cell == "lstm" else 1) * units**2 * element
     if weights <= on_chip(device) and not plain(dtype, device):
         warps = 4 if units <= 32 or device.kind == "hip" else 8 if units <= 128 else 16
         return Config(True, 16, units, units, warps, 2 if weights <= 32 << 10 else 1)
     if plain(dtype, device):
         return Config(False, 16, 32, 32, 4, 2)
+    wide = dtype in PRECISIONS  # four bytes for each element
     if not windows or device.kind == "hip":
-        return Config(False, 16, 32, 32 if dtype == TF32 else 64, 4, 3)
-    if device.arch == 90 and dtype != TF32:
+        return Config(False, 16, 32, 32 if wide else 64, 4, 3)
+    if device.arch == 90 and not wide:
         return Config(False, 64, 64, 32 if backward else 64, 8, 3)
-    return Config(False, 32, 64, 16 if backward and dtype == TF32 else 32, 8, 3)
+    return Config(False, 32, 64, 16 if backward and wide else 32, 8, 3)
 
 
 def options(found: Config, dtype: int, device: Device) -> dict:
@@ -166,7 +171,7 @@ def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, 
     found = config(backward, cell, dtype, hidden, many or stride == 1 < steps, device)
     kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
     kernel = kernels.backward if backward else kernels.forward
-    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION="tf32" if dtype == TF32 else "ieee")
+    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION=PRECISIONS.get(dtype, "ieee"))
     shape |= options(found, dtype, device)
     tiles = -(-count // found.lanes)
     if found.small:
@@ -192,7 +197,9 @@ def team(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
 
 
 def _dtype(x: Tensor) -> int:
-    return TF32 if x.dtype == torch.float32 and x.is_cuda and not torch.version.hip and tf32_allowed() else DTYPES[x.dtype]
+    if x.dtype != torch.float32 or device_of(x).kind != "cuda":
+        return DTYPES[x.dtype]
+    return TF32 if tf32_allowed() else TF32X3 if tf32x3_asked() else DTYPES[x.dtype]
 
 
 def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
