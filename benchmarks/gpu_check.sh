@@ -131,7 +131,7 @@ pytests() {
     --ignore=tests/test_speed.py "$@"
 }
 cuda_tests() { pytests -k "gpu or (cuda and not recurrence and not spectral and not triton)"; }
-triton_tests() { pytests -k "triton and not compile"; }
+triton_tests() { pytests -k "triton and not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
 sanitizer() {
@@ -151,7 +151,7 @@ else
   stage loads 30 bash -c loads
   stage cuda-tests 100 bash -c cuda_tests
   stage targets 130 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/targets" --commit "$commit" --skip others
-  stage triton-tests 50 bash -c triton_tests
+  stage triton-tests 60 bash -c triton_tests
   stage memcheck 40 bash -c "sanitizer memcheck"
   stage racecheck 40 bash -c "sanitizer racecheck"
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cuda --minutes 0.8 --out "$work/speed" --commit "$commit"

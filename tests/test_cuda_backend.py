@@ -1,16 +1,16 @@
 """Modules and plans on the `cuda` backend: on a GPU where there is one, else with the kernels in the block executor on CPU tensors."""
 import pytest
 import torch
+from backend_runs import PLANS, assert_captured, assert_close, made
 from executor import build
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import stable_rnn
-from stable_rnn import Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed
+from stable_rnn import Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Windowed
 from stable_rnn.ops.recurrence import cuda
 
 GPU = torch.cuda.is_available() and cuda.lib is not None
 pytestmark = pytest.mark.skipif(not GPU and bool(build.missing()), reason=build.missing() or "-")
-PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -28,48 +28,19 @@ def device(monkeypatch):
     cuda.plan.cache_clear()
 
 
-def made(cls, dtype, device, hidden=12, **options):
-    torch.manual_seed(0)
-    return cls(7, hidden, stability=None, **options).to(device, dtype)
-
-
-def results(m, x, backend, dtype=None, **call):
-    """Outputs and gradients, in float64, of a copy of m in `dtype` that runs on `backend`."""
-    copy = type(m)(m.input_size, m.hidden_size, m.num_layers, bidirectional=m.bidirectional, stability=m.stability, plan=m.plan,
-                   backend=backend).to(x.device, dtype or x.dtype)
-    copy.load_state_dict(m.state_dict())
-    x = x.detach().to(dtype or x.dtype).requires_grad_()
-    y, state = copy(x, **call)
-    state = state if isinstance(state, tuple) else (state,)
-    loss = sum((t.double() * torch.linspace(-1, 1, t.numel(), device=t.device).view(t.shape)).sum() for t in (y, *state))
-    grads = torch.autograd.grad(loss, [x, *copy.parameters()])
-    return [t.detach().double() for t in (y, *state, *grads)]
-
-
-def assert_close(m, x, **call):
-    """At most twice the error that the reference makes in the same dtype, and a unit of the storage type of the largest value: the two
-    round sums in another order, which moves a stored value to its neighbour."""
-    exact = results(m, x, "reference", torch.float64, **call)
-    eager = results(m, x, "reference", **call)
-    found = results(m, x, "cuda", **call)
-    for want, plain, have in zip(exact, eager, found, strict=True):
-        limit = 2 * (plain - want).abs().max() + 2 * torch.finfo(x.dtype).eps * want.abs().max()
-        assert (have - want).abs().max() <= limit
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
 def test_plans(cls, plan, dtype, device):
     m = made(cls, dtype, device, plan=plan)
-    assert_close(m, torch.randn(17, 3, 7).to(device, dtype))
+    assert_close("cuda", m, torch.randn(17, 3, 7).to(device, dtype))
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_layers_directions_and_lengths(plan, device):
     m = made(StableLSTM, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)
-    assert_close(m, torch.randn(9, 4, 7, device=device), lengths=torch.tensor([9, 0, 4, 1], device=device))
+    assert_close("cuda", m, torch.randn(9, 4, 7, device=device), lengths=torch.tensor([9, 0, 4, 1], device=device))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -88,7 +59,7 @@ def test_packed_is_each_sequence_alone(plan, device):
 def test_a_clamped_forget_gate(device):
     m = made(StableLSTM, torch.float32, device, plan=Chunked(4, 8))
     m.stability = ForgetCap(0.6)
-    assert_close(m, torch.randn(13, 2, 7, device=device))
+    assert_close("cuda", m, torch.randn(13, 2, 7, device=device))
 
 
 def test_tf32_follows_torchs_switch(device, monkeypatch):
@@ -130,17 +101,7 @@ def test_the_same_bits_each_time_and_for_any_number_of_lanes(device):
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("plan", PLANS[:3], ids=str)
 def test_cuda_graph_capture(plan, device):
-    m = made(StableLSTM, torch.float16, device, backend="cuda", plan=plan).eval()
-    x = torch.randn(17, 3, 7, device=device, dtype=torch.float16)
-    with torch.no_grad():
-        want = m(x)[0]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = m(x)[0]
-        y.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-    assert torch.equal(y, want)
+    assert_captured(made(StableLSTM, torch.float16, device, backend="cuda", plan=plan))
 
 
 def test_the_table_of_backends_says_why(monkeypatch):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
 from stable_rnn import Chunked, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native
@@ -32,17 +33,32 @@ def test_compile(cls, backend, plan):
         torch.testing.assert_close(compiled(x)[0], m(x)[0])
 
 
-def test_compile_does_not_specialize_on_time():
-    m = StableLSTM(4, 6, plan=Windowed(3), backend=BACKENDS[-1])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_compile_does_not_specialize_on_time(plan):
+    m = StableLSTM(4, 6, plan=plan, backend=BACKENDS[-1])
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(m, fullgraph=True, backend=counter)
-    x = torch.randn(9, 2, 4)
-    torch._dynamo.mark_dynamic(x, 0)
-    torch._dynamo.mark_dynamic(x, 1)
-    compiled(x)
-    compiled(torch.randn(33, 5, 4))
+    for steps, batch in ((9, 2), (33, 5), (500, 3)):
+        x = torch.randn(steps, batch, 4)
+        torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 1)
+        compiled(x)[0].sum().backward()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+def test_export(cls, plan):
+    """An exported program runs for any T and B, and has no node more for a longer example."""
+    m = cls(4, 6, num_layers=2, bidirectional=True, plan=plan).eval()
+    free, nodes = {0: torch.export.Dim("T", max=4096), 1: torch.export.Dim("B", max=64)}, []
+    for steps in (9, 90):
+        program = torch.export.export(m, (torch.randn(steps, 3, 4),), dynamic_shapes=(free,))
+        nodes.append(len(program.graph.nodes))
+        x = torch.randn(21, 5, 4)
+        torch.testing.assert_close(program.module()(x), m(x))
+    assert nodes[0] == nodes[1]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
