@@ -34,6 +34,24 @@ def test_the_set_is_kept(certify):
         assert module.certificate().rate <= (0.99 if certify else 1.0)
 
 
+def test_every_other_step():
+    model, inside = StableRNN(2, 4, stability=Certified(0.5)), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    project_after_step(optimizer, model, certify=True, every=3)
+    for _ in range(6):
+        model.weight_hh_l0.grad = -torch.eye(4)
+        optimizer.step()
+        inside.append(model.certificate().rate <= 0.5)
+    assert inside == [False, False, True] * 2
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0, True, None])
+def test_every_is_a_count(every):
+    model = StableRNN(2, 4)
+    with pytest.raises((TypeError, ValueError), match=f"every must be .*, got {every}"):
+        project_after_step(torch.optim.SGD(model.parameters(), lr=1.0), model, every=every)
+
+
 def test_without_it_the_set_is_left():
     model = Model()
     handle = project_after_step(torch.optim.Adam(model.parameters(), lr=0.05), model)
