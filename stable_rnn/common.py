@@ -25,10 +25,17 @@ class CheckedAttributes:
         super().__setattr__(name, value)
 
 
+def _autocast_available(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+_autocast_available._dynamo_marked_constant = True  # older torch cannot trace it; as in precision.py
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of x, or None where it is off or leaves x alone."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind) if x.is_floating_point() and x.dtype != torch.float64 else None
 
