@@ -205,7 +205,7 @@ __device__ __forceinline__ T* cluster_map(T* shared, int rank) {   // the same p
 }
 
 // --- between blocks of a cooperative grid, through the L2 cache. Writing: data, block_sync(), then one thread signals. Reading: one thread
-// waits, block_sync(), then data by load_l2 (the L1 cache may hold what was there before).
+// waits, block_sync(), then data by load_l2 or copy_async<16> (the L1 cache may hold what was there before).
 
 __device__ __forceinline__ void flag_signal(unsigned* flag, unsigned value) {
   asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
@@ -261,8 +261,12 @@ template <class Params>
 const char* launch(void (*kernel)(Params), const Grid& grid, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (grid.shared_bytes > 48 * 1024)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+  if (grid.shared_bytes > 48 * 1024) {   // always the most that there is: threads that launch the same kernel may not lower each other's
+    int device, most;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (error == cudaSuccess && grid.cluster > 8)
     error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error != cudaSuccess) return cuda_message(error);

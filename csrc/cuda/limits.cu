@@ -23,7 +23,7 @@ int largest_cluster(int arch, int64_t shared_bytes) {
   if (cuda_message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))) ||
       cuda_message(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) ||
       cuda_message(cudaOccupancyMaxPotentialClusterSize(&size, kernel, &config)))
-    return 8;   // the portable size
+    return 1;
   return size < 1 ? 1 : size;
 }
 
@@ -35,6 +35,8 @@ const char* query(int device, CudaLimits* limits) {
     return problem;
   *limits = {major * 10, sms, shared_bytes, 1};
   return with_device(device, [&]() -> const char* {
+    cudaFuncAttributes attributes;   // an error where nothing was compiled for this device
+    if (const char* problem = cuda_message(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe)))) return problem;
     limits->max_cluster = largest_cluster(limits->arch, limits->shared_bytes);
     return nullptr;
   });

@@ -153,10 +153,7 @@ struct BackwardWarp {
         dz[j][0] = number(rnn_vjp<Real>(dh, float(saved[j][0]), p.cell == RNN_RELU));
       }
 #pragma unroll
-      for (int q = 0; q < gates; ++q) {
-        const typename A::Element shared = A::element(unit < H ? dz[j][q] : 0.f);   // beyond the last unit: zero, never NaN
-        std::memcpy(mine + 2 * j * row_bytes + q * gate_bytes, &shared, sizeof shared);
-      }
+      for (int q = 0; q < gates; ++q) put_element<A>(mine + 2 * j * row_bytes + q * gate_bytes, unit < H ? dz[j][q] : 0.f);   // never NaN
     });
   }
 

@@ -122,8 +122,7 @@ struct ForwardWarp {
         value = number(rnn_step<Real>(sums[0][n][e] + x[n][e / 2][0].get(e % 2), p.cell == RNN_RELU));
       }
       h[n][e] = Storage(value);
-      const typename A::Element shared = A::element(unit < H ? value : 0.f);   // beyond the last unit: zero, never NaN
-      std::memcpy(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, &shared, sizeof shared);
+      put_element<A>(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, unit < H ? value : 0.f);   // zero, never NaN
     });
   }
 
@@ -189,8 +188,7 @@ __device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLan
     const Run& run = tile.runs[n];
     for (int k = thread_index() % 32; k < H; k += 32) {
       const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, H, k) : 0.f;
-      const typename A::Element element = A::element(h);
-      std::memcpy(state + n * pitch + k * A::shape.element, &element, sizeof element);
+      put_element<A>(state + n * pitch + k * A::shape.element, h);
       if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units) p.h_start[run.id * H + k] = h;
     }
   }

@@ -103,6 +103,12 @@ template <> struct Arithmetic<F16> : TensorProduct<F16Tag> {
   static __device__ __forceinline__ Element element(float x) { return Element(x); }
 };
 
+// One store; a memcpy to a char* would be one for each byte. `at` is a multiple of the element's size.
+template <class A>
+__device__ __forceinline__ void put_element(char* at, float x) {
+  *reinterpret_cast<typename A::Element*>(at) = A::element(x);
+}
+
 constexpr int held_chunks = 8;   // the most of k that a warp's weights in registers may span: 512 bytes
 
 // Weights of a warp in registers: `rows` blocks of 16 rows.

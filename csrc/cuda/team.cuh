@@ -72,7 +72,9 @@ class Team {
       block_sync();
       const Quad* from = reinterpret_cast<const Quad*>(inbox(steps_ - 1));
       Quad* to = reinterpret_cast<Quad*>(shared_memory() + g_.state);
-      for (int i = thread_index(); i < tile_bytes() / 16; i += thread_count()) to[i] = load_l2(from + i);
+      for (int i = thread_index(); i < tile_bytes() / 16; i += thread_count()) copy_async<16>(to + i, from + i);   // all on their way at once
+      copy_commit();
+      copy_wait<0>();
     }
     block_sync();
   }

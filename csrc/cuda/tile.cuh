@@ -45,6 +45,7 @@ struct TileLanes {
   // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
   __device__ __forceinline__ Extent load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
+    block_sync();   // a cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with
     for (int i = thread_index(); i < n; i += thread_count()) {
       Run run{};
       if (first + i < entries) run = backward ? backward_run(lanes, first + i, from_init) : forward_run(lanes, first + i, from_init);

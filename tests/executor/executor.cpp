@@ -66,6 +66,7 @@ const void* thread_call;
 bool failed;
 thread_local char message[1024];
 const unsigned always = 0;
+unsigned sweep = 0;   // of schedule() over all fibers
 
 void begin_block(Block& block) {
   block.begun = true;
@@ -117,6 +118,7 @@ void schedule() {
   const size_t count = fibers.size();
   for (size_t left = count; left > 0;) {
     bool moved = false;
+    ++sweep;
     for (size_t w = 0; w < count; w += WARP)
       for (bool warp_moved = true; warp_moved; moved |= warp_moved) {
         warp_moved = false;
@@ -199,6 +201,8 @@ void wait(const unsigned* word, unsigned least, const char* at) {
   running->at = at;
   if (*word < least) switch_to(running->side, scheduler);
 }
+
+void pause(const char* at) { wait(&sweep, sweep + 1, at); }
 
 void meet(Barrier& barrier, const char* at) {
   const unsigned next = barrier.round + 1;

@@ -72,5 +72,6 @@ extern std::vector<Block> blocks;   // that run together
 [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);   // ends the launch with a message; a thread does not return from it
 void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
+void pause(const char* at);   // until all other threads have had a turn
 
 }  // namespace stable_rnn::executor

@@ -135,6 +135,7 @@ void cluster_arrive() {
   Barrier& barrier = *running->block->cluster;
   running->cluster_round = barrier.round + 1;
   barrier.arrive();
+  pause("cluster_arrive");   // so that some threads are past cluster_wait while others have still to do what lies before it
 }
 void cluster_wait() {
   if (!running->cluster_round) fail("cluster_wait without cluster_arrive");

@@ -6,7 +6,7 @@ from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence.problem import Adjoint, Output, Problem
 from stable_rnn.precision import TF32_EPS, TF32X3_EPS, tf32x3_asked
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not backend.interpreted() else "cpu"
 
 
 def problem(case) -> Problem:

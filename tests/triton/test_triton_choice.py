@@ -1,6 +1,7 @@
 """When the `triton` backend runs, what it says when it does not, and that importing this package imports no Triton."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_reasons(gpu, monkeypatch):
     assert "not torch.float64" in backend.can_run(P, f32.double())[1]
     assert "proj_size" in backend.can_run(P, f32, torch.zeros(8, 1), torch.zeros(1, 2))[1]
     assert "16384 hidden units, not 20000" in backend.can_run(P, f32, torch.zeros(1, 20000))[1]
+    gpu(75)
+    monkeypatch.setattr(backend, "version", lambda: (3, 3, 1))
+    assert backend.can_run(P, f32)[0] and "before triton 3.4" in backend.can_run(P, f32.half())[1]
+
+
+def test_programs_that_may_wait_for_each_other(monkeypatch):
+    """On AMD's gfx9 none may."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for name, programs in (("gfx942:sramecc+:xnack-", 1), ("gfx90a", 1), ("gfx1100", 96)):
+        found = SimpleNamespace(multi_processor_count=96, gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index, found=found: found)
+        backend._gpu.cache_clear()
+        assert backend._gpu(0) == backend.Device("hip", 0, programs)
+    backend._gpu.cache_clear()
 
 
 def test_products_of_float32(gpu, monkeypatch):

@@ -1,13 +1,13 @@
 """The Triton spectral step, interpreted or on a GPU: against the float64 projection, no worse than the reference."""
 import pytest
 import torch
+from lane_cases import DEVICE
 from spectra import norm, projected, with_spectrum
 
 from stable_rnn.ops.recurrence import triton as recurrence
 from stable_rnn.ops.spectral import reference
 from stable_rnn.ops.spectral import triton as backend
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = ((1, 9), (9, 1), (5, 3), (31, 33), (70, 20))
 

@@ -56,12 +56,16 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
     reason = missing()
     if reason:
         return False, reason
+    if x.is_cuda and interpreted():
+        return False, "Triton's interpreter (TRITON_INTERPRET=1) runs one program after the other, on CPU tensors only"
     device = device_of(x)
     if device.kind == "cpu" and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter has no bfloat16 products"
     needed = 80 if x.dtype == torch.bfloat16 else 75
     if device.kind == "cuda" and device.arch < needed:
         return False, f"the Triton kernels need compute capability {needed / 10} for {x.dtype}, this device has {device.arch / 10}"
+    if x.dtype == torch.float16 and device.kind == "cuda" and device.arch < 80 and version() < (3, 4):
+        return False, "before triton 3.4, float16 products do not compile for devices without bfloat16 (compute capability 7.5)"
     if w_hr is not None:
         return False, "the Triton kernels have no projected states (proj_size)"
     if w_hh is not None and w_hh.shape[1] > MOST_HIDDEN:
@@ -76,12 +80,17 @@ def missing() -> str:
     if found is None or found.origin is None:  # a folder of that name is no package
         return "triton is not installed (pip install triton)"
     try:
-        version = import_module("triton").__version__
+        found = version()
     except Exception as error:  # a package that does not fit this Python or this system
         return f"triton cannot be imported ({error})"
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
-        return f"the Triton kernels need triton {'.'.join(map(str, OLDEST))}, this is {version}"
+    if found < OLDEST:
+        return f"the Triton kernels need triton {'.'.join(map(str, OLDEST))}, this is {'.'.join(map(str, found))}"
     return ""
+
+
+@cache
+def version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", import_module("triton").__version__)[:3]))
 
 
 def interpreted() -> bool:
@@ -96,7 +105,8 @@ def device_of(x: Tensor) -> Device:
 def _gpu(index: int) -> Device:
     found = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return Device("hip", 0, found.multi_processor_count)
+        # gfx9: a release of one wave does not wait for the stores of the program's other waves, so no program may wait for another
+        return Device("hip", 0, 1 if found.gcnArchName.startswith("gfx9") else found.multi_processor_count)
     return Device("cuda", 10 * found.major + found.minor, found.multi_processor_count)
 
 

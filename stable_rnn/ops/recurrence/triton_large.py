@@ -32,6 +32,8 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
     place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
     turn, met = tl.maximum(begin, 0), 0  # the parity of `turn` says which plane is read
     for tile in range(team, tl.cdiv(count, LANES), teams):
+        if ALONE:
+            tl.debug_barrier()  # the plane that the tile begins in was written by the last step of the one before
         entry = tile * LANES + lane  # (LANES, 1), as all that belongs to a lane
         id, b, first, n, warm, given, last = forward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, h_init)
         if begin < 0:
@@ -103,6 +105,8 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
     place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
     turn, met = tl.maximum(begin, 0), 0
     for tile in range(team, tl.cdiv(count, LANES), teams):
+        if ALONE:
+            tl.debug_barrier()  # the plane that the tile begins in was written by the last step of the one before
         entry = tile * LANES + lane
         id, b, first, n, warm, given, last = backward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init)
         if CELL == "lstm":

@@ -147,7 +147,7 @@ def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: Sp
     gpu = on_gpu(matrices)
     late = gpu and (not cold or capturing(matrices))
     counts, seen = None, state.calls
-    if state.sent is not None and state.calls >= state.sent.call + LAG:
+    if state.sent is not None and state.calls >= state.sent.call + LAG and not capturing(matrices):
         sent, state.sent = state.sent, None
         counts, seen = sent.counts(), sent.call
     norms, near = torch.ops.stable_rnn.spectral_step_(

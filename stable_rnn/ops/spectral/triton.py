@@ -69,8 +69,7 @@ def _launch(
         most = max(most, chunks, slices)
     device = recurrence.device_of(norms)
     members = min(most, max(1, device.programs // len(dense)))
-    table = _constant(tuple(fields), torch.int64, norms.device)
-    limits = _constant(tuple(bounds), torch.float64, norms.device)
+    table, limits = (_kept(values, dtype, norms.device) for values, dtype in ((fields, torch.int64), (bounds, torch.float64)))
     work = (torch.empty(space, dtype=torch.float32, device=norms.device), torch.empty(grams, dtype=torch.float64, device=norms.device),
             torch.zeros(len(dense), dtype=torch.int32, device=norms.device))
     phases, dtype = 4 * iterations + 3, dense[next(iter(dense))].dtype
@@ -84,7 +83,23 @@ def _launch(
         )
 
 
+_captured: list[Tensor] = []  # what CUDA graphs will read: theirs for good
+
+
+def _kept(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of numbers on the device; the same ones come at every optimizer step."""
+    found = _constant(tuple(values), dtype, device)
+    if _capturing(device):
+        _captured.append(found)
+    return found
+
+
 @lru_cache(maxsize=32)
 def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of numbers on the device; the same ones come at every optimizer step."""
+    if _capturing(device):
+        raise RuntimeError("spectral_project_: run a step with these row-contiguous matrices and bounds before a CUDA graph captures one")
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
