@@ -27,6 +27,8 @@ class StableCellBase(CheckedAttributes, nn.RNNCellBase):
 
     def reset_parameters(self) -> None:
         """torch's initialization, then the projection into the stable set."""
+        if self.stability is not None:
+            self.stability.projected_names(self)  # raises for computed weights, before anything changes
         super().reset_parameters()
         if self.stability is not None and has_values(self.weight_hh):
             self.project_()
@@ -54,10 +56,13 @@ class StableCellBase(CheckedAttributes, nn.RNNCellBase):
         backend = dispatch.requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
             return native.cell_step(self._cell, x, h, c, weights, cap)
-        if autocast_dtype(x) is not None:  # as torch's cells, which keep the state in the weights' dtype
+        kind = autocast_dtype(x)
+        if kind is not None:  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
+            out = torch.promote_types(kind, c.dtype) if c is not None and x.device.type == "cpu" else kind
             x, h, c = (None if t is None else t.to(w_hh.dtype) for t in (x, h, c))
             with torch.autocast(x.device.type, enabled=False):
-                return self._step(x, h, c)
+                h, c = self._step(x, h, c)
+            return h.to(out), None if c is None else c.to(out)
         if backend == "torch":  # which has no such op; its cell is the reference's
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
         p = Problem(self._cell, 1, x.shape[0], cap=cap, backend=backend)
@@ -125,6 +130,8 @@ class StableLSTMCell(StableCellBase):
         else:
             if isinstance(hx, Tensor):
                 raise TypeError("StableLSTMCell: hx must be a pair (h, c) of tensors, got one Tensor")
+            if len(hx) != 2:
+                raise RuntimeError(f"lstm_cell expects two hidden states, hx = (h, c); got {len(hx)}")
             h, c = hx
             for which, value in enumerate(hx):
                 if value.dim() not in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -25,10 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     arguments = parser().parse_args(argv)
     try:
+        if sys.stdout is None:
+            raise OSError("closed")
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         print(f"stable-rnn {arguments.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, for instance
+        print(f"stable-rnn {arguments.command}: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # or Python's own flush at exit fails again
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -54,10 +62,10 @@ def parser() -> Parser:
     certify.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by torch.save: a state dict, or a dict that holds some")
     certify.add_argument(
         "--input-bound",
-        type=positive(float),
+        type=bound,
         default=1.0,
         metavar="B",
-        help="largest absolute value of the inputs (default 1)",
+        help="largest absolute value of the inputs, 0 to inf (default 1)",
     )
     certify.set_defaults(run=_certify)
 
@@ -79,7 +87,7 @@ def parser() -> Parser:
         metavar="PLAN",
         help="recurrent, windowed:K, chunked:CHUNK,WARMUP or verified[:TOL]; may be given again (default: all four)",
     )
-    demo.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default 0)")
+    demo.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default 0)")
     demo.add_argument("--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)")
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="where demo.png and demo.json go (default demo-out)")
     demo.set_defaults(run=_demo)
@@ -87,16 +95,36 @@ def parser() -> Parser:
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """An argparse type: a finite number above zero."""
+    """An argparse type: a finite number above zero, an int below 2**31."""
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        value, end = _number(kind, text), 2**31 if kind is int else float("inf")
+        if not 0 < value < end:
+            raise argparse.ArgumentTypeError(f"must be above 0{' and below 2**31' if kind is int else ''}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse: "invalid int value: 'x'"
     return parse
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch.manual_seed takes."""
+    if not -(2**63) <= _number(int, text) < 2**64:
+        raise argparse.ArgumentTypeError(f"must lie between -2**63 and 2**64 - 1, got {text}")
+    return int(text)
+
+
+def bound(text: str) -> float:
+    """An argparse type: a number that is 0 or more, or inf."""
+    if not _number(float, text) >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, or inf; got {text}")
+    return float(text)
+
+
+def _number(kind: Callable[[str], float], text: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
 
 
 def shape(text: str) -> tuple[str, int, int, str]:

@@ -9,10 +9,11 @@ import platform
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import _native
 from ._version import __version__
-from .dispatch import backends
+from .dispatch import NAMES, backends
 from .ops.recurrence import cuda
 from .precision import tf32_allowed
 
@@ -38,7 +39,7 @@ def doctor(explain: bool = False, shapes: list[Shape] | None = None) -> None:
     console = Console(highlight=False)
     facts = Table("", "", show_header=False, box=None)
     for name, value in _facts().items():
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))
     console.print(facts)
 
     table = Table("backend", "runs here", "why", title="Backends", title_justify="left")
@@ -87,8 +88,13 @@ def _facts() -> dict[str, str]:
         "triton": _version("triton"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "cuda": f"{'kernels built in' if cuda.lib else 'kernels not built in'}; {_gpu()}",
-        "STABLE_RNN_BACKEND": os.environ.get("STABLE_RNN_BACKEND", "not set"),
+        "STABLE_RNN_BACKEND": _forced(),
     }
+
+
+def _forced() -> str:
+    name = os.environ.get("STABLE_RNN_BACKEND", "not set")
+    return name if name in (*NAMES, "not set") else f"{name!r}, which is no backend: runs will fail; allowed are {', '.join(NAMES)}"
 
 
 def _features() -> str:

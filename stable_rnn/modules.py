@@ -36,6 +36,8 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
 
     def reset_parameters(self) -> None:
         """torch's initialization, then the projection into the stable set."""
+        if self.stability is not None:
+            self.stability.projected_names(self)  # raises for computed weights, before anything changes
         super().reset_parameters()
         self._project_fresh()
 
@@ -133,7 +135,8 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
         able, reason = self._torch_serves(x, lengths)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
-        return able and (name == "torch" or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
+        recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
+        return able and (name == "torch" or recorded or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ._numbers import to_int
 from .stability import Stability
 
 
@@ -24,10 +25,7 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
         raise TypeError(f"project_after_step: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"project_after_step: model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(every, bool) or not isinstance(every, int):
-        raise TypeError(f"project_after_step: every must be an int, got {every!r}")
-    if every < 1:
-        raise ValueError(f"project_after_step: every must be at least 1, got {every}")
+    every = to_int("project_after_step: every", every, 1)
     stable = [module for module in model.modules() if isinstance(getattr(module, "stability", None), Stability)]
     if not stable:
         raise ValueError(f"project_after_step: {type(model).__name__} holds no module with a stable set (stability=None everywhere)")

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import index
 
 import torch
 from torch import nn
 
+from ._numbers import to_float, to_int
 from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
 from .precision import products_eps
@@ -97,10 +97,10 @@ class Verified(Plan):
 
     def __post_init__(self) -> None:
         if self.tol is not None:
-            if isinstance(self.tol, bool) or not isinstance(self.tol, (int, float)):
-                raise TypeError(f"Verified: tol must be a number or None, got {self.tol!r}")
-            if not 0 <= self.tol < float("inf"):
+            tol = to_float("Verified: tol", self.tol, "a number or None")
+            if not 0 <= tol < float("inf"):
                 raise ValueError(f"Verified: tol must be finite and at least 0, got {self.tol!r}")
+            object.__setattr__(self, "tol", tol)
         if self.chunk is not None:
             _take_int(self, "chunk", 1)
         if self.warmup is not None:
@@ -110,7 +110,7 @@ class Verified(Plan):
     def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
         return {"stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
                 "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
-                "tol": step_rounding(x) if self.tol is None else float(self.tol), "max_passes": self.max_passes}
+                "tol": step_rounding(x) if self.tol is None else self.tol, "max_passes": min(self.max_passes, _LONGEST)}
 
 
 def step_rounding(x: torch.Tensor) -> float:
@@ -157,8 +157,10 @@ def check_plan(plan: object) -> Plan:
 def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
 
-    The plan is the module's, for all threads. Raises `TypeError` for something that is no plan, `ValueError` for a model without any
-    such module."""
+    The plan is the module's, for all threads. Raises `TypeError` for something that is no plan or model, `ValueError` for a model without
+    any such module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"use_plan: model must be an nn.Module, got {type(model).__name__}")
     check_plan(plan)
     found = [m for m in model.modules() if isinstance(getattr(m, "plan", None), Plan)]
     if not found:
@@ -174,11 +176,4 @@ def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 
 def _take_int(plan: Plan, name: str, least: int) -> None:
-    """Any integer type will do; it becomes an int."""
-    what, value = f"{type(plan).__name__}: {name}", getattr(plan, name)
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} must be an int, got {value!r}")
-    value = index(value)
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}, got {value}")
-    object.__setattr__(plan, name, value)
+    object.__setattr__(plan, name, to_int(f"{type(plan).__name__}: {name}", getattr(plan, name), least))

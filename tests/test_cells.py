@@ -1,4 +1,6 @@
 """StableRNNCell and StableLSTMCell are torch's cells; step by step they give what a full pass gives."""
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -157,3 +159,46 @@ def test_stability_of_cells():
         assert cell.certificate().stable
     with pytest.raises(ValueError, match="stability=None"):
         StableRNNCell(5, 7, stability=None).project_()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_dtypes_under_autocast(kind, cast):
+    """Those of torch's cells, for every dtype of the input and of the states."""
+    a, b = pair(kind, torch.float32)
+    few = (torch.float32, torch.bfloat16)
+    for x, h, c in itertools.product(few, (None, *few), few):
+        state = None if h is None else (torch.randn(2, 7).to(h), torch.randn(2, 7).to(c))
+        state = state[0] if state and kind[0] != "lstm" else state
+        for gradient in (False, True):
+            with torch.autocast("cpu", cast), torch.set_grad_enabled(gradient):
+                found, expected = (outputs(m(torch.ones(2, 5, dtype=x), state)) for m in (b, a))
+            for left, right in zip(found, expected, strict=True):
+                assert left.dtype == right.dtype
+                torch.testing.assert_close(left, right, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_no_hidden_unit(kind):
+    _, theirs, ours, extra = kind
+    for gradient in (False, True):
+        with torch.set_grad_enabled(gradient):
+            found, expected = (outputs(cls(4, 0, **extra)(torch.randn(2, 4))) for cls in (ours, theirs))
+            assert [t.shape for t in found] == [t.shape for t in expected]
+    with pytest.raises(ValueError, match="no hidden unit"):
+        ours(4, 0, **extra).project_().certificate()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_state_is_a_pair(count):
+    with pytest.raises(RuntimeError, match=f"expects two hidden states, .*got {count}"):
+        StableLSTMCell(5, 7)(torch.zeros(2, 5), (torch.zeros(2, 7),) * count)
+
+
+def test_reset_of_computed_weights_changes_nothing():
+    cell = StableLSTMCell(5, 7)
+    nn.utils.parametrizations.weight_norm(cell, "weight_hh")
+    before = cell.weight_ih.clone()
+    with pytest.raises(ValueError, match="weight_hh of .* is computed"):
+        cell.reset_parameters()
+    assert torch.equal(cell.weight_ih, before)

@@ -1,7 +1,9 @@
 """Certificates: what one can ask them, rounding, jumps, and every kind of input, good and bad."""
 import math
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from certificate_search import outputs, step
@@ -298,3 +300,34 @@ def test_plans_of_a_module_stay_within_the_bound(make):
             assert 0 < error <= found.truncation_error(k, dtype=torch.float64)
             with use_plan(module, Chunked(5, k - 1)):
                 assert (module(x)[0] - truth).abs().max().item() <= found.truncation_error(k, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("make, dtype", [
+    (lambda: certificate(nn.RNN(3, 4, dtype=torch.complex64)), "weight_ih_l0 .*complex64"),
+    (lambda: StableRNN(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
+    (lambda: StableLSTM(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
+    (lambda: StableRNNCell(3, 4, dtype=torch.complex64), "weight_ih .*complex64"),
+    (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.complex64)), "input .*complex64"),
+    (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.int64)), "input .*int64"),
+    (lambda: certificate_from_state_dict({name: w.long() for name, w in nn.RNN(3, 4).state_dict().items()}), "weight_ih_l0 .*int64"),
+])
+def test_proofs_are_about_real_numbers(make, dtype):
+    with pytest.raises(TypeError, match=dtype.replace(" ", " must have a real floating dtype, got ")):
+        make()
+
+
+def test_sparse_weights_are_refused():
+    state = nn.RNN(3, 4).state_dict()
+    state["weight_hh_l0"] = state["weight_hh_l0"].to_sparse()
+    with pytest.raises(TypeError, match=r"weight_hh_l0 must be a dense tensor, got the layout torch.sparse_coo"):
+        certificate_from_state_dict(state)
+
+
+def test_numbers_of_any_type():
+    found = StableRNN(3, 4).certificate()
+    assert found.truncation_error(np.int64(5)) == found.truncation_error(torch.tensor(5)) == found.truncation_error(5)
+    assert found.window(np.float32(0.125)) == found.window(Fraction(1, 8)) == found.window(0.125)
+    assert StableRNN(3, 4).certificate(input_bound=np.float32(2)).inputs == "|inputs| <= 2"
+    for bad in (np.bool_(True), torch.tensor(True), np.complex64(1), 1j, torch.ones(2), "1"):
+        with pytest.raises(TypeError, match="eps must be a number, got"):
+            found.window(bad)

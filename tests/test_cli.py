@@ -1,5 +1,6 @@
 """doctor and certify: what they print, and one clear line for what cannot be done."""
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ def save(path, value):
     return path
 
 
+def holds_itself(value):
+    value["self"] = value
+    return value
+
+
 def test_doctor_tells_every_backend_and_why(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -53,6 +59,12 @@ def test_doctor_explains_every_backend(capsys):
     assert len(out) > len(short) and "STABLE_RNN_BACKEND" in out and "make build" in out
 
 
+def test_doctor_says_that_a_backend_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("STABLE_RNN_BACKEND", "[/red]")
+    assert main(["doctor"]) == 0
+    assert "'[/red]', which is no backend: runs will fail; allowed are auto, cuda" in capsys.readouterr().out
+
+
 def test_doctor_without_the_binary():
     run = subprocess.run([sys.executable, "-m", "stable_rnn.cli", "doctor"], text=True, capture_output=True,
                          env=os.environ | {"STABLE_RNN_NATIVE": "off"}, cwd=Path(stable_rnn.__file__).parent.parent)
@@ -69,7 +81,8 @@ def test_certify_prints_each_layer_of_a_tree(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": s},
-                                  lambda s: {"run": {"ema": s}, "optimizer": {"state": {0: {"step": 1}}}}])
+                                  lambda s: {"run": {"ema": s}, "optimizer": {"state": {0: {"step": 1}}}}, lambda s: {"ema": [0, (s,)]},
+                                  lambda s: holds_itself({"a": s}), lambda s: {f"[/red]x.{key}": value for key, value in s.items()}])
 def test_certify_finds_nested_state_dicts(capsys, tmp_path, wrap):
     assert main(["certify", str(save(tmp_path / "nested.pt", wrap(nn.LSTM(2, 4).state_dict())))]) == 0
     assert capsys.readouterr().out
@@ -81,6 +94,9 @@ def test_certify_input_bound_matters(capsys, tmp_path):
     one = capsys.readouterr().out
     main(["certify", path, "--input-bound", "100"])
     assert capsys.readouterr().out != one
+    for bound, said in (("0", "|inputs| <= 0"), ("inf", "inputs of any size")):
+        assert main(["certify", path, "--input-bound", bound]) == 0
+        assert f"assumes {said}," in capsys.readouterr().out
 
 
 def test_certify_refuses_with_one_line(capsys, tmp_path):
@@ -96,6 +112,44 @@ def test_certify_refuses_with_one_line(capsys, tmp_path):
     assert "model.state_dict()" in refused(capsys, "certify", save(tmp_path / "pickled.pt", nn.LSTM(2, 4)))
     for nothing in (nn.Linear(2, 2).state_dict(), torch.zeros(3), {"epoch": 1}):
         assert "no recurrent layer found" in refused(capsys, "certify", save(tmp_path / "nothing.pt", nothing))
+
+
+def test_certify_tells_what_a_file_is_instead(capsys, tmp_path, recwarn):
+    state, path = nn.LSTM(2, 4).state_dict(), tmp_path / "other.pt"
+    arrays = {key: value.numpy() for key, value in state.items()}
+    for protocol in (2, 4):
+        for value, text in (({"a": 1}, "holds no tensors"), (arrays, "holds NumPy arrays"), (state, "write them with torch.save"),
+                            (nn.LSTM(2, 4), "save model.state_dict() instead of the model")):
+            path.write_bytes(pickle.dumps(value, protocol))
+            assert text in refused(capsys, "certify", path)
+    assert "holds NumPy arrays" in refused(capsys, "certify", save(path, arrays))
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    for end in (60, 600):
+        (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:end])
+        assert "not a PyTorch checkpoint" in refused(capsys, "certify", tmp_path / "cut.pt")
+    torch.jit.script(nn.LSTM(2, 4)).save(path)
+    assert "is a TorchScript archive" in refused(capsys, "certify", path)
+    for name in ("m.safetensors", "m.bin"):
+        (tmp_path / name).write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        assert "is a safetensors file" in refused(capsys, "certify", tmp_path / name)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda w: w.to(torch.complex64), "real floating dtype, got torch.complex64"), (lambda w: w.long(), "got torch.int64"),
+    (lambda w: w.to_sparse(), "must be a dense tensor"),
+])
+def test_certify_refuses_other_tensors(capsys, tmp_path, change, text):
+    state = {key: change(value) if "weight" in key else value for key, value in nn.RNN(2, 4).state_dict().items()}
+    assert text in refused(capsys, "certify", save(tmp_path / "other.pt", state))
+
+
+@pytest.mark.parametrize("where, text", [("/dev/full", "No space left"), ("&-", "closed")])
+def test_output_that_cannot_be_written(tmp_path, where, text):
+    path = save(tmp_path / "lstm.pt", nn.LSTM(2, 4).state_dict())
+    run = subprocess.run(["sh", "-c", f'"$0" -m stable_rnn.cli certify "$1" >{where}', sys.executable, str(path)], text=True,
+                         stderr=subprocess.PIPE, cwd=Path(stable_rnn.__file__).parent.parent)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and f"standard output: {text}" in run.stderr
 
 
 def test_certify_refuses_weights_that_are_no_numbers(capsys, tmp_path):
@@ -158,8 +212,12 @@ def test_arguments_are_refused_with_one_line(capsys):
     assert "COMMAND" in refused(capsys)
     assert "nonsense" in refused(capsys, "nonsense")
     assert "CHECKPOINT" in refused(capsys, "certify")
-    for bound in ("-1", "0", "nan", "inf"):
-        assert "must be above 0" in refused(capsys, "certify", "x.pt", "--input-bound", bound)
+    for bound in ("-1", "nan", "-inf"):
+        assert f"must be 0 or more, or inf; got {bound}" in refused(capsys, "certify", "x.pt", f"--input-bound={bound}")
+    for seed in ("99999999999999999999999", str(-(2**70))):
+        assert "--seed: must lie between -2**63 and 2**64 - 1" in refused(capsys, "demo", f"--seed={seed}")
+    for count in ("0", "-3", str(10**30)):
+        assert "--threads: must be above 0 and below 2**31" in refused(capsys, "demo", f"--threads={count}")
     assert "invalid float value: 'wide'" in refused(capsys, "certify", "x.pt", "--input-bound", "wide")
 
 

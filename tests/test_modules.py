@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from stable_rnn import Certified, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native, stabilize, use_plan
@@ -394,6 +395,8 @@ def test_use_plan():
         pass
     with pytest.raises(TypeError), use_plan(net, 3):
         pass
+    with pytest.raises(TypeError, match="model must be an nn.Module, got NoneType"), use_plan(None, Recurrent()):
+        pass
 
 
 @pytest.mark.parametrize("make,error", [
@@ -414,3 +417,53 @@ def test_every_option_and_plan_runs():
         y, (h, c) = m(torch.randn(2, 5, 3))
         (y.sum() + h.sum() + c.sum()).backward()
         assert all(w.grad is not None and w.grad.isfinite().all() for w in m.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [
+    lambda m: nn.utils.weight_norm(m, "weight_hh_l0"), lambda m: nn.utils.spectral_norm(m, "weight_hh_l0"),
+    lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.3), lambda m: m.register_buffer("own", torch.ones(2)),
+    lambda m: nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
+], ids=["weight_norm", "spectral_norm", "prune", "buffer", "parametrization"])
+def test_stabilize_leaves_computed_weights_alone(change):
+    net = nn.Sequential(nn.LSTM(4, 4), nn.Identity(), nn.RNN(4, 4))
+    change(net[0])
+    left, x = net[0].eval(), torch.randn(5, 2, 4)
+    expected = left(x)[0]
+    with pytest.warns(UserWarning, match="stabilize: 0 is .*LSTM.* left alone"):
+        stabilize(net)
+    assert net[0] is left and type(net[2]) is StableRNN
+    torch.testing.assert_close(left(x)[0], expected)
+    with pytest.raises(ValueError, match="no nn.RNN or nn.LSTM that can be swapped: 0 is .*LSTM"):
+        stabilize(nn.Sequential(left))
+
+
+def test_stabilize_projects_all_or_none():
+    net = nn.Sequential(nn.LSTM(4, 6), nn.LSTM(6, 6))
+    with torch.no_grad():
+        net[0].weight_hh_l0.mul_(50)
+        net[1].weight_hh_l0[0, 0] = float("nan")
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"1\.weight_hh_l0 holds NaN"):
+        stabilize(net, project=True)
+    assert type(net[0]) is type(net[1]) is nn.LSTM
+    assert all(torch.equal(w.nan_to_num(7), before[name].nan_to_num(7)) for name, w in net.state_dict().items())
+    with torch.no_grad():
+        net[1].weight_hh_l0[0, 0] = 50.0
+    assert all(m.certificate().stable for m in stabilize(net, project=True))
+
+
+def test_reset_of_computed_weights_changes_nothing():
+    m = StableLSTM(4, 6)
+    nn.utils.parametrizations.weight_norm(m, "weight_hh_l0")
+    before = {name: w.clone() for name, w in m.state_dict().items()}
+    with pytest.raises(ValueError, match="weight_hh_l0 of .* is computed"):
+        m.reset_parameters()
+    assert all(torch.equal(w, before[name]) for name, w in m.state_dict().items())
+
+
+def test_passes_without_end():
+    x, plan = torch.randn(40, 2, 4), Verified(chunk=4, warmup=2, max_passes=10**40)
+    m = StableLSTM(4, 6, plan=plan)
+    torch.testing.assert_close(m(x)[0], m.to_torch()(x)[0])
+    assert plan.max_passes == 10**40

@@ -1,5 +1,6 @@
 """`project_after_step`: the set is kept while a model trains."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ def test_every_other_step():
         optimizer.step()
         inside.append(model.certificate().rate <= 0.5)
     assert inside == [False, False, True] * 2
+    project_after_step(optimizer, model, every=np.int64(2))
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, None])

@@ -1,6 +1,7 @@
 """Stable sets: what `project_` guarantees, what it leaves alone, and which arguments make no set."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -319,6 +320,12 @@ def test_sets_are_values():
     assert a == b and hash(a) == hash(b) and a != Certified(0.8) and a != ForgetCap(0.6)
     assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
     assert eval(repr(a)) == a and eval(repr(ForgetCap(0.5))) == ForgetCap(0.5) and eval(repr(Certified(cap=True))) == Certified(cap=True)
+    for c in (Certified(0.3), Certified(0.4, cap=True), Certified(0.8, "inf", 0.6, 0.5)):
+        assert eval(repr(c)) == dataclasses.replace(c) == c
+        assert dataclasses.replace(c, norm="radius").norm == "radius"
+    assert dataclasses.replace(Certified(), rate=0.8) == Certified(0.8)
+    assert dataclasses.replace(Certified(cap=True), rate=0.9) == Certified(0.9, cap=True)
+    assert dataclasses.replace(Certified(forget=0.6), cap=True) == Certified(forget=0.6, cap=True)
     with pytest.raises(AttributeError):
         a.rate = 0.5
     assert isinstance(a, Stability) and isinstance(ForgetCap(0.5), Stability)

@@ -10,7 +10,19 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
-from stable_rnn import Certified, Chunked, Recurrent, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Verified, Windowed, stabilize
+from stable_rnn import (
+    Certified,
+    Chunked,
+    ForgetCap,
+    Recurrent,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Verified,
+    Windowed,
+    stabilize,
+)
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 
@@ -177,6 +189,8 @@ def test_reports_of_repeated_backward_passes():
 
 def test_numpy_numbers():
     assert Windowed(np.int64(3)) == Windowed(3) and type(Windowed(np.int64(3)).k) is int
+    for value in (Verified(tol=np.float32(0.5)).tol, Certified(rate=np.float32(0.5)).rate, ForgetCap(torch.tensor(0.5)).forget):
+        assert value == 0.5 and type(value) is float
 
 
 def test_state_of_cells_under_autocast():

@@ -5,7 +5,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
-from stable_rnn import Chunked, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native
+from stable_rnn import Chunked, Recurrent, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Verified, Windowed, _native
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
@@ -154,3 +154,29 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.stable_rnn.windowed_backward,
                               (torch.randn(n, hidden), h, c, xp, w, None, h, c, None, None, "lstm", 6, batch, 1, 2, -1.0, 1, 0.9, backend),
                               test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+def test_traces_are_right_or_refused(cls, gradient):
+    """A plain recurrence is recorded as torch's own, for every T and B; nothing else can be."""
+    with torch.set_grad_enabled(gradient):
+        m = cls(4, 6, num_layers=2, bidirectional=True, batch_first=True).eval()
+        traced, x = torch.jit.trace(m, torch.randn(3, 9, 4)), torch.randn(5, 21, 4)
+        torch.testing.assert_close(traced(x)[0], m(x)[0])
+        for plan in PLANS[1:]:
+            with pytest.raises(RuntimeError, match=r"module\.to_torch\(\)"):
+                torch.jit.trace(cls(4, 6, plan=plan), torch.randn(9, 3, 4))
+        for backend in ("cpu", "reference"):
+            with pytest.raises(RuntimeError, match=r"module\.to_torch\(\)"):
+                torch.jit.trace(cls(4, 6, backend=backend), torch.randn(9, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])
+def test_traces_of_cells_are_refused(cls, gradient):
+    for dtype in (torch.float32, torch.float64):
+        with torch.set_grad_enabled(gradient), pytest.raises(RuntimeError, match="RNNCell with its state_dict"):
+            torch.jit.trace(cls(4, 6, dtype=dtype), torch.randn(3, 4, dtype=dtype))

@@ -137,12 +137,12 @@ def setting(results: dict) -> str:
     trials, seeds = (sorted({len(v) for v in results[part].values()}) for part in ("search", "final"))
     hours = sum(run["seconds"] for run in runs) / 3600
 
-    def of(key: str) -> str:
-        return ", ".join(sorted({str(run[key])[:40] for run in runs}))
+    def of(key: str, most: int = 40) -> str:
+        return ", ".join(sorted({str(run[key])[:most] for run in runs}))
 
     epochs = ", ".join(map(str, sorted({run["setting"]["epochs"] for run in runs})))
-    return (f"{to_text(trials)} points searched and {to_text(seeds)} seed(s) for each model, at most {epochs} epochs; {len(runs)} runs, "
-            f"{hours:.1f} hours of {of('threads')} thread(s) of a CPU ({of('machine')}), torch {of('torch')}, commit {of('commit')}.\n")
+    return (f"{to_text(trials)} point(s) searched and {to_text(seeds)} seed(s) for each model, at most {epochs} epochs; {len(runs)} runs, "
+            f"{hours:.1f} hours of {of('threads')} thread(s) of a CPU ({of('machine')}), torch {of('torch')}, commit {of('commit', 10)}.\n")
 
 
 def to_text(counts: list[int]) -> str:

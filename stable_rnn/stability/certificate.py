@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .._numbers import to_float, to_int
 from ..layout import check_lengths
 from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
 from .contraction import Contraction, lstm_contractions, norm2, power, relu_bound, rnn_contractions, series
@@ -73,17 +74,13 @@ class Certificate:
         Rigorous in exact arithmetic. With a `dtype` it adds what rounding may do to the two runs, by a model of rounding errors and
         not by proof (stability/README.md). Never more than the trivial bound (outputs of tanh and LSTM layers are bounded); infinite
         where nothing is known. Raises TypeError or ValueError unless k is an int >= 1 and dtype a floating dtype."""
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"truncation_error: k must be an int, got {k!r}")
-        if k < 1:
-            raise ValueError(f"truncation_error: k must be at least 1, got {k}")
+        k = to_int("truncation_error: k", k, 1)
         error = self._through(lambda c, eps: c.after(k, eps))
         return error if dtype is None else min(error + self.rounding_error(dtype), self._through(lambda c, eps: math.inf))
 
     def window(self, eps: float, dtype: torch.dtype | None = None) -> int:
         """The least k with `truncation_error(k, dtype) <= eps`. ValueError with the reason if there is none."""
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-            raise TypeError(f"window: eps must be a number, got {eps!r}")
+        eps = to_float("window: eps", eps)
         if not eps > 0:
             raise ValueError(f"window: eps must be positive, got {eps}")
         if self.truncation_error(1, dtype) <= eps:
@@ -186,10 +183,13 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     W_ih x_t + b really is. Upper layers are bounded by what the lower ones can give out.
 
     Raises ValueError for weights or inputs with NaN or infinite entries, weights on the meta device, a negative bound, inputs of another
-    width, lengths without an input or that don't fit it; TypeError for modules that have no certificate, a GRU for instance.
+    width, lengths without an input or that don't fit it; TypeError for modules that have no certificate, a GRU for instance, and for
+    weights or inputs that are not real floating point.
     """
     stability = getattr(module, "stability", None)
     levels = read_module(module)
+    if not levels[0][0].hidden:
+        raise ValueError(f"certificate: this {type(module).__name__} has no hidden unit, so nothing to certify (hidden_size=0)")
     width = levels[0][0].w_ih.shape[1]
     if input is not None and input_bound is not None:
         raise ValueError("certificate: pass input or input_bound, not both")
@@ -208,7 +208,8 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
 
     A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. Nor does it know of a clamped forget gate.
     What has no certificate (GRU layers, weights that are missing or computed, layers that don't chain) is skipped with a warning that says
-    why. ValueError names a weight with NaN or infinite entries or of a shape that doesn't fit the others."""
+    why. ValueError names a weight with NaN or infinite entries or of a shape that doesn't fit the others, TypeError one that is not a dense
+    tensor of a real floating dtype."""
     stacks, skipped = read_state_dict(state_dict)
     for prefix, reason in skipped.items():
         warnings.warn(f"certificate: {prefix or 'the model'} {reason}; skipped", stacklevel=3)
@@ -263,11 +264,10 @@ def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None
 
 
 def _checked_bound(bound: float) -> float:
-    if isinstance(bound, bool) or not isinstance(bound, (int, float)):
-        raise TypeError(f"input_bound must be a number, got {bound!r}")
+    bound = to_float("input_bound", bound)
     if not bound >= 0:
         raise ValueError(f"input_bound must be 0 or more, got {bound}")
-    return abs(float(bound))  # -0.0 is 0
+    return abs(bound)  # -0.0 is 0
 
 
 def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, batch_first: bool) -> Tensor:
@@ -278,6 +278,8 @@ def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, ba
         input = input.data
     if not isinstance(input, Tensor):
         raise TypeError(f"certificate: input must be a tensor or a PackedSequence, got {type(input).__name__}")
+    if not input.is_floating_point():
+        raise TypeError(f"certificate: input must have a real floating dtype, got {input.dtype}")
     if input.dim() not in (1, 2, 3) or input.shape[-1] != width:
         raise ValueError(f"certificate: input must end in the module's input size {width}, got the shape {tuple(input.shape)}")
     data = input.detach().to("cpu", torch.float64)

@@ -52,7 +52,8 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     the nearest ones inside.
 
     Raises ValueError, before anything is written: for weights or biases with NaN or infinite values or on the meta device, weights that
-    other parameters compute (a parametrization, weight norm), a set that doesn't fit the module.
+    other parameters compute (a parametrization, weight norm), a set that doesn't fit the module. TypeError for weights that are not real
+    floating point.
     """
     cell = cell_of(module)
     stability.check(cell)
@@ -60,6 +61,8 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
         raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
                          "here doesn't")
     projected_names(module, stability)
+    if not module.hidden_size:  # torch has cells without units
+        return
     levels, weights = layer_names(module), _checked_weights(module)
     if not certify:
         _step(weights, levels, stability, cell, _warm.setdefault(module, _Warm()))

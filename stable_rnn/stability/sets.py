@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._numbers import to_float
 from .projection import project_, projected_names
 
 NORMS = ("2", "inf", "auto", "radius")
@@ -64,9 +65,10 @@ class ForgetCap(Stability):
     forget: float
 
     def __post_init__(self) -> None:
-        _check_number("ForgetCap: forget", self.forget)
-        if not 0 < self.forget < 1:
-            raise ValueError(f"ForgetCap: forget must lie between 0 and 1, got {self.forget}")
+        forget = to_float("ForgetCap: forget", self.forget)
+        if not 0 < forget < 1:
+            raise ValueError(f"ForgetCap: forget must lie between 0 and 1, got {forget}")
+        object.__setattr__(self, "forget", forget)
 
     @property
     def cap(self) -> float:
@@ -75,11 +77,6 @@ class ForgetCap(Stability):
     def check(self, cell: str) -> None:
         if cell != "lstm":
             raise ValueError(f"ForgetCap is for the LSTM; {cell} has no forget gate to clamp (stability={self})")
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -106,25 +103,24 @@ class Certified(Stability):
     clamped: bool
 
     def __init__(self, rate: float = 0.99, norm: str = "2", forget: float | None = None, input_bound: float = 1.0,
-                 cap: bool = False) -> None:
-        _check_number("Certified: rate", rate)
+                 cap: bool | None = None, *, clamped: bool = False) -> None:
+        """`clamped` is `cap` under its field's name, for `dataclasses.replace`."""
+        cap = clamped if cap is None else cap
+        rate, input_bound = to_float("Certified: rate", rate), to_float("Certified: input_bound", input_bound)
         if not 0 < rate < 1:
             raise ValueError(f"Certified: rate must lie between 0 and 1, got {rate}")
         if norm not in NORMS:
             raise ValueError(f"Certified: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-        _check_number("Certified: input_bound", input_bound)
         if not 0 <= input_bound < math.inf:
             raise ValueError(f"Certified: input_bound must be finite and 0 or more, got {input_bound}")
         if not isinstance(cap, bool):
             raise TypeError(f"Certified: cap must be True or False, got {cap!r}; the clamp's height is forget=")
         least = 0.0 if cap else 0.5
-        if forget is None:
-            forget = min(0.6, 0.7 * rate) if cap else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
-        else:
-            _check_number("Certified: forget", forget)
-            if not least < forget < rate:
-                raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if cap else ' (or pass cap=True)'}, "
-                                 f"got {forget}")
+        chosen = min(0.6, 0.7 * rate) if cap else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
+        forget = chosen if forget is None else to_float("Certified: forget", forget)
+        if forget != chosen and not least < forget < rate:
+            raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if cap else ' (or pass cap=True)'}, "
+                             f"got {forget}")
         for name, value in zip(("rate", "norm", "forget", "input_bound", "clamped"), (rate, norm, forget, input_bound, cap)):
             object.__setattr__(self, name, value)
 

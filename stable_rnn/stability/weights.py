@@ -95,6 +95,11 @@ def read_module(module: nn.Module) -> list[list[LayerWeights]]:
 
 
 def check_values(name: str, w: Tensor) -> None:
+    """Not their being finite; see `check_finite`."""
+    if not w.is_floating_point():  # the proofs are about real numbers
+        raise TypeError(f"{name} must have a real floating dtype, got {w.dtype}")
+    if w.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {w.layout}; pass {name}.to_dense()")
     if w.is_meta:
         raise ValueError(f"{name} is on the meta device and holds no values; give it some first, module.to_empty(device=...) and weights")
 

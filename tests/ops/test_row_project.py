@@ -107,3 +107,12 @@ def test_errors_write_nothing(W, bound, method, error, word):
     with pytest.raises(error, match=word):
         row_project_(W, bound, method)
     assert W is before or torch.equal(torch.nan_to_num(W, 7), torch.nan_to_num(before, 7)) if isinstance(W, torch.Tensor) else True
+
+
+@pytest.mark.parametrize("W, error, text", [
+    (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"), (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
+    (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
+])
+def test_what_cannot_be_projected(W, error, text):
+    with pytest.raises(error, match=text):
+        row_project_(W, 1.0)

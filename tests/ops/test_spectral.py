@@ -308,3 +308,26 @@ def test_a_state_of_another_kind():
     with pytest.raises(TypeError, match="state must be a SpectralState or None, got dict"):
         spectral_project_(W, 1.0, state={})
     assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("W, error, text", [
+    (None, TypeError, "W must be a tensor or several, got NoneType"), (3.0, TypeError, "W must be a tensor or several, got float"),
+    (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"),
+    ([torch.ones(3, 3, device="meta")], ValueError, r"W\[0\] is on the meta device"),
+    (torch.ones(3, 3).to_sparse(), TypeError, "W must be a dense tensor, got the layout torch.sparse_coo"),
+    (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
+])
+@pytest.mark.parametrize("certify", [True, False])
+def test_what_cannot_be_projected(W, error, text, certify):
+    with pytest.raises(error, match=text):
+        spectral_project_(W, 1.0, certify=certify)
+
+
+@pytest.mark.parametrize("arguments, error, text", [
+    ((1.5,), TypeError, "kept must be an int, got 1.5"), ((True,), TypeError, "kept must be an int, got True"),
+    (("a",), TypeError, "kept must be an int, got 'a'"), ((2, 0), ValueError, "fresh must be at least 1, got 0"),
+    ((2, 2, "a"), TypeError, "seed must be an int, got 'a'"), ((2, 2, 2**70), ValueError, "seed must lie between"),
+])
+def test_states_that_cannot_be(arguments, error, text):
+    with pytest.raises(error, match=text):
+        SpectralState(*arguments)

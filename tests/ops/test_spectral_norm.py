@@ -108,6 +108,8 @@ def test_leaves_the_graph_alone():
     (torch.ones(3, 3, dtype=torch.int64), TypeError, "int64"),
     (torch.ones(3, 3, dtype=torch.complex64), TypeError, "complex64"),
     ([[1.0]], TypeError, "list"),
+    (torch.ones(3, 3, device="meta"), ValueError, "meta device"),
+    (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
 ])
 def test_errors(bad, error, word):
     with pytest.raises(error, match=word):

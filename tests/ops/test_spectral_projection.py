@@ -118,6 +118,8 @@ def test_opcheck(dtype):
     (torch.ones(3), 1.0, ValueError, r"\(3,\)"), (torch.ones(2, 2), 0.0, ValueError, "0.0"),
     (torch.ones(2, 2), float("nan"), ValueError, "nan"),
     (torch.ones(2, 2).int(), 1.0, TypeError, "int32"), ([[1.0]], 1.0, TypeError, "list"),
+    (torch.ones(2, 2), [1.0], TypeError, r"bound must be a number, got \[1.0\]"),
+    (torch.ones(2, 2), torch.tensor([1.0, 2.0]), TypeError, r"bound must be a number, got tensor"),
 ])
 def test_errors(W, bound, error, word):
     with pytest.raises(error, match=word):

@@ -102,7 +102,7 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
 
 def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype."""
-    if _native.lib is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _native.lib is None or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False

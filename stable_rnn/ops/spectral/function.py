@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._numbers import to_float
 from .norm import check_bound, check_dtype
 
 
@@ -87,7 +88,8 @@ def spectral_projection(W: Tensor, bound: float) -> Tensor:
     Shapes:  W (..., m, n), any real floating dtype  ->  the same. The norm comes from a block power iteration run to convergence in
     W's own precision (float32 for the halves); it is no rigorous bound (that is `spectral_norm_bound`).
     Differentiable to any order where the largest singular value is simple; where it is not, the first derivative is one of the
-    generalized ones and higher ones do not exist. Matrices inside pass unchanged. Works under `torch.func.vmap` and `torch.compile`.
+    generalized ones and higher ones do not exist. In reverse mode only: `torch.func.jvp` and `jacfwd` raise. Matrices inside pass
+    unchanged. Works under `torch.func.vmap` and `torch.compile`.
 
     bound  > 0, a number.
     Raises ValueError for NaN or infinite entries, fewer than two dimensions, a bound that is not positive and finite or requires grad;
@@ -95,7 +97,7 @@ def spectral_projection(W: Tensor, bound: float) -> Tensor:
     """
     check_dtype(W)
     check_bound(bound)
-    bound = float(bound)
+    bound = to_float("bound", bound)
     if not 0 < bound < math.inf:
         raise ValueError(f"bound must be positive and finite, got {bound}")
     return SpectralProjection.apply(W, bound)[0]

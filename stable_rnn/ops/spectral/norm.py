@@ -9,18 +9,33 @@ UNIT = 2.0**-53  # unit roundoff of float64
 
 
 def check_dtype(W: Tensor, name: str = "W") -> None:
-    """Raises TypeError for what is no real floating tensor, ValueError for fewer than two dimensions."""
+    """Raises TypeError for what is no dense, real floating tensor, ValueError for fewer than two dimensions."""
     if not isinstance(W, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(W).__name__}")
     if not W.is_floating_point():
         raise TypeError(f"{name} must have a real floating dtype, got {W.dtype}")
+    if W.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {W.layout}; pass {name}.to_dense()")
     if W.dim() < 2:
         raise ValueError(f"{name} must have the shape (..., m, n), got {tuple(W.shape)}")
 
 
+def check_values(W: Tensor, name: str = "W") -> None:
+    """After `check_dtype`: raises ValueError for the meta device."""
+    if W.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and holds no values; give it some first")
+
+
+def check_writable(W: Tensor, name: str = "W") -> None:
+    """After `check_dtype`: raises ValueError for what has one place in memory for several entries."""
+    if W.numel() and any(size > 1 and stride == 0 for size, stride in zip(W.shape, W.stride())):
+        raise ValueError(f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()")
+
+
 def check_matrix(W: Tensor, name: str = "W") -> Tensor:
-    """W detached, after the checks of `check_dtype` and one for NaN and infinite entries."""
+    """W detached, after the checks of `check_dtype`, `check_values` and one for NaN and infinite entries."""
     check_dtype(W, name)
+    check_values(W, name)
     W = W.detach()
     if not torch.isfinite(W).all():
         raise ValueError(f"{name} holds NaN or infinite values")
@@ -101,7 +116,7 @@ def spectral_norm_bound(W: Tensor) -> Tensor:
     matrix in float64 gives the estimate, and a Cholesky factorization with its residual proves it (`prove`; after Rump, "Verification
     of positive definiteness", BIT 46, 2006). So it may be used in a certificate, which a power iteration may not.
 
-    Raises ValueError for NaN or infinite entries or fewer than two dimensions, TypeError for other dtypes.
+    Raises ValueError for NaN or infinite entries, the meta device or fewer than two dimensions, TypeError for other dtypes and sparse ones.
     """
     A, exponent = scaled(check_matrix(W))
     if A.numel() == 0:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..._numbers import to_int
 from . import certified
 from .later import LAG, Sent, capturing, check_finite, on_gpu, send
-from .norm import check_bound, check_dtype, check_matrix, scaled, shift
+from .norm import check_bound, check_dtype, check_matrix, check_values, check_writable, scaled, shift
 from .reference import fresh_vectors
 from .registration import kernel
 
@@ -28,9 +29,10 @@ class SpectralState:
     """
 
     def __init__(self, kept: int = 14, fresh: int = 2, seed: int = 0):
-        if not 1 <= kept or not 1 <= fresh:
-            raise ValueError(f"kept and fresh must be at least 1, got {kept} and {fresh}")
-        self.kept, self.fresh, self.seed = kept, fresh, seed
+        kept, fresh, seed = to_int("kept", kept, 1), to_int("fresh", fresh, 1), to_int("seed", seed)
+        if not -(2**62) <= seed <= 2**62:  # it is counted on from there, and the op takes 64 bits
+            raise ValueError(f"seed must lie between -2**62 and 2**62, got {seed}")
+        self.kept, self.fresh, self.seed = min(kept, 2**31), min(fresh, 2**31), seed
         self.calls = 0
         self.blocks: list[Tensor] = []
         self.exact: list[int] = []  # the call that last saw the whole spectrum
@@ -91,18 +93,22 @@ def spectral_project_(
     CPU; estimates from below after an uncertified one, on the device of the (first) matrix.
 
     Raises, before anything is written: ValueError for NaN or infinite entries (uncertified on a GPU: see above), a bound that is not
-    positive and finite or requires grad, an unknown method, a tensor that is no matrix; TypeError for other dtypes, a bound that is no
-    number, another state.
+    positive and finite or requires grad, an unknown method, a tensor that is no matrix, on the meta device or overlaps itself (expanded);
+    TypeError for other dtypes, sparse tensors, a bound that is no number, another state.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     single = isinstance(W, Tensor)
+    if not isinstance(W, Iterable):
+        raise TypeError(f"W must be a tensor or several, got {type(W).__name__}")
     matrices = [W] if single else list(W)
     names = ["W"] if single else [f"W[{i}]" for i in range(len(matrices))]
     for matrix, name in zip(matrices, names):
         if isinstance(matrix, Tensor) and matrix.dim() != 2:
             raise ValueError(f"{name} must be a matrix (m, n), got the shape {tuple(matrix.shape)}")
         check_dtype(matrix, name)
+        check_values(matrix, name)
+        check_writable(matrix, name)
         if certify and not on_gpu([matrix]):  # there with the proofs; the step looks for NaN itself
             check_matrix(matrix, name)
     if state is not None and not isinstance(state, SpectralState):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .norm import UNIT, check_bound, check_matrix, shift
+from .norm import UNIT, check_bound, check_matrix, check_writable, shift
 
 METHODS = ("l1", "scale")
 
@@ -26,11 +26,13 @@ def row_project_(W: Tensor, bound: float | Sequence[float] | Tensor, method: str
 
     bound  > 0: a number, or one per row, of a shape that broadcasts to (..., m).
     Raises, before anything is written: ValueError for NaN or infinite entries, a bound that is not positive and finite, does not
-    fit the rows or requires grad, an unknown method; TypeError for other dtypes and a bound that is no number.
+    fit the rows or requires grad, an unknown method, a tensor on the meta device or one that overlaps itself (expanded); TypeError for
+    other dtypes, sparse tensors and a bound that is no number.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     rows = check_matrix(W)
+    check_writable(W)
     limit = _limits(bound, rows)
     gamma = 2 * (rows.shape[-1] + 4) * UNIT  # relative error of a float64 sum, with room
     near = ~(rows.abs().sum(-1, dtype=torch.float64) * (1 + gamma) <= limit)  # outside, or too close to tell
