@@ -91,10 +91,8 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
     return reference
 
 
-def torch_is_faster(cell: str, x: Tensor, hidden: int, batch: int) -> bool:
-    """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, no compiled module, and the
-    inference of LSTMs of middling batches, where it was measured up to 6 % faster (benchmarks/README.md). On GPUs cuDNN keeps every
-    plain recurrence until the kernels here are measured against it."""
-    if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return True
-    return cell == "lstm" and not torch.is_grad_enabled() and hidden >= 256 and 32 <= batch < 128
+def leave_to_torch(x: Tensor) -> bool:
+    """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, no compiled module. On GPUs
+    cuDNN keeps every plain recurrence until the kernels here are measured against it. On CPUs oneDNN is level for large batches, slower for
+    small ones and packed input (benchmarks/README.md)."""
+    return _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)

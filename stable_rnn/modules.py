@@ -128,7 +128,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, batch: int) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
         name = dispatch.requested(self.backend)
         if name not in ("auto", "torch"):
             return False
@@ -136,7 +136,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
-        return able and (name == "torch" or recorded or dispatch.torch_is_faster(self._cell, x, self.hidden_size, batch))
+        return able and (name == "torch" or recorded or dispatch.leave_to_torch(x))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
@@ -148,7 +148,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
             batch = int(sizes[0])
             hx = self._zeros(x, batch) if hx is None else self._permute(hx, order)
             self._check_args(x, hx, sizes)
-            if self._runs_on_torch(x, None, batch):
+            if self._runs_on_torch(x, None):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, take, put = layout.packed(PackedSequence(x, sizes))
@@ -169,7 +169,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
         if lengths is not None:
             lengths = layout.check_lengths(lengths, batch, steps, x.device)
             x = layout.without_padding(x, lengths, self.batch_first)
-        if self._runs_on_torch(x, lengths, batch):
+        if self._runs_on_torch(x, lengths):
             y, hidden = self._run_torch(x, hx, None)
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)

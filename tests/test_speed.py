@@ -229,6 +229,25 @@ def test_a_run_that_is_cut_short_says_so(tmp_path):
     assert not found["finished"] and len(found["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
 
 
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+    given = [*SMALL, "--cells", "lstm", "--dtypes", "float32", "--passes", "forward", "--commit", "abc", "--out", str(tmp_path)]
+    file = tmp_path / "speed.json"
+    assert main([*given, "--minutes", "0.00001"]) == 0
+    assert main([*given, "--resume", "--sweeps", "T"]) == 0
+    some = json.loads(file.read_text())
+    assert some["rows"] and not some["finished"] and some["not_run"]
+    assert main([*given, "--resume"]) == 0
+    found = json.loads(file.read_text())
+    assert found["finished"] and found["rows"][: len(some["rows"])] == some["rows"]
+    cases = [tuple(row[name] for name in results.CASE) for row in found["rows"]]
+    assert len(set(cases)) == len([case for case, after in zip(cases, [*cases[1:], None]) if case != after])  # each in one piece
+    capsys.readouterr()
+    assert main([*given, "--resume", "--commit", "abd"]) == 2 and "commit abc" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == found
+    file.write_text("{")
+    assert main([*given, "--resume"]) == 2
+
+
 def test_the_ways_of_a_gpu(monkeypatch):
     """Events, peak memory and the facts, with stand-ins for the device: that they are asked for as torch names them."""
     asked = []

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)")
     made.add_argument("--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)")
     made.add_argument("--minutes", type=positive(float), metavar="M", help="start no case after this long; what was left out is listed")
+    made.add_argument("--resume", action="store_true", help="keep the cases that OUT holds of this commit and machine, run the others")
     made.add_argument("--threads", type=positive(int), metavar="N", help="for torch and the kernels (default: torch's choice)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--commit", help="for the JSON, where git cannot tell")
@@ -110,7 +111,6 @@ def run(options: argparse.Namespace) -> int:
     if options.list:
         print(*chosen, sep="\n")
         return 0
-    prepare(options.out)
     if options.threads:
         torch.set_num_threads(options.threads)
     minutes = options.minutes or (QUICK_MINUTES if options.quick else float("inf"))
@@ -119,21 +119,27 @@ def run(options: argparse.Namespace) -> int:
     devices = sorted({case.device for case in chosen})
     content = {
         "what": "benchmarks.speed", "finished": False, "environment": results.environment(devices, options.commit),
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "options": {name: value for name, value in vars(options).items() if name not in ("out", "resume", "list")},
         "models": {name: models.MODELS[name] for name in options.models}, "memory": {d: measure.HOW_MEMORY[d] for d in devices},
         "gemm_rates": {}, "rows": [], "absent": [], "not_run": [],
     }
-    rates, absent = content["gemm_rates"], {}
+    if options.resume:
+        results.resume(options.out / "speed.json", content)
+    prepare(options.out)
+    finished = {tuple(row[name] for name in results.CASE) for row in content["rows"]}
+    rates, absent = content["gemm_rates"], {(a["name"], a["reason"]): a for a in content["absent"]}
     left_out = {"reference": options.backends, "flashrnn": options.baselines} if options.quick else {}
     field = contestants.Field(tuple(options.plans), tuple(options.baselines or contestants.BASELINES),
                               options.backends and tuple(options.backends),
                               without=tuple(name for name, asked in left_out.items() if not asked))
-    last = 0.0  # seconds that the case before took
+    last, left = 0.0, []  # seconds that the case before took; cases not begun
     for number, case in enumerate(chosen, 1):
         start = time.perf_counter()
         if start - begin + last > 60 * minutes:
-            content["not_run"] = [str(case) for case in chosen[number - 1 :]]
+            left = chosen[number - 1 :]
             break
+        if tuple(getattr(case, name) for name in results.CASE) in finished:
+            continue
         machine = f"{case.device} {case.dtype}"
         if machine not in rates:
             rates[machine] = measure.gemm_rate(case.device, case.dtype, min(1.0, seconds))
@@ -148,6 +154,8 @@ def run(options: argparse.Namespace) -> int:
         content["absent"] = list(absent.values())
         results.write_json(options.out / "speed.json", content)
         last = time.perf_counter() - start
+    begun = {str(case) for case in chosen} - {str(case) for case in left}
+    content["not_run"] = [case for case in dict.fromkeys([*content["not_run"], *map(str, left)]) if case not in begun]
     content["finished"] = not content["not_run"]
     content["took_seconds"] = time.perf_counter() - begin
     finish(options.out, content)

@@ -15,8 +15,11 @@ import torch
 
 import stable_rnn
 from stable_rnn import _native
+from stable_rnn._errors import UserError
 
 SIZES = {"T": "T", "B": "B", "H": "H", "k": "k"}
+CASE = ("cell", "dtype", "device", "passes", "model", *SIZES, "C")  # what tells the cases of a file apart
+SAME = ("commit", "torch", "processor", "cores", "threads")  # of runs that may stand in one file
 
 
 def environment(devices: list[str], commit: str | None = None) -> dict[str, Any]:
@@ -77,6 +80,23 @@ def write_json(path: Path, content: dict) -> None:
     fresh = path.with_suffix(".json.part")
     fresh.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
     os.replace(fresh, path)
+
+
+def resume(path: Path, content: dict) -> None:
+    """Takes over what an earlier run of this commit and machine left in its file; UserError where that was another."""
+    try:
+        earlier = json.loads(path.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: {path} cannot be read ({error})") from error
+    for name in SAME:
+        before, now = earlier["environment"].get(name), content["environment"][name]
+        if before != now:
+            raise UserError(f"--resume: {path} was measured with {name} {before}, here it is {now}; choose another --out")
+    for name in ("rows", "gemm_rates", "absent", "not_run"):
+        content[name] = earlier[name]
+    content["models"] = earlier["models"] | content["models"]
 
 
 def _finite(value: Any) -> Any:
