@@ -231,16 +231,18 @@ def truncation(task: Task, finals: dict) -> str:
 def distances(found: dict) -> str:
     some = next(iter(found.values()))
     windows = [point["k"] for point in some["points"] if point["k"]]
-    head = ["model", *(f"k = {k}" for k in windows), *(f"test, k = {k}" for k in (windows[0], windows[-1])), "full"]
+    head = ["model", *(f"k = {k}" for k in windows), "one rounding", *(f"test, k = {k}" for k in (windows[0], windows[-1])), "full"]
     rows = []
     for config, result in found.items():
         full, *points = result["points"]
         tests = [points[0], points[-1], full]
-        rows.append([config, *("diverged" if p["distance"] is None else f"{p['distance']:.2g}" for p in points),
+        away = [p["distance"] for p in points] + [result["rounding"]]
+        rows.append([config, *("diverged" if distance is None else f"{distance:.2g}" for distance in away),
                      *("diverged" if p["test"] is None else f"{p['test']:.2f}" for p in tests)])
     return (f"Truncated training against full: the same start, batches and dropout masks, {some['setting']['epochs']} epochs, the chosen "
-            "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; and the "
-            "test metric, each model run as it was trained:\n\n" + table(head, rows))
+            "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; the same "
+            "for full training from recurrent weights one rounding away, below which no window can be expected to come; and the test "
+            "metric, each model run as it was trained:\n\n" + table(head, rows))
 
 
 def speed(found: dict) -> str:

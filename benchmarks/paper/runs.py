@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stable_rnn import Recurrent, Windowed
 from stable_rnn._errors import UserError
 from stable_rnn.demo.report import whole
+from stable_rnn.plans import Plan
 
 from . import measure
 from .data import Data
@@ -28,6 +29,7 @@ from .train import OutOfTime, Setting, build, evaluate, refined, searched, train
 DISTANCE_WINDOWS = [1, 2, 4, 8, 16, 32, 64]
 DISTANCE_EPOCHS = 10
 DISTANCE_SEED = 1
+ROUNDING = 2.0**-23  # of float32
 
 
 @dataclass
@@ -128,7 +130,8 @@ class Bench:
                     metric=self.task.metric, **environment())
 
     def distances(self, config: Config) -> None:
-        """Truncated training against full: the same start, batches and dropout masks, under `Windowed(k)`; relative distance of weights."""
+        """Truncated training against full: the same start, batches and dropout masks, under `Windowed(k)`; relative distance of weights.
+        As a control, full training from weights that are one rounding away: what it amplifies no window can avoid."""
         setting = self.best(config)
         if setting is None or not config.recurrent:
             return
@@ -136,19 +139,28 @@ class Bench:
         name, begin = f"{config.slug}.distance.json", time.monotonic()
         if self.stored(name, setting):
             return
-        bar = self.progress.add_task(f"{config.slug}.distance", total=setting.epochs * (len(DISTANCE_WINDOWS) + 1))
+        bar = self.progress.add_task(f"{config.slug}.distance", total=setting.epochs * (len(DISTANCE_WINDOWS) + 2))
+
+        def trained(plan: Plan, nudge: float = 1.0) -> Model:
+            model = build(config, self.task, self.data, setting, DISTANCE_SEED)
+            with torch.no_grad():
+                model.body.weight_hh_l0.mul_(nudge)
+            train(model, self.task, self.data, setting, DISTANCE_SEED, self.deadline, lambda note: self.progress.advance(bar), plan)
+            return model
+
         try:
             points, full, start, scale = [], None, vector(build(config, self.task, self.data, setting, DISTANCE_SEED)), 1.0
             for plan in (Recurrent(), *map(Windowed, DISTANCE_WINDOWS)):
-                model = build(config, self.task, self.data, setting, DISTANCE_SEED)
-                train(model, self.task, self.data, setting, DISTANCE_SEED, self.deadline, lambda note: self.progress.advance(bar), plan)
+                model = trained(plan)
                 here = vector(model)
                 if full is None:
                     full, scale = here, (here - start).norm().item()
                 points.append(dict(k=getattr(plan, "k", None), distance=measure.finite((here - full).norm().item() / scale),
                                    test=measure.finite(evaluate(model, self.task, self.data, self.data.test, plan))))
+            rounding = measure.finite((vector(trained(Recurrent(), 1 + ROUNDING)) - full).norm().item() / scale)
             seconds = round(time.monotonic() - begin, 1)
-            self.write(name, self.about(config, setting, DISTANCE_SEED) | dict(moved=scale, points=points, seconds=seconds))
+            self.write(name, self.about(config, setting, DISTANCE_SEED)
+                       | dict(moved=scale, points=points, rounding=rounding, seconds=seconds))
         finally:
             self.progress.remove_task(bar)
 
