@@ -175,7 +175,8 @@ def test_dtypes_under_autocast(kind, cast):
                 found, expected = (outputs(m(torch.ones(2, 5, dtype=x), state)) for m in (b, a))
             for left, right in zip(found, expected, strict=True):
                 assert left.dtype == right.dtype
-                torch.testing.assert_close(left, right, rtol=0.05, atol=0.05)
+                # torch rounds inputs, weights, both products and the result to the coarsest dtype here, ours not all of these
+                torch.testing.assert_close(left, right, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)

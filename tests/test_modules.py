@@ -112,9 +112,8 @@ def test_lengths_equal_packed(kind, options):
     hx = hx if m.mode == "LSTM" else hx[0]
     y, hidden = m(x, hx, lengths=lengths)
     expected, hidden_expected = m(pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False), hx)
-    # float64: the same steps, products of other shapes
-    torch.testing.assert_close(y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(hidden, hidden_expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12)  # float64: the same steps,
+    torch.testing.assert_close(hidden, hidden_expected, rtol=1e-12, atol=1e-12)  # products of other shapes
 
     y, hidden = m(x, hx, lengths=torch.tensor([0, 7, 0]))
     assert not y.select(0 if first else 1, 0).any()
