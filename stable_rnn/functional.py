@@ -1,0 +1,100 @@
+"""The recurrences of one layer and direction as functions, and the spectral ops: for modules of one's own.
+
+`lstm` and `rnn` take torch's weights and a plan; gradients, `torch.func`, `torch.compile` and `torch.export` go through them as through
+the modules. `spectral_*` and `row_project_` bring matrices into norm balls.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, layout
+from .common import autocast_dtype
+from .ops.recurrence.function import layer
+from .ops.recurrence.problem import Problem
+from .ops.spectral import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
+from .plans import Plan, Recurrent, check_plan
+
+__all__ = ["SpectralState", "lstm", "rnn", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"]
+
+
+def lstm(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, w_hr: Tensor | None = None,
+         h0: Tensor | None = None, c0: Tensor | None = None, *, lengths: Tensor | None = None, reverse: bool = False,
+         batch_first: bool = False, plan: Plan = Recurrent(), clamp: float = 1.0,
+         backend: str = "auto") -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One layer and direction of an LSTM (gate order i, f, g, o) under a plan.
+
+        i, f, g, o = split(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        c_t = min(sigmoid(f), clamp) c_{t-1} + sigmoid(i) tanh(g);   h_t = sigmoid(o) tanh(c_t), then W_hr h_t where w_hr is given
+
+    input (T, B, I), or (B, T, I) with batch_first; w_ih (4H, I), w_hh (4H, P), b_ih, b_hh (4H,), w_hr (P, H) or None, then P = H;
+    h0 (B, P), c0 (B, H), zeros when not given; lengths (B,) integers on the input's device; reverse: from each sequence's end to its start.
+    Returns output, like the input with P columns, zero past each length, and (h_n (B, P), c_n (B, H)), the states after the last step run.
+    Equivalent to, without lengths and clamp and with `Recurrent()`: one layer of `torch.nn.LSTM`.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, naming the tensor; a clamp outside of (0, 1]; a backend that cannot
+    run the problem. TypeError for what is no tensor or plan. RuntimeError for a sequence without steps."""
+    if not 0 < clamp <= 1:
+        raise ValueError(f"lstm: clamp must lie in (0, 1], got {clamp}")
+    y, h, c = _run("lstm", 4, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend)
+    return y, (h, c)
+
+
+def rnn(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, h0: Tensor | None = None, *,
+        nonlinearity: str = "tanh", lengths: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
+        plan: Plan = Recurrent(), backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """One layer and direction of an RNN under a plan: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
+
+    input (T, B, I), or (B, T, I) with batch_first; w_ih (H, I), w_hh (H, H), b_ih, b_hh (H,), h0 (B, H), zeros when not given; lengths and
+    reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H)."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    cell = "rnn_" + nonlinearity
+    y, h, _ = _run(cell, 1, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend)
+    return y, h
+
+
+def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None,
+         h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, reverse: bool, batch_first: bool, plan: Plan, clamp: float,
+         backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    name = cell.partition("_")[0]
+    given = dict(input=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h0=h0, c0=c0)
+    for key, t in given.items():
+        if not isinstance(t, Tensor) and (t is not None or key in ("input", "w_ih", "w_hh")):
+            raise TypeError(f"{name}: {key} must be a Tensor{'' if key in ('input', 'w_ih', 'w_hh') else ' or None'}, got {type(t).__name__}")
+    check_plan(plan), dispatch.check_name(backend)
+    if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise ValueError(f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
+                         f"{tuple(w_hh.shape)}")
+    batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+    if steps == 0:
+        raise RuntimeError(f"{name}: expected a sequence of at least one step, got input {tuple(x.shape)}")
+    rows, out = w_hh.shape
+    hidden = rows // gates
+    expected = dict(w_ih=(rows, x.shape[2]), w_hh=(gates * hidden, hidden if w_hr is None else out), b_ih=(rows,), b_hh=(rows,),
+                    w_hr=(out, hidden), h0=(batch, out), c0=(batch, hidden))
+    for key, shape in expected.items():
+        t = given[key]
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, w_hh {tuple(w_hh.shape)})")
+        if t.device != x.device or autocast_dtype(x) is None and t.dtype != x.dtype:
+            raise ValueError(f"{name}: {key} must be {x.dtype} on {x.device} as the input is, got {t.dtype} on {t.device}")
+    if autocast_dtype(x) is not None:
+        kind = autocast_dtype(x)
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = (None if t is None else t.to(kind) for t in (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0))
+    if lengths is not None:
+        lengths = layout.check_lengths(lengths, batch, steps, x.device)
+        x = layout.without_padding(x, lengths, batch_first)
+    way = layout.padded(x.shape, batch_first, lengths, x.device)
+    way = way.reversed(x.device) if reverse else way
+    bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+    h0 = x.new_zeros(batch, out) if h0 is None else h0
+    if c0 is None and cell == "lstm":
+        c0 = x.new_zeros(batch, hidden)
+    p = Problem(cell, way.steps, way.step, **plan.numbers(x), cap=clamp, backend=backend)
+    y, h, c, _ = layer(x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, h0, c0, way.base, way.lengths, p)
+    return y.view(*x.shape[:2], out), h, c if cell == "lstm" else torch.empty(0)
