@@ -62,8 +62,9 @@ def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     name = cell.partition("_")[0]
     given = dict(input=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h0=h0, c0=c0)
     for key, t in given.items():
-        if not isinstance(t, Tensor) and (t is not None or key in ("input", "w_ih", "w_hh")):
-            raise TypeError(f"{name}: {key} must be a Tensor{'' if key in ('input', 'w_ih', 'w_hh') else ' or None'}, got {type(t).__name__}")
+        needed = key in ("input", "w_ih", "w_hh")
+        if not isinstance(t, Tensor) and (needed or t is not None):
+            raise TypeError(f"{name}: {key} must be a Tensor{'' if needed else ' or None'}, got {type(t).__name__}")
     check_plan(plan), dispatch.check_name(backend)
     if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
         raise ValueError(f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
@@ -80,7 +81,8 @@ def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
         if t is None:
             continue
         if tuple(t.shape) != shape:
-            raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, w_hh {tuple(w_hh.shape)})")
+            raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, "
+                             f"w_hh {tuple(w_hh.shape)})")
         if t.device != x.device or autocast_dtype(x) is None and t.dtype != x.dtype:
             raise ValueError(f"{name}: {key} must be {x.dtype} on {x.device} as the input is, got {t.dtype} on {t.device}")
     if autocast_dtype(x) is not None:
