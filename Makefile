@@ -1,5 +1,7 @@
 # make demo    the main job: trains on real text, runs a long text under every plan   (README)
-# make test    lint and tests                                                          (README)
+# make test    lint, and the tests that prove the package on this machine: minutes     (README)
+# make check   all tests: builds, other processors and GPUs, sanitizers, benchmarks     (CI, beside make test)
+# make fast    the tests of TESTS alone, stopping at the first failure                  (developers)
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
 # make bench   the table of benchmarks/README.md
 # make lint    ruff alone
@@ -14,20 +16,28 @@ TESTS  ?= tests
 CUDA   ?= off
 DEMO   ?=
 V      := .venv/bin
+# Processes side by side, a file's tests in one of them: what a file builds, it builds once.
+PYTEST := $(V)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 CPP    := CMakeLists.txt $(shell find csrc -type f)
 # Two makes at once take turns at .venv and build, where the machine has flock.
 LOCK   := $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test check fast lint bench build clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(V)/stable-rnn demo $(DEMO)
 
-# Triton's interpreter is chosen as its kernels are imported: a process of its own.
 test: .venv/installed lint
-	$(V)/python -m pytest $(TESTS)
-	$(if $(filter tests,$(TESTS)),TRITON_INTERPRET=1 $(V)/python -m pytest tests/triton)
+	$(PYTEST) -m "not check" $(TESTS)
+
+# Triton's interpreter is chosen as its kernels are imported: processes of their own.
+check: .venv/installed lint
+	$(PYTEST) -m check tests
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+
+fast: .venv/installed
+	$(V)/python -m pytest -x -q -m "not check" $(TESTS)
 
 lint: .venv/installed
 	$(V)/ruff check .

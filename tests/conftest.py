@@ -1,4 +1,8 @@
-"""Small problems: one thread each keeps the tests' time steady; tests about threads set their own number."""
+"""Small problems: one thread each keeps the tests' time steady; tests about threads set their own number.
+
+`make test` runs what proves the package on this machine, `make check` also what is marked `check`: all of the files below, and single
+tests by `@pytest.mark.check`.
+"""
 import sys
 from pathlib import Path
 
@@ -7,6 +11,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, certificate_search.py
 torch.set_num_threads(1)
+
+CHECK = ("test_install", "test_cuda_compile", "test_triton_compiled_recurrence", "test_triton_compiled_spectral",  # builds
+         "test_paper", "test_speed")  # benchmarks
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in CHECK:
+            item.add_marker(pytest.mark.check)
 
 
 @pytest.fixture(autouse=True)

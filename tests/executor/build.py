@@ -8,6 +8,7 @@ Objects are kept in `build/executor/` under the hash of what they are made from.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -83,9 +84,13 @@ def _object(source: Path, asan: bool) -> Path:
 def move_into(path: Path, write) -> None:
     """`write(name)` makes the file, which then moves to `path`, so that nobody sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{path}.{os.getpid()}.tmp"
-    write(name)
-    os.replace(name, path)
+    with open(f"{path}.lock", "w") as lock:  # of several test processes one makes it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        name = f"{path}.{os.getpid()}.tmp"
+        write(name)
+        os.replace(name, path)
 
 
 def _link(name: str, sources: list[Path], asan: bool) -> Path:

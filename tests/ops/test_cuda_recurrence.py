@@ -423,6 +423,7 @@ for cell in ("rnn_tanh", "lstm"):
 """
 
 
+@pytest.mark.check
 def test_address_sanitizer():
     if not build.sanitizer():
         pytest.skip(f"{build.CXX} has no AddressSanitizer library")

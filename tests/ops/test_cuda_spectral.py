@@ -377,6 +377,7 @@ for number, limits in enumerate({limits}):
 """
 
 
+@pytest.mark.check
 def test_address_sanitizer():
     if not build.sanitizer():
         pytest.skip(f"{build.CXX} has no AddressSanitizer library")
