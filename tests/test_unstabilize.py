@@ -44,13 +44,12 @@ def test_quantization():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("inside", [False, True])
-def test_scripts(inside):
-    net = stabilize(Net() if inside else nn.LSTM(5, 6))
-    expected = net(X)
-    children = dict(net.named_modules())
-    with pytest.raises(RuntimeError, match=r"module\.to_torch\(\).* unstabilize\(model\)"):
-        torch.jit.script(net)
+def test_scripts():
+    net = stabilize(Net())
+    expected, children = net(X), dict(net.named_modules())
+    for m in (net, net.rnn, stabilize(nn.LSTMCell(5, 6), cells=True)):
+        with pytest.raises(RuntimeError, match=r"module\.to_torch\(\).* unstabilize\(model\)"):
+            torch.jit.script(m)
     assert dict(net.named_modules()) == children
     torch.testing.assert_close(torch.jit.script(unstabilize(net))(X), expected)
 
