@@ -27,6 +27,8 @@ def _register(schema: str, implementation, fake) -> None:
 
 
 def _forward_fake(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)")
     p = Problem(*numbers[:-1])
     save = numbers[-1] and p.cell == "lstm"
     hidden, empty = w_hh.shape[0] // 4, xp.new_empty

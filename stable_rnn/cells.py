@@ -5,25 +5,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from . import dispatch
-from .common import CheckedAttributes, autocast_dtype, has_values
+from . import dispatch, watch
+from .bookkeeping import Bookkeeping
+from .common import autocast_dtype, has_values
 from .ops.recurrence import native
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .stability import Certificate, Certified, Stability, certificate
 
 
-class StableCellBase(CheckedAttributes, nn.RNNCellBase):
+class StableCellBase(Bookkeeping, nn.RNNCellBase):
     """What both cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
 
     num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
 
     def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
                  backend: str) -> None:
+        self._adopt(mode, stability, backend)
+        super().__init__(input_size, hidden_size, bias, 4 if mode == "LSTM" else 1, device=device, dtype=dtype)
+
+    _adopted = ("mode", "_cell", "stability", "backend")
+
+    def _adopt(self, mode: str, stability: Stability | None, backend: str) -> None:
+        """Sets `_adopted`, all that a stable cell holds beyond torch's; `stabilize` calls it on cells that torch has made."""
         self.mode, self._cell = mode, mode.lower()
         self.stability, self.backend = stability, backend
-        super().__init__(input_size, hidden_size, bias, 4 if mode == "LSTM" else 1, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """torch's initialization, then the projection into the stable set."""
@@ -43,14 +51,22 @@ class StableCellBase(CheckedAttributes, nn.RNNCellBase):
         if self.stability is None:
             raise ValueError("project_: this cell has stability=None; give it a stable set first, cell.stability = Certified()")
         self.stability.project_(self, certify=certify)
+        watch.settled(self)
         return self
 
     def certificate(self, input: Tensor | None = None, **options: Any) -> Certificate:
         """As `StableLSTM.certificate`; `input` (T, B, I) are the steps' inputs."""
         return certificate(self, input, **options)
 
+    def _plain(self, device: str) -> nn.RNNCellBase:
+        if self.mode == "LSTM":
+            return nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device=device)
+        return nn.RNNCell(self.input_size, self.hidden_size, self.bias, self.nonlinearity, device=device)
+
     def _step(self, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """One step: x (B, I), h (B, H), c (B, H) or None."""
+        if self.training:
+            watch.trains(self)
         cap = 1.0 if self.stability is None or c is None else self.stability.cap
         w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         backend = dispatch.requested(self.backend)
@@ -97,6 +113,8 @@ class StableRNNCell(StableCellBase):
         super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, bias, device, dtype, stability, backend)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and hx.dim() not in (1, 2):
@@ -121,6 +139,8 @@ class StableLSTMCell(StableCellBase):
         super().__init__("LSTM", input_size, hidden_size, bias, device, dtype, stability, backend)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         batched = input.dim() == 2

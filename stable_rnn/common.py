@@ -1,28 +1,9 @@
 """What the modules and the cells share."""
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-
-from .dispatch import check_name
-from .plans import check_plan
-from .stability import check_stability
-
-
-class CheckedAttributes:
-    """`plan`, `stability` and `backend` are checked whenever they are set."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "plan":
-            check_plan(value)
-        elif name == "stability":
-            check_stability(value, self.mode)
-        elif name == "backend":
-            check_name(value)
-        super().__setattr__(name, value)
 
 
 def _autocast_available(kind: str) -> bool:

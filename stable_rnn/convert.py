@@ -1,89 +1,177 @@
-"""`stabilize`: put stable modules in the place of torch's recurrent ones, with the same parameters."""
+"""`stabilize`: torch's recurrent modules become stable ones, in place. `unstabilize`: and back."""
 from __future__ import annotations
 
 import warnings
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import dispatch
+from .bookkeeping import Bookkeeping
+from .cells import StableCellBase, StableLSTMCell, StableRNNCell
 from .modules import StableLSTM, StableRNN, StableRNNBase
 from .plans import Plan, Recurrent, check_plan
-from .stability import Certified, Stability, check_stability
+from .stability import Stability, check_stability
+
+_MODULES = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
+_CELLS = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
+_PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
+TURNS = 20  # of modules that share weights, in projecting them
+_NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
 
-def stabilize(model: nn.Module, stability: Stability | None = Certified(), plan: Plan = Recurrent(), backend: str = "auto",
-              project: bool = False) -> nn.Module:
-    """Swap every `nn.RNN` and `nn.LSTM` in `model` (itself included) for `StableRNN`, `StableLSTM` and return the model.
+def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan = Recurrent(), backend: str = "auto",
+              project: bool = False, cells: bool = False) -> nn.Module:
+    """Turn every `nn.RNN` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableLSTM` and return the model.
 
-    The swap happens in place and keeps the very `Parameter` objects and hooks, so optimizers and tied weights stay right; references to
-    the old modules from outside of the tree stay what they are. Values stay unchanged unless `project=True`; `certificate()` tells
-    whether they are stable, `project_()` makes them so. Left alone, with a warning: `nn.GRU`, and subclasses or parametrized forms of
-    the others, those by hooks (weight norm, spectral norm, pruning) included. Raises `ValueError` if `model` holds nothing to swap,
-    `stability` does not fit a module found or weights cannot be projected, `TypeError` for a wrong plan or model; nothing has changed
-    then."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"stabilize: model must be an nn.Module, got {type(model).__name__}")
-    check_plan(plan)
-    found = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.RNNBase)}
-    targets = {name: m for name, m in found.items() if _is_plain(m)}
-    others = {name: m for name, m in found.items() if name not in targets and not isinstance(m, StableRNNBase)}
+    The modules become stable where they are, as the same objects: Parameters and what shares them, hooks, buffers, attributes, optimizers,
+    wrappers and `torch.compile` around them stay, and whoever else holds such a module sees the change. By default the model computes what
+    it did; `use_plan` and `module.plan` then change how, `module.stability` what is promised.
+
+    stability  the modules' set. Values stay unchanged: `certificate()` tells whether they are inside, `project_()` moves them
+    plan       how the modules run
+    backend    "auto", or the backend that must run them
+    project    move the weights into the set now, all or none
+    cells      also `nn.RNNCell` and `nn.LSTMCell`, which become `StableRNNCell` and `StableLSTMCell`
+
+    Left alone, with a warning that says why: `nn.GRU`, subclasses, modules with a `forward` of their own, TorchScript and quantized
+    modules, and computed weights (parametrizations, weight norm, spectral norm, pruning, flattened FSDP parameters). `fully_shard` comes
+    after `stabilize`; DistributedDataParallel, DataParallel and `torch.compile` may come before or after.
+
+    Raises `ValueError` if `model` holds nothing to swap, `stability` does not fit a module found, weights cannot be projected, or there is
+    no set to project into; `TypeError` for a wrong plan or model. Nothing has changed then."""
+    _check_model("stabilize", model)
+    check_plan(plan), dispatch.check_name(backend)
+    if project and stability is None:
+        raise ValueError("stabilize: project=True needs a set to project into, stability=Certified()")
+    forms = _MODULES | _CELLS if cells else _MODULES
+    targets, left = {}, {}
+    for name, m in model.named_modules():
+        why = _obstacle(m, forms)
+        if why:
+            left[name or "the model"] = why
+        elif type(m) in forms:
+            targets[name] = m
     if not targets:
-        akin = ", ".join(f"{name or 'it'} is {_kind(m)}" for name, m in others.items())
+        akin = "; ".join(f"{name} is {why}" for name, why in left.items())
         akin = f" that can be swapped: {akin}" if akin else ""
-        raise ValueError(f"stabilize: {type(model).__name__} holds no nn.RNN or nn.LSTM{akin}")
+        raise ValueError(f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}")
     for m in targets.values():
-        check_stability(stability, m.mode)
-    dispatch.check_name(backend)
-    for name, m in others.items():
-        warnings.warn(f"stabilize: {name or 'the model'} is {_kind(m)} and is left alone; only nn.RNN and nn.LSTM have a stable form here",
-                      stacklevel=2)
-    swaps = {m: _stable_form(m, stability, plan, backend) for m in targets.values()}
-    if project and stability is not None:
-        _project({name: swaps[m] for name, m in targets.items()})
-    for name, m in targets.items():
-        if name == "":
-            return swaps[m]
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, swaps[m])
+        check_stability(stability, _mode(m))
+    for name, why in left.items():
+        warnings.warn(f"stabilize: {name} is {why} and is left alone", stacklevel=2)
+    for m in targets.values():
+        mode, form = _mode(m), forms[type(m)]
+        m.__class__ = form
+        m._adopt(mode, stability, backend) if isinstance(m, StableCellBase) else m._adopt(stability, plan, backend)
+    if project:
+        try:
+            _project(targets)
+        except BaseException:
+            for m in targets.values():
+                _revert(m)
+            raise
     return model
 
 
-def _is_plain(m: nn.RNNBase) -> bool:
-    """Whether it holds its weights as parameters and nothing else: hooks that compute a weight leave other parameters or buffers."""
-    return type(m) in (nn.RNN, nn.LSTM) and set(m._parameters) == set(m._flat_weights_names) and not m._buffers and not m._modules
+def unstabilize(model: nn.Module, allow_change: bool = False) -> nn.Module:
+    """Turn every `StableRNN`, `StableLSTM` and cell in `model` (itself included) back into torch's, in place, and return the model.
+
+    For what knows torch's own classes only: quantization, TorchScript, ONNX, `isinstance(m, nn.LSTM)`. Parameters, hooks, buffers and
+    attributes stay the same objects, plans and stable sets are dropped: the model then runs plainly through whole sequences. A model
+    without any stable module is returned as it is.
+
+    Raises `ValueError`, before anything has changed, for modules that clamp their forget gate, which torch's cells do not do, unless
+    `allow_change=True` drops the clamps; and for subclasses and parametrized or sharded modules. `TypeError` for a wrong model."""
+    _check_model("unstabilize", model)
+    found = {name or "the model": m for name, m in model.named_modules() if isinstance(m, Bookkeeping)}
+    derived = [f"{name} is {_derived(m)}" for name, m in found.items() if type(m) not in _PLAIN]
+    if derived:
+        raise ValueError(f"unstabilize: {'; '.join(derived)}")
+    clamped = [f"{name} at {m._cap}" for name, m in found.items() if m._cap < 1]
+    if clamped and not allow_change:
+        raise ValueError(f"unstabilize: forget gates are clamped, which torch's cells do not do: {', '.join(clamped)}; pass "
+                         "allow_change=True to drop the clamps")
+    for m in found.values():
+        _revert(m)
+    return model
 
 
-def _kind(m: nn.RNNBase) -> str:
-    return f"{type(m).__name__} with computed weights or tensors of its own" if type(m) in (nn.RNN, nn.LSTM) else type(m).__name__
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
 
 
-def _project(modules: dict[str, StableRNNBase]) -> None:
-    """All of them, or none where one cannot be: the error then names it."""
-    before: dict[nn.Parameter, torch.Tensor] = {}
-    for name, m in modules.items():
-        before |= {p: p.detach().clone() for p in m.parameters() if p not in before}
-        try:
-            m.project_()
-        except Exception as error:
-            with torch.no_grad():
-                for p, value in before.items():
-                    p.copy_(value)
-            text = str(error).removeprefix("project_: ")
-            joint = "" if not name else "." if text.startswith(("weight", "bias")) else ": "
-            raise type(error)(f"stabilize: {name}{joint}{text}") from error
+def _revert(m: StableRNNBase | StableCellBase) -> None:
+    for name in m._adopted:
+        if name != "mode" or isinstance(m, StableCellBase):
+            delattr(m, name)
+    m.__class__ = _PLAIN[type(m)]
 
 
-def _stable_form(m: nn.RNNBase, stability: Stability | None, plan: Plan, backend: str) -> StableRNNBase:
-    options = dict(num_layers=m.num_layers, bias=m.bias, batch_first=m.batch_first, dropout=m.dropout, bidirectional=m.bidirectional,
-                   device="meta", stability=stability, plan=plan, backend=backend)
-    if m.mode == "LSTM":
-        new: StableRNNBase = StableLSTM(m.input_size, m.hidden_size, proj_size=m.proj_size, **options)
-    else:
-        new = StableRNN(m.input_size, m.hidden_size, nonlinearity=m.mode[4:].lower(), **options)
-    for name, parameter in m.named_parameters():
-        setattr(new, name, parameter)
-    for name, hooks in vars(m).items():
-        if "hooks" in name:  # the very dictionaries, so that handles given out before still remove their hooks
-            new.__dict__[name] = hooks
-    return new.train(m.training)
+def _mode(m: nn.RNNBase | nn.RNNCellBase) -> str:
+    return m.mode if isinstance(m, nn.RNNBase) else "LSTM" if isinstance(m, nn.LSTMCell) else "RNN_" + m.nonlinearity.upper()
+
+
+def _obstacle(m: nn.Module, forms: dict[type, type]) -> str | None:
+    """What a recurrent module is that cannot be swapped; None for one that can, and for all others."""
+    scripted = isinstance(m, torch.jit.ScriptModule)
+    name = getattr(m, "original_name", "") if scripted else type(m).__name__
+    if name in _NAMES and scripted:
+        return f"a TorchScript {name}, compiled already (stabilize before torch.jit.script or trace)"
+    if name in _NAMES and type(m).__module__.startswith("torch.ao."):
+        return f"a quantized {name}, {type(m).__module__}.{name} (stabilize the float model)"
+    if isinstance(m, Bookkeeping) or not isinstance(m, (nn.RNNBase, nn.RNNCellBase)):
+        return None
+    if type(m) in (nn.GRU, nn.GRUCell):
+        return f"an nn.{name}, which has no stable form here"
+    if type(m) in _CELLS and type(m) not in forms:
+        return f"an nn.{name} (cells=True makes it a {_CELLS[type(m)].__name__})"
+    if type(m) not in forms:
+        return _derived(m)
+    if "forward" in vars(m):
+        return f"an nn.{name} with a forward of its own, which would go on running (del module.forward, stabilize, and wrap it again)"
+    computed = [w for w in (m._flat_weights_names if isinstance(m, nn.RNNBase) else ("weight_ih", "weight_hh")) if w not in m._parameters]
+    if computed:
+        return f"an nn.{name} with computed weights: {', '.join(computed)} (stabilize before weight norm, pruning or FSDP)"
+    return None
+
+
+def _derived(m: nn.Module) -> str:
+    """What an instance of a class of its own is, and the way out."""
+    base = next(c for c in type(m).__mro__ if c.__module__.partition(".")[0] in ("torch", "stable_rnn") and not _made(c))
+    base = f"nn.{base.__name__}" if base.__module__.startswith("torch") else base.__name__
+    if parametrize.is_parametrized(m):
+        return f"a parametrized {base} (call torch.nn.utils.parametrize.remove_parametrizations first)"
+    if _made(type(m)):
+        return f"{base} sharded by fully_shard (call it after stabilize or unstabilize)"
+    return f"{type(m).__module__}.{type(m).__qualname__}, a subclass of {base} (only {base} itself is swapped)"
+
+
+def _made(c: type) -> bool:
+    return c.__module__.startswith(("torch.distributed", "torch.nn.utils"))
+
+
+def _project(modules: dict[str, StableRNNBase | StableCellBase]) -> None:
+    """All of them, or none where one cannot be: the error then names it. Modules that share weights take turns until all are inside."""
+    weights = {p: p.detach().clone() for m in modules.values() for p in m.parameters()}
+    shared = len(weights) < sum(len(set(m.parameters())) for m in modules.values())
+    at = ""
+    try:
+        for _ in range(TURNS if shared else 1):
+            before = [p._version for p in weights]
+            for at, m in modules.items():  # noqa: B007  the error names it
+                m.project_()
+            if not shared or before == [p._version for p in weights]:
+                return
+        raise RuntimeError("no weights found that are inside the sets of all modules that share them")
+    except BaseException as error:
+        with torch.no_grad():
+            for p, value in weights.items():
+                p.copy_(value)
+        if not isinstance(error, Exception):
+            raise
+        text = str(error).removeprefix("project_: ")
+        joint = "" if not at else "." if text.startswith(("weight", "bias")) else ": "
+        raise type(error)(f"stabilize: {at}{joint}{text}") from error

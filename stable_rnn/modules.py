@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, layout
-from .common import CheckedAttributes, autocast_dtype, has_values
+from . import dispatch, layout, watch
+from .bookkeeping import Bookkeeping
+from .common import autocast_dtype, has_values
 from .ops.recurrence.function import Note, layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
@@ -18,7 +20,7 @@ from .stability import Certificate, Certified, Stability, certificate, check_sta
 _TORCH = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
 
 
-class StableRNNBase(CheckedAttributes, nn.RNNBase):
+class StableRNNBase(Bookkeeping, nn.RNNBase):
     """What both modules share: the stack of layers, the plan, the stable set."""
 
     stability: Stability | None = None
@@ -28,9 +30,15 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
     def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
         check_plan(plan), dispatch.check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
+        self._adopt(stability, plan, backend)
+        self._project_fresh()
+
+    _adopted = ("stability", "plan", "backend", "_ran")
+
+    def _adopt(self, stability: Stability | None, plan: Plan, backend: str) -> None:
+        """Sets `_adopted`, all that a stable module holds beyond torch's; `stabilize` calls it on modules that torch has made."""
         self.stability, self.plan, self.backend = stability, plan, backend
         self._ran: tuple[list[Tensor], list[Note], int] | None = None  # what the last checked run left: reports, notes, chunk
-        self._project_fresh()
 
     # ---- stability
 
@@ -51,6 +59,7 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
         if self.stability is None:
             raise ValueError("project_: this module has stability=None; give it a stable set first, module.stability = Certified()")
         self.stability.project_(self, certify=certify)
+        watch.settled(self)
         return self
 
     def certificate(self, input: Tensor | PackedSequence | None = None, **options: Any) -> Certificate:
@@ -76,10 +85,6 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
     @property
     def _cell(self) -> str:
         return self.mode.lower()
-
-    @property
-    def _cap(self) -> float:
-        return 1.0 if self.stability is None or self._cell != "lstm" else self.stability.cap
 
     def _weights(self, index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w_ih, the sum of both biases, w_hh and w_hr of layer and direction number `index`."""
@@ -140,6 +145,8 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
+        if self.training:
+            watch.trains(self)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths: a PackedSequence carries its own; pass one or the other")
@@ -214,25 +221,12 @@ class StableRNNBase(CheckedAttributes, nn.RNNBase):
 
     # ---- conversion and bookkeeping
 
-    def to_torch(self, allow_change: bool = False) -> nn.RNNBase:
-        """The plain `nn.RNN` or `nn.LSTM` with a copy of these weights, for ONNX, TorchScript and quantization.
-
-        A clamped cell computes another function than torch's: `ValueError` unless `allow_change`."""
-        if self._cap < 1 and not allow_change:
-            raise ValueError(f"to_torch: the forget gate is clamped at {self._cap}, which torch's cell does not do; "
-                             "pass allow_change=True to drop the clamp")
-        weight = self.weight_hh_l0
+    def _plain(self, device: str) -> nn.RNNBase:
         options = dict(num_layers=self.num_layers, bias=self.bias, batch_first=self.batch_first, dropout=self.dropout,
-                       bidirectional=self.bidirectional, device=weight.device, dtype=weight.dtype)
+                       bidirectional=self.bidirectional, device=device)
         if self._cell == "lstm":
-            plain = nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
-        else:
-            plain = nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
-        for name, parameter in plain.named_parameters():
-            own = getattr(self, name)  # computed, where it is parametrized
-            parameter.data.copy_(own.detach())
-            parameter.requires_grad_(own.requires_grad)
-        return plain.train(self.training)
+            return nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
+        return nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
 
     def extra_repr(self) -> str:
         extra = [super().extra_repr(), f"stability={self.stability}", f"plan={self.plan}"]
@@ -265,6 +259,8 @@ class StableRNN(StableRNNBase):
                          device=device, dtype=dtype, stability=stability, plan=plan, backend=backend, **kwargs)
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None):
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, lengths)
         if not isinstance(input, PackedSequence):
             if input.dim() not in (2, 3):
                 raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
@@ -302,6 +298,8 @@ class StableLSTM(StableRNNBase):
     permute_hidden = nn.LSTM.permute_hidden
 
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None):
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, lengths)
         if not isinstance(input, PackedSequence):
             if input.dim() not in (2, 3):
                 raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")

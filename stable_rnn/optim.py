@@ -7,6 +7,7 @@ from torch import nn
 
 from ._numbers import to_int
 from .stability import Stability
+from .watch import settled
 
 
 def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certify: bool = False,
@@ -41,6 +42,7 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
     def project(*_: object) -> None:
         nonlocal steps
         steps += 1
+        settled(*stable)
         for module in stable if steps % every == 0 else ():
             if module.stability is not None and trained(module):
                 module.stability.project_(module, certify=certify)

@@ -148,8 +148,8 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and torch.jit.is_tracing():  # a trace has fixed T and B, and does not see what the kernels write
-        raise RuntimeError("torch.jit.trace cannot record this recurrence; trace the plain module instead, module.to_torch() (for a cell: "
-                           "nn.LSTMCell or nn.RNNCell with its state_dict), or use torch.export or torch.compile")
+        raise RuntimeError("torch.jit.trace cannot record this recurrence; trace the plain module instead, module.to_torch(), or the whole "
+                           "model, unstabilize(model), or use torch.export or torch.compile")
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved(h0.shape[0], h0.device)
         out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)

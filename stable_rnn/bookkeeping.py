@@ -1,0 +1,98 @@
+"""What stable modules and cells do beside computing: checked attributes, state dicts, leaving training, the way back to torch."""
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy
+
+from . import watch
+from .dispatch import check_name
+from .plans import check_plan
+from .stability import check_stability
+
+
+class Bookkeeping:
+    """Shared by the modules and the cells, before torch's class in the order of bases."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`plan`, `stability` and `backend` are checked whenever they are set."""
+        if name == "plan":
+            check_plan(value)
+        elif name == "stability":
+            check_stability(value, self.mode)
+        elif name == "backend":
+            check_name(value)
+        super().__setattr__(name, value)
+
+    @property
+    def _cap(self) -> float:
+        """What the cell clamps its forget gate at; 1.0 means no clamp."""
+        return 1.0 if self.stability is None or self.mode != "LSTM" else self.stability.cap
+
+    def train(self, mode: bool = True) -> Bookkeeping:
+        """As `nn.Module.train`. On the way to eval mode, a module that promises a certified set and was trained without a projection
+        since says so, once."""
+        if self.training and not mode:
+            watch.leaves_training(self)
+        return super().train(mode)
+
+    # ---- state dicts: torch's keys; the clamp is in the metadata, since weights trained under one mean another function without it
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})["forget_clamp"] = self._cap
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+        saved = local_metadata.get("forget_clamp", self._cap)
+        if saved != self._cap and any(key.startswith(prefix) for key in state_dict):
+            warnings.warn(f"load_state_dict: {prefix[:-1] or 'this ' + type(self).__name__} computes another function with these weights: "
+                          f"its cell has {_clamp(self._cap)} (stability={self.stability}), theirs had {_clamp(saved)}", stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        watch.settled(self)
+
+    # ---- the way back to torch
+
+    def to_torch(self, allow_change: bool = False) -> nn.Module:
+        """The plain module or cell of torch with a copy of these weights, for ONNX, TorchScript and quantization. Weights that are one
+        Parameter here are one there; each keeps its dtype, device and `requires_grad`. The plan is dropped. For a whole model:
+        `stable_rnn.unstabilize`.
+
+        A clamped cell computes another function than torch's: `ValueError` unless `allow_change`."""
+        if self._cap < 1 and not allow_change:
+            raise ValueError(f"to_torch: the forget gate is clamped at {self._cap}, which torch's cell does not do; "
+                             "pass allow_change=True to drop the clamp")
+        plain, copies = self._plain(device="meta"), {}
+        for name, _ in plain.named_parameters():
+            own = getattr(self, name)  # computed, where it is parametrized
+            if own not in copies:
+                copies[own] = nn.Parameter(own.detach().clone(), own.requires_grad)
+            setattr(plain, name, copies[own])
+        if isinstance(plain, nn.RNNBase):
+            plain.flatten_parameters()
+        return plain.train(self.training)
+
+    def _plain(self, device: str) -> nn.Module:
+        """torch's module of the same shape, with fresh weights."""
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(f"torch.jit.script cannot compile {type(self).__name__}; give it the plain module, module.to_torch(), or "
+                           "the whole model, unstabilize(model)")
+
+    def _leaf(self, *args: Any) -> Proxy:
+        """The call of this module as one node of a torch.fx graph: torch.fx does so for torch's own modules, and goes into others."""
+        path = next(arg for arg in args if isinstance(arg, Proxy)).tracer.path_of_module(self)
+        if not path or self._forward_hooks or self._forward_pre_hooks:
+            why = "its forward hooks would be traced and run again" if path else "it is no graph of operations"
+            raise RuntimeError(f"torch.fx cannot trace through {type(self).__name__}: {why}; trace a model that holds it, with a Tracer "
+                               "whose is_leaf_module is true for it, or trace unstabilize(model)")
+        while args and args[-1] is None:
+            args = args[:-1]
+        return args[0].tracer.create_proxy("call_module", path, args, {})
+
+
+def _clamp(cap: float) -> str:
+    return f"a forget gate clamped at {cap}" if cap < 1 else "no clamp of the forget gate"

@@ -1,0 +1,47 @@
+"""Notices a module that promises a certified set of weights and is trained without being projected into it.
+
+The first forward pass in training mode notes the versions of the weights; a projection, or weights that are loaded, forget them again.
+Versions that have moved when the module leaves training mode are the optimizer's. Nothing is read from a device, and the notes are no
+part of the module: state dicts, copies and pickles don't hold them."""
+from __future__ import annotations
+
+import warnings
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch import nn
+
+_noted: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], int]]] = WeakKeyDictionary()
+_told: WeakSet[nn.Module] = WeakSet()
+
+
+def trains(module: nn.Module) -> None:
+    """A forward pass in training mode. Compiled ones are not seen."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or module.stability is None or module.stability.rate is None:
+        return
+    if module not in _noted and not torch._C._are_functorch_transforms_active():
+        weights = (w for w in module._parameters.values() if isinstance(w, nn.Parameter) and not w.is_inference())
+        _noted[module] = [(ref(w), w._version) for w in weights]
+
+
+def settled(*modules: nn.Module) -> None:
+    """Their weights were projected, are looked after, or come from elsewhere."""
+    for module in modules:
+        _noted.pop(module, None)
+
+
+def leaves_training(module: nn.Module) -> None:
+    """On the way to eval mode: says, once a module, that the optimizer has moved weights which no projection has seen."""
+    moved = {w for weight, version in _noted.get(module, ()) if (w := weight()) is not None and w._version > version}
+    stability = module.stability
+    if not moved or stability is None or stability.rate is None or module in _told:
+        return
+    try:
+        written = stability.projected_names(module)
+    except ValueError:  # computed weights: no projection can reach them
+        return
+    if any(getattr(module, name) in moved for name in written):
+        _told.add(module)
+        warnings.warn(f"{type(module).__name__} was trained and not projected since, so its weights may have left {stability}: "
+                      "project_after_step(optimizer, model) keeps them inside, module.project_() brings them back, module.certificate() "
+                      "tells", stacklevel=4)
