@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
 from . import checkpoint
@@ -32,7 +31,7 @@ def certify(options: argparse.Namespace) -> int:
         faults += map(str, why_not.values())
         for name, certificate in certificates.items():
             found.append(certificate)
-            console.rule(Text(printable(name) or "the model"), align="left")
+            console.print(f"--- {printable(name) or 'the model'} ---", style="bold", soft_wrap=True, markup=False)
             console.print(str(certificate), soft_wrap=True, markup=False)
     if not found and not faults:
         raise UserError(f"{path}: {checkpoint.nothing_found(passed_over)}")

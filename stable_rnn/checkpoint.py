@@ -32,9 +32,11 @@ KINDS = {
 }
 CUT = "is damaged or cut short"
 OBJECTS = "holds pickled Python objects{}, which are not loaded since they can run code; save model.state_dict() instead of the model"
+OTHER = "holds what is not read without running code of the file ({}); write model.state_dict() with torch.save, nothing else"
 PLAIN = "holds tensors that pickle wrote; write them with torch.save(model.state_dict(), ...)"
 ARRAYS = "holds NumPy arrays or numbers{}, which are not loaded; save tensors: torch.from_numpy(array), float(number)"
 NONE = "no recurrent layer found (looked for tensors named weight_ih_l0, weight_hh_l0, ...)"
+PLAIN_OBJECTS = {"_codecs encode", "builtins bytearray", "builtins complex", "builtins set"}
 OF_TENSORS = {"torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization", "torch.storage", "collections"}
 RECURRENT = re.compile(r"(weight_[ih]h|weight_hr|bias_[ih]h)(?![a-z])")
 
@@ -76,10 +78,9 @@ def _load(path: str) -> tuple[object, set[str]]:
     with open(path, "rb") as file:
         start = file.read(2 + len(OLD))
         if start.startswith(ZIP):
-            return _of_torch(path, _globals_in_zip(file))
+            return _of_torch(file, _globals_in_zip(file))
         if start.startswith(OLD, 2):
-            file.seek(0)
-            return _of_torch(path, _globals_in_pickles(file))
+            return _of_torch(file, _globals_in_pickles(file))
     if not start:
         raise UserError("is empty")
     if path.endswith(".safetensors") or start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**40:
@@ -114,8 +115,6 @@ def _globals_in_zip(file: BinaryIO) -> set[str]:
         with zipfile.ZipFile(file) as archive:
             files = archive.infolist()
             names = [info.filename for info in files]
-            if sum(info.file_size for info in files) > os.fstat(file.fileno()).st_size:
-                raise UserError("is a compressed archive, which torch.save does not write; unpack it, or load and save it with torch")
             pickled = next((name for name in names if name.endswith("/data.pkl") or name == "data.pkl"), None)
             if any(name.endswith("/constants.pkl") for name in names):
                 raise UserError("is a TorchScript archive; save the state_dict() of torch.jit.load(...) with torch.save")
@@ -125,6 +124,8 @@ def _globals_in_zip(file: BinaryIO) -> set[str]:
                 raise UserError(ARRAYS.format(""))
             if pickled is None:
                 raise UserError("is a zip archive, but not one that torch.save wrote")
+            if sum(info.file_size for info in files) > os.fstat(file.fileno()).st_size:
+                raise UserError("is a compressed archive, which torch.save does not write; unpack it, or load and save it with torch")
             return set(_asked_for(archive.read(pickled)))
     except UserError:
         raise
@@ -134,6 +135,7 @@ def _globals_in_zip(file: BinaryIO) -> set[str]:
 
 def _globals_in_pickles(file: BinaryIO) -> set[str]:
     """The same for the form before 1.6: magic number, version, system, the checkpoint itself, then storages."""
+    file.seek(0)
     try:
         return {name for _ in range(4) for name in _asked_for(file)}
     except Exception as error:
@@ -149,23 +151,24 @@ def _asked_for(pickled: bytes | BinaryIO) -> Iterator[str]:
             yield f"{module} {name}"
 
 
-def _of_torch(path: str, names: set[str]) -> tuple[object, set[str]]:
+def _of_torch(file: BinaryIO, names: set[str]) -> tuple[object, set[str]]:
+    """`names`: of all objects that its pickle asks for, "module name"."""
+    file.seek(0)
     stand_ins = [made for name in sorted(names)[:1000] if (made := _stand_in(*name.split(" ", 1)))]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # about the file's form, of which the one line below tells
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            value = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f" ({named[1]})" if named else f" ({_reason(error)})"
-        raise UserError(OBJECTS.format(reason)) from error
+        raise UserError(OBJECTS.format(f" ({named[1]})") if named else OTHER.format(_reason(error))) from error
     except RuntimeError as error:
         if "memory" in str(error):
             raise MemoryError from error
         raise UserError(f"{CUT} ({_reason(error)})") from error
     except Exception as error:  # torch reports a damaged file in many ways: EOFError, KeyError, OSError, UnicodeDecodeError
         raise UserError(f"{CUT} ({_reason(error)})") from error
-    return value, {name.replace(" ", ".") for name in names if name.split()[0] not in OF_TENSORS}
+    return value, {name.replace(" ", ".") for name in names if name not in PLAIN_OBJECTS and name.split()[0] not in OF_TENSORS}
 
 
 def _stand_in(module: str, name: str) -> type | None:
@@ -178,7 +181,8 @@ def _stand_in(module: str, name: str) -> type | None:
 
 
 def _reason(error: Exception) -> str:
-    return printable(str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__)
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # torch wraps its reason in advice about weights_only=False
+    return printable(text.partition("\n")[0].partition(". ")[0] or type(error).__name__)
 
 
 def _safetensors(path: str) -> dict[str, torch.Tensor]:
@@ -238,5 +242,5 @@ def nothing_found(passed_over: set[str]) -> str:
         return NONE
     shown = sorted(passed_over)
     names = f" ({', '.join(map(printable, shown[:3]))}{', ...' * (len(shown) > 3)})"
-    numpy = all(name.startswith(("numpy", "_codecs")) for name in shown)
+    numpy = all(name.startswith("numpy") for name in shown)
     return f"{NONE}; it {(ARRAYS if numpy else OBJECTS).format(names)}"

@@ -9,19 +9,25 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ._errors import UserError, complain
+from ._errors import UserError, complain, printable
 from ._version import __version__
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-CODES = "exit codes: 0 done{}, 1 the output could not be written or a package does not load, 2 wrong arguments or input, 130 interrupted"
+CODES = {
+    0: "done",
+    1: "the output could not be written, or a package could not be loaded",
+    2: "wrong arguments or input",
+    130: "interrupted",
+}
+CERTIFY_CODES = {0: "every recurrent layer that was found was judged, stable or not", 3: "some were judged, of others stderr says why not"}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        complain(self.prog, f"{message} (see {self.prog} --help)")
+        complain(self.prog, f"{printable(message, 1000)} (see {self.prog} --help)")
         self.exit(2)
 
 
@@ -71,12 +77,13 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"stable-rnn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, description: str, example: str, codes: str = "") -> Parser:
+    def command(name: str, help: str, description: str, example: str, codes: dict[int, str] = CODES) -> Parser:
+        listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
         return commands.add_parser(
             name,
             help=help,
             description=description,
-            epilog=f"example:\n  {example}\n\n{CODES.format(codes)}",
+            epilog=f"example:\n  {example}\n\nexit codes:\n{listed}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
@@ -101,7 +108,7 @@ def parser() -> Parser:
         "Prints how fast each RNN and LSTM of a checkpoint is proven to forget, and the window that a tolerance needs. Finds state dicts\n"
         "inside of dicts and lists. No code of the file is run: objects in it other than tensors and plain values are passed over.",
         "stable-rnn certify model.pt --input-bound 3",
-        ": every recurrent layer found was judged, stable or not; 3 some were, stderr\nsays which were not and why;",
+        CODES | CERTIFY_CODES,
     )
     certify.add_argument(
         "checkpoint",

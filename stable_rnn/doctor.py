@@ -29,7 +29,7 @@ EXPLAIN = {
     "torch": "torch's own recurrence (oneDNN, cuDNN): plan Recurrent() without a clamped forget gate, where it is the faster one.",
     "reference": "Plain torch operations: every op, plan and dtype, any device, double backward. Slow; the others are tested against it.",
 }
-
+WIDE = 2000  # characters of one fact, such as why a binary does not load
 
 Shape = tuple[str, int, int, str]  # cell, hidden size, lanes, dtype
 SHAPES: list[Shape] = [("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)]
@@ -41,13 +41,13 @@ def doctor(options: argparse.Namespace) -> None:
     console = Console(highlight=False)
     facts = Table("", "", show_header=False, box=None)
     for name, value in _facts().items():
-        facts.add_row(name, Text(printable(value)))
+        facts.add_row(name, Text(printable(value, WIDE)))
     console.print(facts)
 
     table = Table("backend", "runs here", "why", title="Backends", title_justify="left")
     for backend in backends():
         mark = "[green]yes[/]" if backend.available else "[yellow]no[/]"
-        table.add_row(backend.name, mark, Text(printable(backend.reason)))
+        table.add_row(backend.name, mark, Text(printable(backend.reason, WIDE)))
         if options.explain:
             table.add_row("", "", f"[dim]{EXPLAIN[backend.name]}[/]", end_section=True)
     console.print(table)
@@ -96,8 +96,8 @@ def _facts() -> dict[str, str]:
 
 
 def _forced() -> str:
-    name = os.environ.get("STABLE_RNN_BACKEND", "not set")
-    return name if name in (*NAMES, "not set") else f"{name!r}, which is no backend: runs will fail; allowed are {', '.join(NAMES)}"
+    name, allowed = os.environ.get("STABLE_RNN_BACKEND", "not set"), ", ".join(NAMES)
+    return name if name in (*NAMES, "not set") else f"'{printable(name)}', which is no backend: runs will fail; allowed are {allowed}"
 
 
 def _features() -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 EVERY = 10.0  # seconds between two lines of one part
-SHARES = {"train": 6, "run": 2, "windows of": 2, "speed of": 3}  # of the time; the last one comes once, the others for each model
+SHARES = {"train": 8, "run": 2, "windows of": 1, "speed of": 3}  # of the time; the last one comes once, the others for each model
 
 
 class Part:

@@ -15,6 +15,7 @@ from .._errors import printable
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
 HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL)
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
+LARGE = 2**24  # values; an expanded tensor may look larger than any memory
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
@@ -197,6 +198,9 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
             hidden = f"{names['weight_hh']} {shapes['weight_hh']}"
             raise ValueError(f"{names[kind]} has the shape {shapes[kind]}, which doesn't fit {hidden}: {wanted}")
 
+    for kind, w in found.items():
+        if isinstance(w, Tensor) and w.layout == torch.strided and w.numel() > max(LARGE, w.untyped_storage().nbytes()):
+            raise ValueError(f"{names[kind]} has the shape {shapes[kind]} but not that many values (an expanded tensor); pass a clone()")
     for kind in ("weight_ih", "weight_hh", "weight_hr"):
         check(kind, len(shapes.get(kind, (0, 0))) == 2, "a matrix is needed")
     rows, out = shapes["weight_hh"]
