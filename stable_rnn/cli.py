@@ -3,51 +3,96 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ._errors import UserError
+from ._errors import UserError, complain, printable
 from ._version import __version__
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+CODES = {
+    0: "done",
+    1: "the output could not be written, or a package could not be loaded",
+    2: "wrong arguments or input",
+    130: "interrupted",
+}
+CERTIFY_CODES = {0: "every recurrent layer that was found was judged, stable or not", 3: "some were judged, of others stderr says why not"}
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        complain(self.prog, f"{printable(message, 1000)} (see {self.prog} --help)")
+        self.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
-    arguments = parser().parse_args(argv)
+    program = "stable-rnn"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has no letters for
     try:
-        if sys.stdout is None:
-            raise OSError("closed")
-        arguments.run(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = parser().parse_args(argv)
+            program += f" {arguments.command}"
+            if sys.stdout is None:
+                raise OSError("closed")
+            return load(arguments.command)(arguments) or 0
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UserError as error:
-        print(f"stable-rnn {arguments.command}: {error}", file=sys.stderr)
+        complain(program, error)
         return 2
     except OSError as error:  # a full disk, for instance
-        print(f"stable-rnn {arguments.command}: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w")  # or Python's own flush at exit fails again
+        if not isinstance(error, BrokenPipeError):  # `| head` has read enough
+            complain(program, f"{error.filename or 'standard output'}: {error.strerror or error}")
+        if error.filename is None:
+            sys.stdout = open(os.devnull, "w")  # or Python's own flush at exit fails again
+        return 1
+    except ImportError as error:
+        complain(program, error)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def load(command: str) -> Callable[[argparse.Namespace], int | None]:
+    """The function that runs a command, in the module of its name. torch takes seconds to import: not before the arguments are known
+    to be good."""
+    try:
+        from . import backends  # noqa: F401  all of the package
+        return getattr(importlib.import_module(f"{__package__}.{command}"), command)
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing
+        raise ImportError(f"cannot be loaded here: {error}") from error
 
 
 def parser() -> Parser:
-    top = Parser(prog="stable-rnn", description="Stable recurrent networks for PyTorch.")
+    top = Parser(prog="stable-rnn", description="Stable recurrent networks for PyTorch.", epilog="stable-rnn COMMAND --help says more.")
     top.add_argument("--version", action="version", version=f"stable-rnn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="what is installed, which backends run here and why others do not")
+    def command(name: str, help: str, description: str, example: str, codes: dict[int, str] = CODES) -> Parser:
+        listed = "\n".join(f"  {code:<5}{meaning}" for code, meaning in sorted(codes.items()))
+        return commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"example:\n  {example}\n\nexit codes:\n{listed}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    doctor = command(
+        "doctor",
+        "what is installed, which backends run here and why others do not",
+        "Prints versions, threads, the GPU if there is one, and the table of backends: which run here, and why the others do not.",
+        "stable-rnn doctor --shape lstm,256,1,bfloat16",
+    )
     doctor.add_argument("--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets")
     doctor.add_argument(
         "--shape",
@@ -56,10 +101,20 @@ def parser() -> Parser:
         metavar="CELL,H,LANES[,DTYPE]",
         help="explain this shape, such as lstm,256,1,bfloat16; LANES: rows of the batch, or windows or chunks in all; may be given again",
     )
-    doctor.set_defaults(run=_doctor)
 
-    certify = commands.add_parser("certify", help="the certificate of every recurrent layer in a checkpoint")
-    certify.add_argument("checkpoint", metavar="CHECKPOINT", help="file written by torch.save: a state dict, or a dict that holds some")
+    certify = command(
+        "certify",
+        "the certificate of every recurrent layer in a checkpoint",
+        "Prints how fast each RNN and LSTM of a checkpoint is proven to forget, and the window that a tolerance needs. Finds state dicts\n"
+        "inside of dicts and lists. No code of the file is run: objects in it other than tensors and plain values are passed over.",
+        "stable-rnn certify model.pt --input-bound 3",
+        CODES | CERTIFY_CODES,
+    )
+    certify.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file that torch.save wrote (a state dict, or what holds some) or a safetensors file",
+    )
     certify.add_argument(
         "--input-bound",
         type=bound,
@@ -67,9 +122,14 @@ def parser() -> Parser:
         metavar="B",
         help="largest absolute value of the inputs, 0 to inf (default 1)",
     )
-    certify.set_defaults(run=_certify)
 
-    demo = commands.add_parser("demo", help="train on real text, then run a long text under every plan (a few minutes)")
+    demo = command(
+        "demo",
+        "train on real text, then run a long text under every plan (a few minutes)",
+        "Trains three character models of the same size (nn.LSTM, ForgetCap, Certified), certifies them, runs a long text under every\n"
+        "plan, and writes a picture and all numbers.",
+        "stable-rnn demo --text book.txt --steps 500 --plan windowed:64 --plan verified",
+    )
     demo.add_argument("--text", metavar="FILE", help="a text file; its last tenth is held out")
     demo.add_argument("--data", metavar="DIR", help="a folder with train.txt (or valid.txt) and test.txt, such as ptb or wikitext-2")
     demo.add_argument("--steps", type=positive(int), default=2000, metavar="N", help="training steps per model (default 2000)")
@@ -89,8 +149,14 @@ def parser() -> Parser:
     )
     demo.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default 0)")
     demo.add_argument("--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)")
+    demo.add_argument(
+        "--budget",
+        type=positive(float),
+        default=300,
+        metavar="SECONDS",
+        help="about how long training and measuring may take; what there is no time for is left out, and said (default 300)",
+    )
     demo.add_argument("--out", default="demo-out", metavar="DIR", help="where demo.png and demo.json go (default demo-out)")
-    demo.set_defaults(run=_demo)
     return top
 
 
@@ -136,25 +202,6 @@ def shape(text: str) -> tuple[str, int, int, str]:
             f"{text!r} is no shape: CELL,H,LANES[,DTYPE] with a cell of {', '.join(CELLS)}, numbers above 0, a dtype of {', '.join(DTYPES)}"
         )
     return cell, int(rest[0]), int(rest[1]), dtype
-
-
-# torch takes a second to import: not before the arguments are known to be good.
-def _doctor(arguments: argparse.Namespace) -> None:
-    from .doctor import doctor
-
-    doctor(arguments.explain, arguments.shape or [])
-
-
-def _certify(arguments: argparse.Namespace) -> None:
-    from .certify import certify
-
-    certify(arguments.checkpoint, arguments.input_bound)
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import demo
-
-    demo(arguments)
 
 
 if __name__ == "__main__":

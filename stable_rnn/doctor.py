@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _native
+from ._errors import printable
 from ._version import __version__
 from .dispatch import NAMES, backends
 from .ops.recurrence import cuda
@@ -27,44 +29,45 @@ EXPLAIN = {
     "torch": "torch's own recurrence (oneDNN, cuDNN): plan Recurrent() without a clamped forget gate, where it is the faster one.",
     "reference": "Plain torch operations: every op, plan and dtype, any device, double backward. Slow; the others are tested against it.",
 }
-
+WIDE = 2000  # characters of one fact, such as why a binary does not load
 
 Shape = tuple[str, int, int, str]  # cell, hidden size, lanes, dtype
 SHAPES: list[Shape] = [("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)]
 H100 = (90, 132, 227 * 1024, 16)  # `CudaLimits`
 
 
-def doctor(explain: bool = False, shapes: list[Shape] | None = None) -> None:
-    """Print versions, threads, GPU state and the table of backends; `explain` also what each is for, and the kernels of `shapes`."""
+def doctor(options: argparse.Namespace) -> None:
+    """Print versions, threads, GPU state and the table of backends; `--explain` also what each is for, and the kernels of shapes."""
     console = Console(highlight=False)
     facts = Table("", "", show_header=False, box=None)
     for name, value in _facts().items():
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value, WIDE)))
     console.print(facts)
 
     table = Table("backend", "runs here", "why", title="Backends", title_justify="left")
     for backend in backends():
         mark = "[green]yes[/]" if backend.available else "[yellow]no[/]"
-        table.add_row(backend.name, mark, backend.reason)
-        if explain:
+        table.add_row(backend.name, mark, Text(printable(backend.reason, WIDE)))
+        if options.explain:
             table.add_row("", "", f"[dim]{EXPLAIN[backend.name]}[/]", end_section=True)
     console.print(table)
-    if explain:
+    if options.explain:
         console.print(
             "One of them is forced with the argument backend= or the environment variable STABLE_RNN_BACKEND; it then raises, "
             "with the reason, where it cannot run a problem.\nSTABLE_RNN_NATIVE=off: when installing, do not compile; when "
             "running, do not load the compiled module.",
             soft_wrap=True,
         )
-    if explain or shapes:
-        _print_shapes(console, shapes or SHAPES)
+    if options.explain or options.shape:
+        _print_shapes(console, options.shape or SHAPES)
 
 
 def _print_shapes(console: Console, shapes: list[Shape]) -> None:
     """Which CUDA kernel each shape gets, on this machine's GPU or, without one, on an H100."""
     limits, reason = (None, "") if cuda.lib is None else cuda.device_limits(0)
-    where = "an H100, for there is no GPU here" if limits is None else torch.cuda.get_device_name()
-    console.print(f"\nCUDA kernels on {where}:" if cuda.lib else "\nWhich CUDA kernel a shape gets: they are not built in.", soft_wrap=True)
+    where = "an H100, for there is no GPU here" if limits is None else printable(torch.cuda.get_device_name())
+    said = f"\nCUDA kernels on {where}:" if cuda.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
+    console.print(said, soft_wrap=True, markup=False)
     if cuda.lib is None:
         return
     table = Table("cell, H, lanes, dtype", "", "team and tile")
@@ -93,8 +96,8 @@ def _facts() -> dict[str, str]:
 
 
 def _forced() -> str:
-    name = os.environ.get("STABLE_RNN_BACKEND", "not set")
-    return name if name in (*NAMES, "not set") else f"{name!r}, which is no backend: runs will fail; allowed are {', '.join(NAMES)}"
+    name, allowed = os.environ.get("STABLE_RNN_BACKEND", "not set"), ", ".join(NAMES)
+    return name if name in (*NAMES, "not set") else f"'{printable(name)}', which is no backend: runs will fail; allowed are {allowed}"
 
 
 def _features() -> str:

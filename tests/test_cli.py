@@ -1,4 +1,7 @@
 """doctor and certify: what they print, and one clear line for what cannot be done."""
+import contextlib
+import io
+import math
 import os
 import pickle
 import subprocess
@@ -107,8 +110,9 @@ def test_certify_refuses_with_one_line(capsys, tmp_path):
     (tmp_path / "empty.pt").touch()
     assert "missing.pt: no such file" in refused(capsys, "certify", tmp_path / "missing.pt")
     assert "is a directory" in refused(capsys, "certify", tmp_path)
-    for damaged in (text, cut, tmp_path / "empty.pt"):
-        assert "not a PyTorch checkpoint" in refused(capsys, "certify", damaged)
+    assert "not a PyTorch checkpoint" in refused(capsys, "certify", text)
+    assert "is damaged or cut short" in refused(capsys, "certify", cut)
+    assert "is empty" in refused(capsys, "certify", tmp_path / "empty.pt")
     assert "model.state_dict()" in refused(capsys, "certify", save(tmp_path / "pickled.pt", nn.LSTM(2, 4)))
     for nothing in (nn.Linear(2, 2).state_dict(), torch.zeros(3), {"epoch": 1}):
         assert "no recurrent layer found" in refused(capsys, "certify", save(tmp_path / "nothing.pt", nothing))
@@ -126,12 +130,9 @@ def test_certify_tells_what_a_file_is_instead(capsys, tmp_path, recwarn):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     for end in (60, 600):
         (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:end])
-        assert "not a PyTorch checkpoint" in refused(capsys, "certify", tmp_path / "cut.pt")
+        assert "is damaged or cut short" in refused(capsys, "certify", tmp_path / "cut.pt")
     torch.jit.script(nn.LSTM(2, 4)).save(path)
     assert "is a TorchScript archive" in refused(capsys, "certify", path)
-    for name in ("m.safetensors", "m.bin"):
-        (tmp_path / name).write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-        assert "is a safetensors file" in refused(capsys, "certify", tmp_path / name)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
@@ -195,9 +196,10 @@ def test_certify_says_what_it_skips_and_why(capsys, tmp_path, make, reason):
     line = refused(capsys, "certify", save(tmp_path / "alone.pt", state))
     assert "alone.pt: no recurrent layer with a certificate: enc " in line and reason in line
     state |= {f"dec.{key}": value for key, value in nn.LSTM(2, 4).state_dict().items()}
-    assert main(["certify", str(save(tmp_path / "both.pt", state))]) == 0
+    assert main(["certify", str(save(tmp_path / "both.pt", state))]) == 3
     out, err = capsys.readouterr()
-    assert "dec" in out and "enc" not in out and reason in err and err.startswith("stable-rnn certify: enc ") and err.count("\n") == 1
+    assert "--- dec ---" in out and "--- enc" not in out and reason in err
+    assert err.startswith("stable-rnn certify: enc ") and err.count("\n") == 1
 
 
 def test_certify_of_zero_weights(capsys, tmp_path):
@@ -219,6 +221,156 @@ def test_arguments_are_refused_with_one_line(capsys):
     for count in ("0", "-3", str(10**30)):
         assert "--threads: must be above 0 and below 2**31" in refused(capsys, "demo", f"--threads={count}")
     assert "invalid float value: 'wide'" in refused(capsys, "certify", "x.pt", "--input-bound", "wide")
+
+
+def only_shown(text):
+    """Whether a terminal shows the text and does nothing else."""
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+EVIL = "a\x1b]0;owned\x07\x1b[31mb\r\nc\x7f\x9b\u202e\u2066\u2028\udc80d"  # colours, title, new lines, C1, direction of writing, no UTF-8
+SHOWN = r"a\x1b]0;owned\x07\x1b[31mb\r\nc\x7f\x9b\u202e\u2066\u2028\udc80d"
+
+
+def evil(state):
+    return {f"{EVIL}.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("make, code", [
+    (lambda: evil(nn.LSTM(2, 4).state_dict()), 0),
+    (lambda: {EVIL: nn.LSTM(2, 4).state_dict()}, 0),
+    (lambda: evil(nn.GRU(2, 4).state_dict()), 2),
+    (lambda: evil({key: value.long() for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
+    (lambda: evil({key: value * math.nan for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
+    (lambda: evil(nn.RNN(2, 4).state_dict() | {"bias_hh_l0": torch.zeros(3)}), 2),
+    (lambda: evil({"weight_hh_l0_g": torch.zeros(4), "weight_hh_l0_v": torch.zeros(4, 4), "weight_ih_l0": torch.zeros(4, 2)}), 2),
+])
+def test_names_in_a_checkpoint_are_only_shown(capsys, tmp_path, make, code):
+    state = make()
+    assert main(["certify", str(save(tmp_path / "names.pt", state))]) == code
+    out, err = capsys.readouterr()
+    assert only_shown(out) and only_shown(err) and SHOWN in (err if code else out)
+    if not isinstance(state.get(EVIL), dict):
+        with pytest.warns() if "GRU" in err or "computed" in err else contextlib.nullcontext() as said:
+            try:
+                certificate_from_state_dict(state)
+            except (TypeError, ValueError) as error:
+                assert only_shown(str(error))
+        assert said is None or only_shown(str(said[0].message))
+
+
+@pytest.mark.parametrize("argv", [
+    [EVIL], ["certify", EVIL], ["certify", "x", EVIL], ["certify", "x", "--input-bound", EVIL], ["doctor", f"--{EVIL}"],
+    ["doctor", "--shape", EVIL], ["demo", "--steps", EVIL], ["demo", "--seed", EVIL], ["demo", "--text", EVIL], ["demo", "--data", EVIL],
+    ["demo", "--plan", EVIL], ["demo", "--out", f"/dev/null/{EVIL}"],
+])
+def test_arguments_are_only_shown(capsys, argv):
+    line = refused(capsys, *argv)
+    assert only_shown(line) and SHOWN[:12] in line and len(line) < 1000
+
+
+def test_files_names_and_variables_are_only_shown(capsys, tmp_path, monkeypatch):
+    path = tmp_path / EVIL
+    path.write_text("no checkpoint")
+    assert SHOWN in refused(capsys, "certify", path) and SHOWN in refused(capsys, "demo", "--text", path)
+    assert SHOWN in refused(capsys, "certify", path.rename(tmp_path / f"{EVIL}.pt").parent)  # lists what is in the folder
+    monkeypatch.setenv("STABLE_RNN_BACKEND", EVIL)
+    monkeypatch.setattr(_native, "lib", None)
+    monkeypatch.setattr(_native, "reason", f"does not load: {EVIL}[/red]")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert only_shown(out) and out.count(SHOWN) == 4 and out.count(f"{SHOWN}[/red]") == 3
+
+
+def test_long_names_are_cut_and_others_are_whole(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for size, most in ((190, 3000), (10**6, 3000)):
+        for state in (nn.LSTM(2, 4).state_dict(), nn.GRU(2, 4).state_dict()):
+            name = "x" + "y" * (size - 2) + "z"
+            main(["certify", str(save(tmp_path / "long.pt", {f"{name}.{key}": value for key, value in state.items()}))])
+            said = "".join(capsys.readouterr())
+            assert len(said) < most and ((name in said) if size < 200 else ("xyyy" in said and "y[...]y" in said and "yyyz" in said))
+
+
+def python(*arguments, **more):
+    return subprocess.run([sys.executable, *arguments], text=True, capture_output=True, cwd=Path(stable_rnn.__file__).parent.parent, **more)
+
+
+def test_arguments_are_looked_at_before_torch_is_imported():
+    """And the package is whole as soon as anything else is asked of it."""
+    run = python("-c", """
+import contextlib, io, sys
+from stable_rnn.cli import main
+for argv in (["--version"], ["--help"], ["certify", "--help"], ["certify"], ["demo", "--steps", "x"], ["nonsense"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        main(argv)
+import stable_rnn
+assert not hasattr(stable_rnn, "__wrapped__") and stable_rnn.__version__
+assert "torch" not in sys.modules, "torch was imported"
+from stable_rnn import StableLSTM, plans
+from stable_rnn import *
+import torch, pickle
+assert set(stable_rnn.__all__) <= set(dir(stable_rnn)) and StableLSTM is stable_rnn.StableLSTM and plans.Chunked is Chunked
+assert torch.ops.stable_rnn.recurrence and pickle.loads(pickle.dumps(Chunked(3, 1))) == Chunked(3, 1)
+assert not hasattr(stable_rnn, "nonsense")
+print("whole")
+""")
+    assert run.stdout == "whole\n", run.stderr
+    for module in ("stable_rnn", "stable_rnn.cli"):
+        run = python("-X", "importtime", "-m", module, "--version")
+        assert run.stdout == f"stable-rnn {stable_rnn.__version__}\n" and "| torch" not in run.stderr.replace("| torch.", "")
+
+
+def test_a_plain_import_registers_the_ops():
+    run = python("-c", "import stable_rnn, torch; print(torch.ops.stable_rnn.recurrence)")
+    assert run.stdout == "stable_rnn.recurrence\n", run.stderr
+
+
+@pytest.mark.parametrize("torch, code, text", [
+    ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", 130, ""),
+    ("raise OSError('libcudart.so: cannot open shared object file')", 1, "stable-rnn doctor: cannot be loaded here: libcudart.so: cannot"),
+    ("import a_module_that_is_missing", 1, "stable-rnn doctor: cannot be loaded here: No module named 'a_module_that_is_missing'\n"),
+])
+def test_what_happens_while_torch_is_imported(tmp_path, torch, code, text):
+    (tmp_path / "torch.py").write_text(torch)
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = python("-m", "stable_rnn", "doctor", env=os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"})
+    if run.returncode == 1 and "No module named stable_rnn" in run.stderr:
+        raise AssertionError(run.stderr)
+    assert run.returncode == code and run.stderr.startswith(text) and run.stderr.count("\n") == bool(text), run.stderr
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["--help"]])
+def test_a_reader_that_has_read_enough(monkeypatch, capfd, argv):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        try:
+            code = main(argv)
+        except SystemExit as exit:  # rich's way
+            code = exit.code
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
+    assert code == 1 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["doctor", "certify", "demo"])
+def test_help_has_an_example_and_the_exit_codes(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert f"example:\n  stable-rnn {command} " in out and "exit codes:\n  0    " in out and "  130  interrupted" in out
+    assert ("  3    " in out) == (command == "certify")
+
+
+def test_a_terminal_without_the_letters_of_a_name(tmp_path, monkeypatch):
+    path = save(tmp_path / "lstm.pt", {f"enc\u00e9.{key}": value for key, value in nn.LSTM(2, 4).state_dict().items()})
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert main(["certify", str(path)]) == 0
+        monkeypatch.undo()
+        assert rb"--- enc\xe9 ---" in screen.buffer.getvalue()
 
 
 def test_version(capsys):

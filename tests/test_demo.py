@@ -1,19 +1,23 @@
 """The demo in small, its parts, and what it refuses."""
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import stable_rnn
 from stable_rnn import Chunked, Recurrent, StableLSTM, Verified, Windowed
 from stable_rnn._errors import UserError
 from stable_rnn.cli import main
-from stable_rnn.demo import compare, data, parse_plan
+from stable_rnn.demo import compare, data, parse_plan, picture, progress, report, train
 
 TEXT = "it was the best of times, it was the worst of times;\n" * 400
 
@@ -35,7 +39,12 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     assert sorted(file.name for file in out.iterdir()) == ["demo.json", "demo.png"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
+    lines = run.stdout.splitlines()  # no terminal: a line for each part
+    assert all(f"train {name}: 3 steps" in lines and f"run {name}: 25 turns" in lines and f"windows of {name}: 9 windows" in lines
+               for name in train.LAYERS) and "speed of Certified(): 125 turns" in lines
+
     found = json.loads((out / "demo.json").read_text())
+    assert found["cut"] == [] and "Cut short" not in run.stdout
     assert found["environment"]["threads"] == 1 and found["options"]["length"] == 300
     for name, model in found["models"].items():
         assert name in run.stdout and 0 < model["bits_per_character"] < 10
@@ -48,6 +57,82 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     certified = found["models"]["Certified()"]
     assert certified["certificate"]["stable"] and certified["windows"][-1]["bound"] is not None
     assert all(len(seconds) == len(found["speed"]["lengths"]) for seconds in found["speed"]["seconds"].values())
+
+
+def small(text, out, *more):
+    return ["demo", "--text", str(text), "--steps", "3", "--hidden", "8", "--length", "300", "--threads", "1", "--out", str(out), *more]
+
+
+def test_a_budget_that_is_too_small_ends_and_invents_nothing(text, tmp_path, capsys, recwarn):
+    text = text.rename(text.with_name("$\\wrong{$.txt"))  # no formula for the picture
+    assert main(small(text, tmp_path / "out", "--budget", "1e-9")) == 0
+    out, err = capsys.readouterr()
+    assert "Nan" not in out and "1 of 3 steps of training, time was up" in out and "not run, time was up" in out and err == ""
+    found = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert len(found["cut"]) == 10 and found["cut"][:2] == ["train nn.LSTM: 1 of 3 steps", "run nn.LSTM: 0 of 30 turns"]
+    assert all(cut in out for cut in found["cut"])
+    for model in found["models"].values():
+        assert model["steps"] == 1 and model["bits_per_character"] > 0
+        assert all(way[name] is None for way in model["ways"] for name in ("seconds", "error", "bits"))
+        assert all(point["error"] is None for point in model["windows"])
+    assert all(s is None for seconds in found["speed"]["seconds"].values() for s in seconds)
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert not [w for w in recwarn if issubclass(w.category, (UserWarning, RuntimeWarning))]
+
+
+def test_time_that_is_left_goes_to_the_parts_that_follow(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    screen = Console(file=io.StringIO(), width=200)
+    with progress.Schedule(screen, 140.0, models=1) as schedule:  # 8 + 2 + 1 + 3 shares of 10 s
+        training = schedule.part("train", "x", 4, "steps")
+        for _ in range(4):
+            assert training.room()
+            now[0] += 7.0
+            training.advance("loss 2")
+        running = schedule.part("run", "x", 2, "turns")  # 112 s are left
+        assert running.room(112 / 3 - 0.1) and not running.room(112 / 3 + 0.1)
+        now[0] = 139.0
+        assert not running.room()
+        late = schedule.part("windows of", "x", 9, "windows")
+        assert late.room() and late.room(0.2) and not late.room(0.3)
+        now[0] = 200.0
+        assert not schedule.part("speed of", "x", 5, "turns").room()
+    assert schedule.cut == ["run x: 0 of 2 turns", "windows of x: 0 of 9 windows", "speed of x: 0 of 5 turns"]
+    lines = screen.file.getvalue().splitlines()
+    assert lines[:3] == ["train x: 4 steps", "  2 of 4 steps, 14 s, loss 2", "  4 of 4 steps, 28 s, loss 2"]
+
+
+@pytest.mark.parametrize(("many", "turns"), [(0.001, [1, 4] * 5), (1.0, [1, 4] + [1] * 4)])
+def test_a_hopeless_number_of_threads_gets_one_turn(monkeypatch, many, turns):
+    ran = []
+    monkeypatch.setattr(compare, "timed", lambda count, run: ran.append(count) or (0.002 if count == 1 else many))
+    monkeypatch.setattr(compare, "worthwhile", lambda run: [1, 4])
+    part = progress.Schedule(Console(file=io.StringIO()), 60.0, models=1).part("run", "x", 5, "turns")
+    assert compare.in_turns([compare.Way("nn.LSTM", lambda x: x, None)], torch.zeros(3), part) == [min(0.002, many)]
+    assert ran == turns and part.done == 5
+
+
+def test_threads_that_wait_for_each_other_are_found_out_by_something_short(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for many, found, runs in ((0.001, [1, 4], 10), (0.005, [1, 4], 10), (0.007, [1], 6)):
+        ran = []
+        monkeypatch.setattr(compare, "timed", lambda count, run: ran.append(count) or (0.002 if count == 1 else many))  # noqa: B023
+        assert compare.worthwhile(lambda: None) == found and len(ran) == runs
+
+
+@pytest.mark.parametrize("name", ["demo.png", "demo.json"])
+def test_a_disk_that_is_full_is_named_by_the_file_and_leaves_no_half(text, tmp_path, capsys, monkeypatch, name):
+    def full(path):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a failed write() names no file
+
+    whole = report.whole
+    for module in (report, picture):
+        monkeypatch.setattr(module, "whole", lambda path, write: whole(path, full if path.name == name else write))
+    assert main(small(text, tmp_path, "--budget", "1e-9")) == 1
+    assert capsys.readouterr().err == f"stable-rnn demo: {tmp_path / name}: No space left on device\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "demo.json"} - {name}
 
 
 @pytest.mark.parametrize(("given", "plan"), [

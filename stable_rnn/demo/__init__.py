@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import Chunked, Recurrent, Verified, Windowed
-from .._errors import UserError
+from .._errors import UserError, printable
 from ..plans import Plan
 from . import data, report
-from .compare import Result, Speed, run_text, speed
-from .train import LAYERS, train_model
+from .compare import Result, Speed, run_text, speed, worthwhile
+from .progress import Schedule
+from .train import LAYERS, rehearsal, train_model
 
 PLANS = [Recurrent(), Windowed(32), Chunked(256, 32), Verified()]
 FORMS = {
@@ -34,42 +33,40 @@ def demo(options: argparse.Namespace) -> None:
     plans = [parse_plan(text) for text in options.plan] if options.plan else PLANS
     corpus = data.load(options.text, options.data, options.length)
     out = report.prepare(options.out)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or worthwhile(rehearsal(options.hidden))[-1]
+    torch.set_num_threads(threads)
 
     console = Console(highlight=False)
-    setting = f"LSTM of {options.hidden} units, {options.steps} steps of training, float32, {torch.get_num_threads()} CPU thread(s)"
+    setting = f"LSTM of {options.hidden} units, {options.steps} steps of training, float32, {threads} CPU thread(s)"
     console.print(f"Text: {corpus}\n{setting}", soft_wrap=True, markup=False)
-    results, speeds = run(corpus, plans, options, console)
-    report.print_models(console, results)
+    with Schedule(console, options.budget, len(LAYERS)) as schedule:
+        results, speeds = run(corpus, plans, options, schedule)
+    report.print_models(console, results, options.steps)
     for result in results:
         report.print_ways(console, result, options.length)
     report.print_legend(console)
+    if schedule.cut:
+        console.print(f"\nCut short, to end within about {options.budget:g} s (--budget): {'; '.join(schedule.cut)}.", soft_wrap=True)
+
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    more = {"options": given, "text": str(corpus), "cut": schedule.cut, "speed": asdict(speeds)}
+    report.write_json(out / "demo.json", results, more)
 
     from .picture import draw  # matplotlib takes its time to import
 
-    draw(out / "demo.png", results, speeds, f"{setting}; text: {corpus.name}")
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
-    report.write_json(out / "demo.json", results, {"options": given, "text": str(corpus), "speed": asdict(speeds)})
-    console.print(f"Wrote {out / 'demo.png'} and {out / 'demo.json'}.", soft_wrap=True, markup=False)
+    draw(out / "demo.png", results, speeds, f"{setting}; text: {corpus.name}{'; cut short' * bool(schedule.cut)}")
+    console.print(f"Wrote {printable(out / 'demo.png', 1000)} and {printable(out / 'demo.json', 1000)}.", soft_wrap=True, markup=False)
 
 
-def run(corpus: data.Corpus, plans: list[Plan], options: argparse.Namespace, console: Console) -> tuple[list[Result], Speed]:
-    """Everything that takes time, under progress bars."""
+def run(corpus: data.Corpus, plans: list[Plan], options: argparse.Namespace, schedule: Schedule) -> tuple[list[Result], Speed]:
+    """Everything that takes time."""
     ids = corpus.held_out[: options.length + 1]
     lengths = sorted({max(options.length >> n, 1) for n in range(5)})
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-
-        def bar(what: str, total: int) -> Callable[[], None]:
-            number = progress.add_task(what, total=total)
-            return lambda: progress.advance(number)
-
-        results = []
-        for name in LAYERS:
-            model = train_model(name, corpus, options.hidden, options.steps, options.seed, bar(f"train {name}", options.steps))
-            results.append(run_text(name, model, ids, plans, bar))
-        return results, speed(name, model, ids, plans, lengths, bar)
+    results = []
+    for name in LAYERS:
+        model = train_model(name, corpus, options.hidden, options.seed, schedule.part("train", name, options.steps, "steps"))
+        results.append(run_text(name, model, ids, plans, schedule))
+    return results, speed(name, model, ids, plans, lengths, schedule)
 
 
 def parse_plan(text: str) -> Plan:
@@ -85,4 +82,4 @@ def parse_plan(text: str) -> Plan:
         why = "no such plan"
     except ValueError as error:
         why = str(error) or "wrong numbers"
-    raise UserError(f"--plan {text}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified and verified:TOL")
+    raise UserError(f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified and verified:TOL")

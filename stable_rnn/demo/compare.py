@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from .. import Certificate, Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
 from ..plans import Plan
+from .progress import Part, Schedule
 from .train import CharModel
 
 WINDOWS = [2**n for n in range(9)]  # measured; the bound is followed further, until it is small
 WINDOW_STEPS = 4096  # of the text: a window of 256 costs 256 steps for each output
 SMALL, FAR = 1e-8, 2**13
 ROUNDS = 5
+TRIAL, HOPELESS = 256, 3  # steps of a text that show whether more threads take three times as long
 OVERLAP = Chunked(256, 32)
 
 
@@ -41,12 +44,12 @@ class Row:
     bound: float | None = None  # of the error in exact arithmetic
     bound_float32: float | None = None  # the same plus the rounding term
     note: str = ""
-    seconds: float = 0.0
+    seconds: float | None = None  # None: not measured
 
 
 @dataclass
 class Point:
-    """`Windowed(k)` against `Recurrent()`; fields as in `Row`. Not measured where k is large."""
+    """`Windowed(k)` against `Recurrent()`; fields as in `Row`. Not measured where k is large, or time was up."""
 
     k: int
     error: float | None
@@ -59,6 +62,7 @@ class Result:
     """One model: its certificate holds for every text over the alphabet."""
 
     name: str
+    steps: int  # of training
     bits: float  # per character, run through from the start
     certificate: Certificate
     ways: list[Row]
@@ -69,28 +73,29 @@ class Result:
 class Speed:
     model: str
     lengths: list[int]
-    seconds: dict[str, list[float]]  # of each way, at each length
+    seconds: dict[str, list[float | None]]  # of each way, at each length; None: not measured
 
 
-def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], bar: Callable[[str, int], Callable[[], None]]) -> Result:
-    """Run ids (T + 1,) in every way. `bar(what, total)` gives what advances a progress bar."""
+def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], schedule: Schedule) -> Result:
+    """Run ids (T + 1,) in every way."""
     layer, x = stable_layer(model), model.inputs(ids[:-1, None])
     alphabet = torch.arange(model.embedding.num_embeddings)[:, None]
     certificate = layer.certificate(model.inputs(alphabet))  # no other inputs can occur
     truth = under(layer, x, Recurrent())
     found = ways(layer, plans)
-    rows = [row(way, layer, certificate, way.run(x), truth, lambda y: model.bits(ids, y)) for way in found]
-    for one, seconds in zip(rows, in_turns(found, x, bar(f"run {name}", turns(plans)))):
+    part = schedule.part("run", name, turns(plans), "turns")
+    rows = [row(way, layer, certificate, x, truth, lambda y: model.bits(ids, y), part) for way in found]
+    for one, seconds in zip(rows, in_turns(found, x, part)):
         one.seconds = seconds
-    windows = window_errors(layer, certificate, x[:WINDOW_STEPS], bar(f"windows of {name}", len(WINDOWS)))
-    return Result(name, model.bits(ids, truth), certificate, rows, windows)
+    windows = window_errors(layer, certificate, x[:WINDOW_STEPS], schedule.part("windows of", name, len(WINDOWS), "windows"))
+    return Result(name, model.steps, model.bits(ids, truth), certificate, rows, windows)
 
 
-def speed(name: str, model: CharModel, ids: Tensor, plans: list[Plan], lengths: list[int], bar: Callable) -> Speed:
+def speed(name: str, model: CharModel, ids: Tensor, plans: list[Plan], lengths: list[int], schedule: Schedule) -> Speed:
     """Seconds of each way at each length of ids (T + 1,)."""
     x, found = model.inputs(ids[:-1, None]), ways(stable_layer(model), plans)
-    advance = bar(f"speed of {name}", turns(plans) * len(lengths))
-    table = [in_turns(found, x[:length], advance) for length in lengths]
+    part = schedule.part("speed of", name, turns(plans) * len(lengths), "turns")
+    table = [in_turns(found, x[:length], part) for length in lengths]
     return Speed(name, lengths, {way.name: list(seconds) for way, *seconds in zip(found, *table)})
 
 
@@ -116,7 +121,7 @@ def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
 
 
 def turns(plans: list[Plan]) -> int:
-    """Calls of `advance` by `in_turns`."""
+    """Of the ways, in `in_turns`."""
     return (len(plans) + 2) * ROUNDS
 
 
@@ -152,10 +157,15 @@ def overlapping(plain: nn.LSTM, x: Tensor, plan: Chunked) -> Tensor:
     return y[t - starts[lane], lane][:, None]
 
 
-def row(way: Way, layer: StableLSTM, certificate: Certificate, y: Tensor, truth: Tensor, bits: Callable[[Tensor], float]) -> Row:
-    """The row of output y, just computed; without its time."""
+def row(way: Way, layer: StableLSTM, certificate: Certificate, x: Tensor, truth: Tensor, bits: Callable[[Tensor], float],
+        part: Part) -> Row:
+    """What the way gives for x; without its time."""
+    if not part.room():
+        return Row(way.name, note="not run, time was up")
     if way.plan is None and layer.stability is not None and layer.stability.cap < 1:
         return Row(way.name, note="its cell has no clamp: for the time only")
+    with threads(1 if way.plan is None else torch.get_num_threads()):  # of nn.LSTM's threads see `in_turns`
+        y = way.run(x)
     made = Row(way.name, bits(y), largest(y - truth), *bounds(certificate, way.sees))
     if isinstance(way.plan, Verified):
         report = layer.last_report
@@ -177,34 +187,66 @@ def largest(error: Tensor) -> float:
     return error.abs().max().item()
 
 
-def in_turns(found: list[Way], x: Tensor, advance: Callable[[], None]) -> list[float]:
-    """Median seconds of each way; a round runs every way once, so that a busy moment of the machine hits them alike.
-
-    torch's own recurrence gets the better of all threads and one: its threads wait for each other at every step, and where the cores
-    are shared they wait long."""
-    threads = torch.get_num_threads()
-    seconds: list[dict[int, list[float]]] = [{count: [] for count in ((threads, 1) if way.plan is None else (threads,))} for way in found]
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for _ in range(ROUNDS):
-            for way, by_threads in zip(found, seconds):
-                for count, times in by_threads.items():
-                    torch.set_num_threads(count)
-                    begin = time.perf_counter()
-                    way.run(x)
-                    times.append(time.perf_counter() - begin)
-                advance()
+        yield
     finally:
-        torch.set_num_threads(threads)
-    return [min(map(statistics.median, by_threads.values())) for by_threads in seconds]
+        torch.set_num_threads(before)
 
 
-def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, advance: Callable[[], None]) -> list[Point]:
+def timed(count: int, run: Callable[[], object]) -> float:
+    """Seconds with so many threads."""
+    with threads(count):
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+
+def worthwhile(run: Callable[[], object]) -> list[int]:
+    """One thread, and torch's own number unless something short takes hopelessly long with it: torch's threads wait for each other at
+    every step, and where the cores are shared they wait long, up to minutes for what one thread does in a moment."""
+    many = torch.get_num_threads()
+    if many == 1:
+        return [1]
+    once = statistics.median(timed(1, run) for _ in range(ROUNDS))
+    for _ in range(ROUNDS):
+        if timed(many, run) > HOPELESS * once:
+            return [1]
+    return [1, many]
+
+
+def in_turns(found: list[Way], x: Tensor, part: Part) -> list[float | None]:
+    """Median seconds of each way, None if there is no time for it; a round runs every way once, so that a busy moment of the machine hits
+    them alike. torch's own recurrence gets the better of all threads and one."""
+    seconds: list[dict[int, list[float]]] = [{} for _ in found]
+    for number in range(ROUNDS):
+        for way, by_threads in zip(found, seconds):
+            if not part.room(sum(times[-1] for times in by_threads.values())):
+                continue
+            if number == 0:
+                counts = worthwhile(lambda: way.run(x[:TRIAL])) if way.plan is None else [torch.get_num_threads()]  # noqa: B023
+                by_threads.update((count, []) for count in counts)
+            for count, times in by_threads.items():
+                times.append(timed(count, lambda: way.run(x)))  # noqa: B023
+            least = min(times[-1] for times in by_threads.values())
+            for count in [count for count, times in by_threads.items() if times[-1] > HOPELESS * least]:
+                del by_threads[count]
+            part.advance()
+    return [min(map(statistics.median, by_threads.values())) if by_threads else None for by_threads in seconds]
+
+
+def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, part: Part) -> list[Point]:
     """Measured and certified error of `Windowed(k)` for k = 1, 2, 4, ..."""
     truth = under(layer, x, Recurrent())
     points = []
     for k in WINDOWS:
-        points.append(Point(k, largest(under(layer, x, Windowed(k)) - truth), *bounds(certificate, k)))
-        advance()
+        points.append(Point(k, None, *bounds(certificate, k)))
+        if part.room():
+            points[-1].error = largest(under(layer, x, Windowed(k)) - truth)
+            part.advance()
     while certificate.stable and points[-1].bound > SMALL and 2 * k <= FAR:
         k *= 2
         points.append(Point(k, None, *bounds(certificate, k)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._errors import UserError
+from .._errors import UserError, printable
 
 HELD_OUT = 10  # one part in ten of a single text
 RARE = 20  # characters seen less often than this in the training text share one symbol
@@ -34,7 +34,7 @@ def load(text: str | None, data: str | None, length: int) -> Corpus:
     if data:
         name, train, held_out = _folder(Path(data))
     else:
-        name, whole = (Path(text).name, _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
+        name, whole = (printable(Path(text).name), _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
         cut = len(whole) - len(whole) // HELD_OUT
         train, held_out = whole[:cut], whole[cut:]
     if len(train) < LEAST:
@@ -54,18 +54,18 @@ def _manual() -> str:
 
 def _folder(folder: Path) -> tuple[str, str, str]:
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder")
+        raise UserError(f"--data {printable(folder)}: no such folder")
     for place in (folder, folder / "ptb", folder / "wikitext-2"):
         train = next((place / name for name in ("train.txt", "valid.txt") if (place / name).is_file()), None)
         if train and (place / "test.txt").is_file():
-            return f"{place.resolve().name}, {train.name} and test.txt", _read(train), _read(place / "test.txt")
-    raise UserError(f"--data {folder}: needs train.txt or valid.txt, and test.txt (in it, or in ptb/ or wikitext-2/ there)")
+            return f"{printable(place.resolve().name)}, {train.name} and test.txt", _read(train), _read(place / "test.txt")
+    raise UserError(f"--data {printable(folder)}: needs train.txt or valid.txt, and test.txt (in it, or in ptb/ or wikitext-2/ there)")
 
 
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
+        raise UserError(f"{printable(file)}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not a UTF-8 text file") from error
+        raise UserError(f"{printable(file)}: not a UTF-8 text file") from error

@@ -21,7 +21,7 @@ MARKERS = "osD^vP*X"
 
 def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.2), layout="constrained")
-    figure.suptitle(f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=11)
+    figure.suptitle(f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=11, parse_math=False)  # a file's name may have a $
     draw_errors(left, results)
     draw_speed(right, speed)
     for axes in (left, right):
@@ -60,7 +60,7 @@ def draw_speed(axes: Axes, speed: Speed) -> None:
         of_torch = way.startswith("nn.LSTM")
         axes.plot(
             speed.lengths,
-            [length / s / 1e3 for length, s in zip(speed.lengths, seconds)],
+            [length / s / 1e3 if s else float("nan") for length, s in zip(speed.lengths, seconds)],  # nan: a gap
             color="black" if of_torch else COLORS[number % len(COLORS)],
             linestyle=("-", "--")[number] if of_torch else "-",
             marker=MARKERS[number % len(MARKERS)],

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import Certificate
-from .._errors import UserError
+from .._errors import UserError, printable
 from .._version import __version__
 from .compare import Result
 
 TOLERANCES = (1e-3, 1e-6)
 
 
-def print_models(console: Console, results: list[Result]) -> None:
+def print_models(console: Console, results: list[Result], steps: int) -> None:
     found = table("layer", "bits/char", "certified rate", *(f"window for {eps:g}" for eps in TOLERANCES))
     for result in results:
         known = summary(result.certificate)
@@ -30,20 +30,25 @@ def print_models(console: Console, results: list[Result]) -> None:
         found.add_row(result.name, f"{result.bits:.3f}", rate, *(str(k or "none") for k in known["windows"].values()))
     title(console, "Trained models on held-out text; certificates hold for every text over the alphabet")
     console.print(found)
+    for result in results:
+        if result.steps < steps:
+            console.print(f" {result.name}: {result.steps} of {steps} steps of training, time was up", soft_wrap=True)
 
 
 def print_ways(console: Console, result: Result, steps: int) -> None:
     found = table("way", "time", "A", "B", "bits", "error", "bound", "float32")
     through, chunks = (row.seconds for row in result.ways[:2])
     for row in result.ways:
-        speed = (f"{row.seconds * 1e3:.1f} ms", f"{through / row.seconds:.2f}x", f"{chunks / row.seconds:.2f}x")
+        time = "-" if row.seconds is None else f"{row.seconds * 1e3:.1f} ms"
+        ratios = (f"{base / row.seconds:.2f}x" if base and row.seconds else "-" for base in (through, chunks))
         errors = ("" if value is None else f"{value:.1e}" for value in (row.error, row.bound, row.bound_float32))
-        found.add_row(row.way, *speed, "" if row.bits is None else f"{row.bits:.3f}", *errors)
+        found.add_row(row.way, time, *ratios, "" if row.bits is None else f"{row.bits:.3f}", *errors)
     title(console, f"{result.name} on {steps} characters, batch 1")
     console.print(found)
     for row in result.ways:
-        if row.note:
-            console.print(f" {row.way}: {row.note}", soft_wrap=True, markup=False)
+        note = "; ".join(filter(None, (row.note, "not timed, time was up" if row.seconds is None else "")))
+        if note:
+            console.print(f" {row.way}: {note}", soft_wrap=True, markup=False)
 
 
 def print_legend(console: Console) -> None:
@@ -102,7 +107,7 @@ def prepare(folder: str) -> Path:
         draft(out / "demo.json").touch()
         draft(out / "demo.json").unlink()
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from error
+        raise UserError(f"--out {printable(folder)}: {error.strerror}") from error
     return out
 
 
@@ -110,6 +115,7 @@ def write_json(path: Path, results: list[Result], more: dict[str, object]) -> No
     models = {}
     for result in results:
         models[result.name] = {
+            "steps": result.steps,
             "bits_per_character": result.bits,
             "certificate": summary(result.certificate),
             "ways": [asdict(row) for row in result.ways],
@@ -120,10 +126,12 @@ def write_json(path: Path, results: list[Result], more: dict[str, object]) -> No
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name beside `path` and rename it, so that `path` is never half a file."""
+    """Write a file under another name beside `path` and rename it, so that `path` is never half a file. OSError names `path`."""
     try:
         write(draft(path))
         draft(path).replace(path)
+    except OSError as error:  # a full disk has no name of its own
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         draft(path).unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from .. import Certified, ForgetCap, StableLSTM, project_after_step
 from .data import Corpus
+from .progress import Part
 
 EMBEDDING = 32
 BATCH, CHUNK = 16, 64
@@ -28,6 +29,7 @@ class CharModel(nn.Module):
 
     def __init__(self, symbols: int, rnn: nn.Module) -> None:
         super().__init__()
+        self.steps = 0  # of training
         self.embedding = nn.Embedding(symbols, EMBEDDING)
         self.rnn = rnn
         self.readout = nn.Linear(rnn.hidden_size, symbols)
@@ -44,17 +46,18 @@ class CharModel(nn.Module):
         return functional.cross_entropy(logits, ids[1:]).item() / math.log(2)
 
 
-def train_model(layer: str, corpus: Corpus, hidden: int, steps: int, seed: int, advance: Callable[[], None]) -> CharModel:
-    """Adam over random stretches of the training text, the same for every layer; the projection follows each step."""
+def train_model(layer: str, corpus: Corpus, hidden: int, seed: int, part: Part) -> CharModel:
+    """Adam over random stretches of the training text, the same for every layer; the projection follows each step. The part's `total` is
+    the number of steps; the first one is always made."""
     torch.manual_seed(seed)
     model = CharModel(corpus.symbols, LAYERS[layer](EMBEDDING, hidden))
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, part.total)
     if isinstance(model.rnn, StableLSTM):
         project_after_step(optimizer, model)
     draw = torch.Generator().manual_seed(seed)
     reach = torch.arange(CHUNK + 1)
-    for _ in range(steps):
+    while model.steps < part.total and (part.room() or not model.steps):
         starts = torch.randint(len(corpus.train) - CHUNK, (BATCH,), generator=draw)
         ids = corpus.train[starts + reach[:, None]]  # (CHUNK + 1, BATCH)
         loss = functional.cross_entropy(model(ids[:-1]).flatten(0, 1), ids[1:].flatten())
@@ -63,7 +66,14 @@ def train_model(layer: str, corpus: Corpus, hidden: int, steps: int, seed: int, 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        advance()
+        model.steps += 1
+        part.advance(f"loss {loss.item() / math.log(2):.2f} bits/char")
     if isinstance(model.rnn, StableLSTM):
         model.rnn.project_()  # the steps above are the cheap kind; this one certifies
     return model.eval().requires_grad_(False)
+
+
+def rehearsal(hidden: int) -> Callable[[], None]:
+    """A short step of training, to be timed."""
+    rnn, x = nn.LSTM(EMBEDDING, hidden), torch.zeros(CHUNK // 4, BATCH, EMBEDDING)
+    return lambda: rnn(x)[0].sum().backward()

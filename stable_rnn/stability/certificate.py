@@ -202,7 +202,6 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
 
 
-@on_cpu
 def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: float = 1.0) -> dict[str, Certificate]:
     """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
 
@@ -210,15 +209,25 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
     What has no certificate (GRU layers, weights that are missing or computed, layers that don't chain) is skipped with a warning that says
     why. ValueError names a weight with NaN or infinite entries or of a shape that doesn't fit the others, TypeError one that is not a dense
     tensor of a real floating dtype."""
-    stacks, skipped = read_state_dict(state_dict)
-    for prefix, reason in skipped.items():
-        warnings.warn(f"certificate: {prefix or 'the model'} {reason}; skipped", stacklevel=3)
+    found, faults = judge_state_dict(state_dict, input_bound)
+    for fault in faults.values():
+        if not isinstance(fault, LookupError):
+            raise fault
+        warnings.warn(f"certificate: {fault.args[0]}; skipped", stacklevel=2)
+    return found
+
+
+@on_cpu
+def judge_state_dict(state_dict: Mapping[str, Tensor], input_bound: float) -> tuple[dict[str, Certificate], dict[str, Exception]]:
+    """The certificates of a state dict's stacks, and why the others have none (`read_state_dict`), by their prefixes."""
+    bound = _checked_bound(input_bound)
+    stacks, faults = read_state_dict(state_dict)
     found = {}
     for prefix, levels in stacks.items():
-        made = certify(levels, _checked_bound(input_bound))
+        made = certify(levels, bound)
         taken = "tanh cells" if levels[0][0].cell == "rnn_tanh" else "no clamp of the forget gate"
         found[prefix] = replace(made, inputs=f"{made.inputs}, {taken}")
-    return found
+    return found, faults
 
 
 def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None = None, cap: float = 1.0,

@@ -10,9 +10,12 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
+from .._errors import printable
+
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
-HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?")
+HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL)
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
+LARGE = 2**24  # values; an expanded tensor may look larger than any memory
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
@@ -127,23 +130,28 @@ def read(get, names: Names, cell: str) -> LayerWeights:
     return LayerWeights(cell, names.tag, w_ih, w_hh, bias, matrix("weight_hr"))
 
 
-def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, str]]:
-    """Every stack of recurrent layers by its prefix, and why others were skipped, by theirs.
+def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
+    """Every stack of recurrent layers by its prefix, and why others cannot be read, by theirs: LookupError for what has no certificate,
+    ValueError or TypeError for weights that are no real numbers or don't fit each other, RuntimeError for what torch cannot convert.
 
-    The cell is told by the number of gates; a single gate is taken for tanh. ValueError for shapes that contradict each other."""
+    The cell is told by the number of gates; a single gate is taken for tanh."""
     tags: dict[str, set[str]] = {}
     for key in state_dict:
         named = HIDDEN_WEIGHT.fullmatch(key) if isinstance(key, str) else None
         if named:
             tags.setdefault(named[1] or "", set()).add(named[2] or "")
-    stacks, skipped = {}, {}
+    stacks, faults = {}, {}
     for prefix, found in tags.items():
         start = prefix + "." if prefix else ""
         try:
             stacks[prefix] = _read_stack(state_dict, start, sorted(found, key=lambda t: (_level(t), t)))
-        except LookupError as reason:
-            skipped[prefix] = str(reason.args[0])
-    return stacks, skipped
+        except LookupError as error:
+            faults[prefix] = LookupError(f"{printable(prefix) or 'the model'} {error.args[0]}")
+        except (TypeError, ValueError) as error:  # the message starts with the weight's name
+            faults[prefix] = type(error)(f"{printable(start)}{error}")
+        except RuntimeError as error:
+            faults[prefix] = RuntimeError(f"{printable(prefix) or 'the model'} cannot be read: {str(error).partition(chr(10))[0]}")
+    return stacks, faults
 
 
 def _read_stack(state_dict: Mapping[str, Tensor], start: str, tags: list[str]) -> list[list[LayerWeights]]:
@@ -155,7 +163,7 @@ def _read_stack(state_dict: Mapping[str, Tensor], start: str, tags: list[str]) -
     for tag in tags:
         levels.setdefault(_level(tag), []).append(read(lambda name: state_dict.get(start + name), Names(tag), min(cells)))
     if sorted(levels) != list(range(len(levels))):
-        raise LookupError(f"has the layers {', '.join(map(str, sorted(levels)))} only")
+        raise LookupError(f"has the layers {_listed(sorted(levels))} only")
     for level in range(1, len(levels)):
         width = sum(w.w_hh.shape[1] for w in levels[level - 1])
         for w in levels[level]:
@@ -166,7 +174,12 @@ def _read_stack(state_dict: Mapping[str, Tensor], start: str, tags: list[str]) -
 
 def _level(tag: str) -> int:
     digits = tag.removeprefix("l").removesuffix("_reverse")
-    return int(digits) if digits.isdigit() else 0
+    return int(digits[:9]) if digits else 0  # 10 digits are no layer that could follow others
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    more = len(names) - most
+    return ", ".join(map(printable, names[:most])) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) -> str:
@@ -174,8 +187,8 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
     for kind in ("weight_ih", "weight_hh"):
         name = names[kind]
         if not isinstance(state_dict.get(start + name), Tensor):
-            parts = re.compile(rf"{re.escape(start)}(parametrizations\.)?{name}(?!_reverse|_l\d)[._].*")
-            akin = ", ".join(key for key in state_dict if isinstance(key, str) and parts.fullmatch(key))
+            parts = re.compile(rf"{re.escape(start)}(parametrizations\.)?{name}(?!_reverse|_l\d)[._].*", re.DOTALL)
+            akin = _listed([key for key in state_dict if isinstance(key, str) and parts.fullmatch(key)])
             raise LookupError(f"has no {name}" + (f", only {akin} (a computed weight, by weight norm for instance)" if akin else ""))
     found = {kind: state_dict[start + names[kind]] for kind in KINDS if state_dict.get(start + names[kind]) is not None}
     shapes = {kind: tuple(getattr(w, "shape", ())) for kind, w in found.items()}
@@ -183,8 +196,11 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
     def check(kind: str, fits: bool, wanted: str) -> None:
         if not fits:
             hidden = f"{names['weight_hh']} {shapes['weight_hh']}"
-            raise ValueError(f"{start}{names[kind]} has the shape {shapes[kind]}, which doesn't fit {hidden}: {wanted}")
+            raise ValueError(f"{names[kind]} has the shape {shapes[kind]}, which doesn't fit {hidden}: {wanted}")
 
+    for kind, w in found.items():
+        if isinstance(w, Tensor) and w.layout == torch.strided and w.numel() > max(LARGE, w.untyped_storage().nbytes()):
+            raise ValueError(f"{names[kind]} has the shape {shapes[kind]} but not that many values (an expanded tensor); pass a clone()")
     for kind in ("weight_ih", "weight_hh", "weight_hr"):
         check(kind, len(shapes.get(kind, (0, 0))) == 2, "a matrix is needed")
     rows, out = shapes["weight_hh"]
