@@ -101,8 +101,8 @@ def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
             module.stability.project_(module, certify=certify)
         if all(torch.equal(whole(w.detach()), old) for w, old in zip(shared, before)):
             return
-    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({', '.join(str(m.stability) for m in modules)}); "
-                     "give them one set, or weights of their own")
+    sets = ", ".join(dict.fromkeys(str(module.stability) for module in modules))
+    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({sets}); give them weights of their own")
 
 
 def projected_names(module: nn.Module, stability: Certified) -> list[str]:

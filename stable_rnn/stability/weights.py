@@ -10,7 +10,7 @@ from functools import cached_property, wraps
 import torch
 from torch import Tensor, nn
 
-from .sharded import GATHER, is_sharded, whole
+from .sharded import GATHER, whole
 
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
 HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?")
