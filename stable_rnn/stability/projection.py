@@ -139,19 +139,20 @@ def _identity(w: Tensor) -> Hashable:
 def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """All weights and biases by name, whole and detached; names of one weight have one tensor. One look at their sums tells whether all
     values are finite, or may not be."""
+    for name, w in held.items():
+        check_values(name, w)
+    if len({w.device for w in held.values()}) > 1:
+        places = ", ".join(f"{name} on {w.device}" for name, w in held.items())
+        raise ValueError(f"project_: all weights must be on one device, got {places}")
     one: dict[Hashable, Tensor] = {}
     found = {}
     for name, w in held.items():
-        check_values(name, w)
         key = _identity(w)
         if key not in one:
             one[key] = whole(w.detach())
         found[name] = one[key]
     distinct = list(one.values())
     names = {id(w): name for name, w in reversed(found.items())}
-    if len({w.device for w in distinct}) > 1:
-        places = ", ".join(f"{names[id(w)]} on {w.device}" for w in distinct)
-        raise ValueError(f"project_: all weights must be on one device, got {places}")
     pair = first_overlap(distinct)
     if pair:
         first, second = (names[id(distinct[i])] for i in pair)
