@@ -12,12 +12,11 @@ from .bookkeeping import Bookkeeping
 from .cells import StableCellBase, StableLSTMCell, StableRNNCell
 from .modules import StableLSTM, StableRNN, StableRNNBase
 from .plans import Plan, Recurrent, check_plan
-from .stability import Stability, check_stability
+from .stability import Stability, check_stability, project_all_
 
 _MODULES = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
 _CELLS = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
 _PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
-TURNS = 20  # of modules that share weights, in projecting them
 _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
 
@@ -156,16 +155,13 @@ def _made(c: type) -> bool:
 def _project(modules: dict[str, StableRNNBase | StableCellBase]) -> None:
     """All of them, or none where one cannot be: the error then names it. Modules that share weights take turns until all are inside."""
     weights = {p: p.detach().clone() for m in modules.values() for p in m.parameters()}
-    shared = len(weights) < sum(len(set(m.parameters())) for m in modules.values())
     at = ""
     try:
-        for _ in range(TURNS if shared else 1):
-            before = [p._version for p in weights]
-            for at, m in modules.items():  # noqa: B007  the error names it
-                m.project_()
-            if not shared or before == [p._version for p in weights]:
-                return
-        raise RuntimeError("no weights found that are inside the sets of all modules that share them")
+        for at, m in modules.items():  # noqa: B007  the error names it
+            m.project_()
+        if len(weights) < sum(len(set(m.parameters())) for m in modules.values()):  # some are shared
+            at = "the model"
+            project_all_(list(modules.values()), certify=True)
     except BaseException as error:
         with torch.no_grad():
             for p, value in weights.items():

@@ -1,5 +1,9 @@
 """`project_after_step`: the set is kept while a model trains."""
 
+import copy
+import pickle
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +133,163 @@ def test_errors():
         project_after_step(optimizer, nn.LSTM(3, 4))
     with pytest.raises(ValueError, match="no module with a stable set"):
         project_after_step(optimizer, StableLSTM(3, 4, stability=None))
+
+
+# ---- optimizers as people have them
+
+
+def push(model, size=1.0):
+    """Gradients that lead out of the sets."""
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * size
+
+
+def projects(step, model, size=1.0):
+    """Whether the model is in its sets after `step()`, taken from far outside."""
+    push(model, size)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(50)
+    step()
+    return all(module.certificate().rate <= 0.99 for module in model.modules() if isinstance(module, (StableLSTM, StableRNN)))
+
+
+def optimizers():
+    for name in ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD", "Adafactor"):
+        if hasattr(torch.optim, name):
+            yield name, lambda p, name=name: getattr(torch.optim, name)(p, 0.1)
+    for option in ("foreach", "fused"):
+        yield f"Adam {option}", lambda p, option=option: torch.optim.Adam(p, 0.1, **{option: True})
+
+
+@pytest.mark.parametrize("make", dict(optimizers()).values(), ids=dict(optimizers()))
+def test_the_hook_runs_for_every_optimizer_of_torch(make):
+    model = nn.Sequential(StableLSTM(3, 4))
+    optimizer = make(model.parameters())
+    project_after_step(optimizer, model, certify=True)
+    assert projects(optimizer.step, model)
+
+
+def test_lbfgs_is_projected_after_the_step_and_not_within():
+    model, within = StableRNN(2, 4, stability=Certified(0.5)), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 1.0, max_iter=4)
+    project_after_step(optimizer, model, certify=True)
+
+    def closure():
+        optimizer.zero_grad()
+        within.append(float(torch.linalg.matrix_norm(model.weight_hh_l0.detach(), 2)))
+        loss = (model.weight_hh_l0 - 3 * torch.eye(4)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert max(within) > 1 and model.certificate().rate <= 0.5
+
+
+def test_schedulers_and_loaded_states_keep_the_hook():
+    model = nn.Sequential(StableLSTM(3, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    project_after_step(optimizer, model, certify=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert projects(optimizer.step, model)
+    scheduler.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert projects(optimizer.step, model)
+
+
+def test_copies_of_an_optimizer_have_no_hook_until_they_get_one():
+    model = nn.Sequential(StableLSTM(3, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    project_after_step(optimizer, model, certify=True)
+    for copied in (lambda pair: copy.deepcopy(pair), lambda pair: pickle.loads(pickle.dumps(pair))):
+        twin, other = copied((model, optimizer))
+        assert not projects(other.step, twin)
+        project_after_step(other, twin, certify=True)
+        assert projects(other.step, twin)
+    assert projects(optimizer.step, model)
+
+
+def test_a_step_that_the_scaler_skips_is_not_followed_by_a_projection():
+    model = nn.Sequential(StableLSTM(3, 4))
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu")
+    project_after_step(optimizer, model, certify=True)
+    scaler.scale(model(torch.randn(3, 2, 3))[0].sum()).backward()
+    assert not projects(lambda: scaler.step(optimizer), model, size=float("inf"))
+    scaler.update()
+    optimizer.zero_grad()
+    scaler.scale(model(torch.randn(3, 2, 3))[0].sum()).backward()
+    assert projects(lambda: (scaler.step(optimizer), scaler.update()), model)
+
+
+def test_a_compiled_step_runs_the_projection_uncompiled():
+    """Traced, it would be cut into dozens of graphs, and compiled anew for other shapes."""
+    from torch._dynamo.testing import CompileCounter
+
+    model, counter = nn.Sequential(StableLSTM(3, 4), StableRNN(4, 5)), CompileCounter()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    project_after_step(optimizer, model, certify=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = torch.compile(lambda: optimizer.step(), backend=counter)
+        assert projects(step, model) and projects(step, model)
+    assert counter.frame_count <= 2
+
+
+class Around(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer is made: torch's __init__ is never called, and a step may be left out."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.sync = optimizer, True
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure=None):
+        if self.sync:
+            self.optimizer.step(closure)
+
+
+def test_wrappers_that_are_known_are_seen_through():
+    model = nn.Sequential(StableLSTM(3, 4))
+    wrapped = type("AcceleratedOptimizer", (Around,), {"__module__": "accelerate.optimizer"})(torch.optim.Adam(model.parameters(), 0.1))
+    handle = project_after_step(wrapped, model, certify=True)
+    assert projects(wrapped.step, model)
+    wrapped.sync = False
+    assert not projects(wrapped.step, model)
+    wrapped.sync = True
+    handle.remove()
+    assert not projects(wrapped.step, model)
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(StableLSTM(3, 4))
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), 0.1))
+    project_after_step(optimizer, model, certify=True)
+    ends = []
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            ends.append(projects(optimizer.step, model))
+    assert ends == [False, True] * 2
+
+
+def test_wrappers_that_are_not_known_are_refused_with_the_way_out():
+    """What they do after the inner step may undo the projection: master weights copied back, slow weights mixed in."""
+    model = nn.Sequential(StableLSTM(3, 4))
+    inner = torch.optim.Adam(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match=r"Around runs no step hooks.*pass the Adam that it holds \(.optimizer\) if Around moves no weight"):
+        project_after_step(Around(inner), model)
+    plain = type("FP16_Optimizer", (), {"optim": inner})()
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got FP16_Optimizer; pass the Adam that it holds \(.optim\) if"):
+        project_after_step(plain, model)
+    own = type("Own", (torch.optim.SGD,), {"step": lambda self, closure=None: torch.optim.SGD.step(self, closure)})
+    optimizer = own(model.parameters(), 0.1)  # torch's __init__ puts the hooks around any step
+    project_after_step(optimizer, model, certify=True)
+    assert projects(optimizer.step, model)
+
+
+def test_weights_that_cannot_be_written_are_refused_at_once():
+    model = nn.Sequential(StableLSTM(3, 4))
+    model[0].weight_hh_l0 = nn.Parameter(torch.ones(1, 4).expand(16, 4))
+    with pytest.raises(ValueError, match="weight_hh_l0 overlaps itself"):
+        project_after_step(torch.optim.SGD(model.parameters(), 0.1), model)

@@ -1,7 +1,7 @@
 """Stable sets of weights, certificates of stability, and projections into the sets. The mathematics is in README.md."""
 
 from .certificate import Certificate, LayerCertificate, certificate, certificate_from_state_dict
-from .projection import project_
+from .projection import project_, project_all_
 from .sets import Certified, ForgetCap, Stability, check_stability
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "certificate_from_state_dict",
     "check_stability",
     "project_",
+    "project_all_",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.spectral import SpectralState, row_project_, spectral_project_
+from ..ops.spectral.memory import first_overlap
+from ..ops.spectral.norm import check_writable
 from .bounds import LstmBounds, length, times
 from .certificate import layer_certificate
 from .contraction import gate_scales
 from .nearest import Directions, into_ball, step_into_ball
 from .radius import into_radius
-from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, on_cpu, read
+from .sharded import GATHER, check_kept, is_sharded, store, whole
+from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, named_weights, on_cpu, read
 
 if TYPE_CHECKING:
     from .sets import Certified
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
 FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
+ROUNDS = 50  # through layers or modules that share weights; two or three are what it takes
 
 
 class _Warm:
@@ -38,7 +43,6 @@ class _Warm:
 _warm: WeakKeyDictionary[nn.Module, _Warm] = WeakKeyDictionary()
 
 
-@on_cpu
 @torch.no_grad()
 def project_(module: nn.Module, stability: Certified, certify: bool = True) -> None:
     """Move the weights of an RNN or LSTM (module or cell) into the set, all layers and directions, in place.
@@ -51,60 +55,128 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     W_hh and a positive bias are scaled together until sigmoid(row sums + bias) <= forget. Weights outside of a 2-norm set go (nearly) to
     the nearest ones inside.
 
-    Raises ValueError, before anything is written: for weights or biases with NaN or infinite values or on the meta device, weights that
-    other parameters compute (a parametrization, weight norm), a set that doesn't fit the module. TypeError for weights that are not real
-    floating point.
+    Layers may share weights (tied parameters, or one memory): they are projected in turn until all of them are certified. Modules that
+    share weights with this one are not looked at. DTensors (FSDP2's `fully_shard`, tensor parallelism) are gathered, and each rank writes
+    its part of the first rank's result: call it on every rank.
+
+    Raises ValueError, before anything is written: for weights or biases with NaN or infinite values, on the meta device, on several
+    devices or of another shape than the module's sizes say (parts of FSDP1 and ZeRO-3); weights that other parameters compute (a
+    parametrization, weight norm), that overlap themselves (expanded) or in part each other, of which a sum of parts is placed, or that
+    `fully_shard` lends for a pass; a set that doesn't fit the module. TypeError for weights that are not real floating point.
     """
     cell = cell_of(module)
     stability.check(cell)
     if cell == "lstm" and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
         raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
                          "here doesn't")
-    projected_names(module, stability)
+    names = projected_names(module, stability)
     if not module.hidden_size:  # torch has cells without units
         return
-    levels, weights = layer_names(module), _checked_weights(module)
-    if not certify:
+    levels, held = layer_names(module), named_weights(module)
+    weights = _checked_weights(held)
+    if certify:
+        copies = {id(w): w.clone() for w in weights.values()}
+        _certified({name: copies[id(w)] for name, w in weights.items()}, levels, stability, cell)
+        for w in _once(weights.values()):
+            if not torch.equal(w, copies[id(w)]):
+                w.copy_(copies[id(w)])
+    else:
         _step(weights, levels, stability, cell, _warm.setdefault(module, _Warm()))
-        return
-    found = {name: w.clone() for name, w in weights.items()}
-    _certified(found, levels, stability, cell)
-    for name, w in weights.items():
-        if not torch.equal(w, found[name]):
-            w.copy_(found[name])
+    for w, name in {held[name]: name for name in names}.items():
+        if is_sharded(w):
+            store(w, weights[name])
+
+
+def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
+    """Each module into its own set. With certify=True those that share weights come in turn until none of them moves: ValueError if that
+    takes too long."""
+    owners = defaultdict(list)
+    for module in modules if certify else ():
+        for w in module.parameters(recurse=False):
+            owners[_identity(w)].append(w)
+    shared = [ws[0] for ws in owners.values() if len(ws) > 1]
+    for _ in range(ROUNDS):
+        before = [whole(w.detach()).clone() for w in shared]
+        for module in modules:
+            module.stability.project_(module, certify=certify)
+        if all(torch.equal(whole(w.detach()), old) for w, old in zip(shared, before)):
+            return
+    sets = ", ".join(dict.fromkeys(str(module.stability) for module in modules))
+    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({sets}); give them weights of their own")
 
 
 def projected_names(module: nn.Module, stability: Certified) -> list[str]:
-    """The names of the weights that `project_` may write. ValueError if one of them is computed from other parameters."""
+    """The names of the weights that `project_` may write. ValueError if one of them cannot be written, as `project_` says."""
     kinds = ("weight_hh", "weight_hr")
     if cell_of(module) == "lstm" and stability.cap == 1:
         kinds = KINDS
-    found = [name for name in _names(module, kinds) if getattr(module, name, None) is not None]
+    wanted = [names[kind] for level in layer_names(module) for names in level for kind in kinds]
+    found = {name: w for name in wanted if (w := getattr(module, name, None)) is not None}
     for name in found:
         if name not in module._parameters and name not in module._buffers:
+            flat = f" {GATHER}" if hasattr(module, "_is_fsdp_managed_module") else ""
             raise ValueError(f"project_: {name} of {type(module).__name__} is computed from other parameters (by a parametrization or "
-                             "weight norm), so that writing to it has no effect; remove that, or set stability=None")
-    return found
-
-
-def _names(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
-    return [names[kind] for level in layer_names(module) for names in level for kind in kinds]
-
-
-def _checked_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All weights and biases by name, detached. One look at their sums tells whether all values are finite, or may not be."""
-    found = {name: getattr(module, name, None) for name in _names(module, KINDS)}
-    found = {name: w.detach() for name, w in found.items() if w is not None}
+                             f"weight norm), so that writing to it has no effect; remove that, or set stability=None{flat}")
+    named_weights(module)
     for name, w in found.items():
+        check_kept(module, name, w)
+        if not is_sharded(w) and module.hidden_size:
+            check_writable(w, f"project_: {name}")
+    return list(found)
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(w): w for w in tensors}.values())
+
+
+def _identity(w: Tensor) -> Hashable:
+    """Equal for weights that are one: the same object, or the same entries in the same memory."""
+    if is_sharded(w) or w.is_meta or not w.numel():
+        return id(w)
+    return w.device, w.data_ptr(), w.dtype, w.shape, w.stride()
+
+
+def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All weights and biases by name, whole and detached; names of one weight have one tensor. One look at their sums tells whether all
+    values are finite, or may not be."""
+    for name, w in held.items():
         check_values(name, w)
-    sums = torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in found.values()])
+    if len({w.device for w in held.values()}) > 1:
+        places = ", ".join(f"{name} on {w.device}" for name, w in held.items())
+        raise ValueError(f"project_: all weights must be on one device, got {places}")
+    one: dict[Hashable, Tensor] = {}
+    found = {}
+    for name, w in held.items():
+        key = _identity(w)
+        if key not in one:
+            one[key] = whole(w.detach())
+        found[name] = one[key]
+    distinct = list(one.values())
+    names = {id(w): name for name, w in reversed(found.items())}
+    pair = first_overlap(distinct)
+    if pair:
+        first, second = (names[id(distinct[i])] for i in pair)
+        raise ValueError(f"project_: {first} and {second} share a part of their memory, or all of it in another order; make them one "
+                         "parameter, or give one a memory of its own (.clone())")
+    sums = torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in distinct])
     if not torch.isfinite(sums).all():
         for name, w in found.items():
             check_finite(name, w)
     return found
 
 
+@on_cpu
 def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> None:
+    tied = len(_once(weights.values())) < len(weights)
+    for _ in range(ROUNDS):
+        if not _project_layers(weights, levels, stability, cell) or not tied:
+            return
+    raise ValueError(f"project_: layers that share weights don't come to rest in the set {stability}; give them weights of their own")
+
+
+def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> bool:
+    """Brings each layer that is not certified into the set; whether there was one."""
+    moved = False
     norms = {"auto": ("2", "inf"), "radius": ("2", "radius")}.get(stability.norm, (stability.norm,))
     bound = stability.input_limit(cell)
     x = torch.full((weights[levels[0][0]["weight_ih"]].shape[1],), bound, dtype=torch.float64)
@@ -116,7 +188,7 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
                 layer, h = layer_certificate(read(weights.get, names, cell), x, x2, None, stability.cap, stability.target, norms)
                 if layer.rate <= stability.rate:
                     break
-                margin = FIRST_MARGIN * 8**attempt
+                margin, moved = FIRST_MARGIN * 8**attempt, True
                 _into_balls(_balls(weights, names, stability, cell, margin))
                 _into_radius(weights, names, stability, cell, margin, torch.float64)
                 _into_rows(weights, names, stability, cell, margin, x)
@@ -126,11 +198,13 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
             made.append((layer, h))
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
+    return moved
 
 
+@on_cpu
 def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str, warm: _Warm) -> None:
     balls = [ball for level in levels for names in level for ball in _balls(weights, names, stability, cell, FIRST_MARGIN)]
-    _step_into_balls(balls, warm)
+    _step_into_balls(list({id(ball[0]): ball for ball in balls}.values()), warm)  # one weight has the same ball in every layer
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:
@@ -237,20 +311,21 @@ def _lower_forget(weights: dict[str, Tensor], names: Names, forget: float, margi
 
     What is stored is rounded towards zero (weights) and down (biases), since next to a large bias any other rounding is no small part of
     the limit; `spare` is for that of the sums in float64, here and in the certificate."""
-    w_ih, w_hh = (weights[names[kind]].chunk(4)[1] for kind in ("weight_ih", "weight_hh"))
-    biases = [weights[names[kind]].chunk(4)[1] for kind in ("bias_ih", "bias_hh") if names[kind] in weights]
+    matrices = [weights[names[kind]] for kind in ("weight_ih", "weight_hh")]
+    biases = [weights[names[kind]] for kind in ("bias_ih", "bias_hh") if names[kind] in weights]
+    w_ih, w_hh = (w.chunk(4)[1] for w in matrices)
     rows = times(_wide(w_ih).abs(), x.to(_wide(w_ih))) + times(_wide(w_hh).abs(), _state_bound(weights, names))
-    bias = sum((_wide(b) for b in biases), torch.zeros_like(rows))
+    bias = sum((_wide(b.chunk(4)[1]) for b in biases), torch.zeros_like(rows))
     limit = math.log(forget / (1 - forget)) * (1 - margin)
     spare = (w_ih.shape[1] + w_hh.shape[1] + 32) * torch.finfo(rows.dtype).eps * 4
     scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias * (1 - spare)) / rows)
     over = scale < 1
     if not over.any():
         return
-    for w in (w_ih, w_hh):
+    for w in (w.chunk(4)[1] for w in _once(matrices)):
         w[over] = _least(_wide(w[over]) * scale[over, None], w.dtype, 0.0)
     over &= bias > 0
-    for b in biases:
+    for b in (b.chunk(4)[1] for b in _once(biases)):
         b[over] = _least(_wide(b[over]) * scale[over], b.dtype, -math.inf)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import printable
+from .sharded import GATHER, whole
 
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
 HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL)
@@ -91,10 +92,29 @@ def layer_names(module: nn.Module) -> list[list[Names]]:
     return [[Names(f"l{level}{way}") for way in ways] for level in range(module.num_layers)]
 
 
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights and biases of a module as it holds them. ValueError for one of another shape than the module's sizes ask for."""
+    gates, hidden = 4 if cell_of(module) == "lstm" else 1, module.hidden_size
+    rows, out, inputs, found = gates * hidden, getattr(module, "proj_size", 0) or hidden, module.input_size, {}
+    for level in layer_names(module):
+        shapes = dict(zip(KINDS, ((rows, inputs), (rows, out), (out, hidden), (rows,), (rows,))))
+        for names in level:
+            for kind, shape in shapes.items():
+                w = getattr(module, names[kind], None)
+                if w is None:
+                    continue
+                if w.shape != shape:
+                    text = f"{names[kind]} of {type(module).__name__} has the shape {tuple(w.shape)}, where {shape} is needed"
+                    raise ValueError(f"{text}. {GATHER}" if w.dim() == 1 and len(shape) == 2 or not w.numel() else text)
+                found[names[kind]] = w
+        inputs = len(level) * out
+    return found
+
+
 def read_module(module: nn.Module) -> list[list[LayerWeights]]:
     """All layers and directions of a module. ValueError names a weight with NaN or infinite entries or on the meta device."""
-    cell = cell_of(module)
-    return [[read(lambda name: getattr(module, name, None), names, cell) for names in level] for level in layer_names(module)]
+    cell, weights = cell_of(module), named_weights(module)
+    return [[read(weights.get, names, cell) for names in level] for level in layer_names(module)]
 
 
 def check_values(name: str, w: Tensor) -> None:
@@ -120,7 +140,7 @@ def read(get, names: Names, cell: str) -> LayerWeights:
         if found is None:
             return None
         check_values(names[kind], found)
-        found = found.detach().to("cpu", torch.float64)
+        found = whole(found.detach()).to("cpu", torch.float64)
         check_finite(names[kind], found)
         return found
 

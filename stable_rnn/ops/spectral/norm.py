@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .memory import overlaps_itself
+
 UNIT = 2.0**-53  # unit roundoff of float64
 
 
@@ -16,6 +18,8 @@ def check_dtype(W: Tensor, name: str = "W") -> None:
         raise TypeError(f"{name} must have a real floating dtype, got {W.dtype}")
     if W.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got the layout {W.layout}; pass {name}.to_dense()")
+    if hasattr(W, "placements"):
+        raise TypeError(f"{name} must be one machine's tensor, got a DTensor; pass {name}.full_tensor(), or project its module")
     if W.dim() < 2:
         raise ValueError(f"{name} must have the shape (..., m, n), got {tuple(W.shape)}")
 
@@ -28,7 +32,7 @@ def check_values(W: Tensor, name: str = "W") -> None:
 
 def check_writable(W: Tensor, name: str = "W") -> None:
     """After `check_dtype`: raises ValueError for what has one place in memory for several entries."""
-    if W.numel() and any(size > 1 and stride == 0 for size, stride in zip(W.shape, W.stride())):
+    if overlaps_itself(W):
         raise ValueError(f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()")
 
 

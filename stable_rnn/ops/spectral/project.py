@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._numbers import to_int
 from . import certified
 from .later import LAG, Sent, capturing, check_finite, on_gpu, send
+from .memory import first_overlap
 from .norm import check_bound, check_dtype, check_matrix, check_values, check_writable, scaled, shift
 from .reference import fresh_vectors
 from .registration import kernel
@@ -87,14 +88,14 @@ def spectral_project_(
     is looked at, and replays repeat the same random vectors.
 
     W      a tensor or an iterable of tensors, any real floating dtype, any strides; parameters and views of parameters are written
-           through. No two may overlap.
+           through.
     bound  > 0; one for all or one per matrix.
     Returns float64, 0-dimensional for one matrix, (number of matrices,) otherwise: upper bounds of the norms after a certified call, on the
     CPU; estimates from below after an uncertified one, on the device of the (first) matrix.
 
     Raises, before anything is written: ValueError for NaN or infinite entries (uncertified on a GPU: see above), a bound that is not
-    positive and finite or requires grad, an unknown method, a tensor that is no matrix, on the meta device or overlaps itself (expanded);
-    TypeError for other dtypes, sparse tensors, a bound that is no number, another state.
+    positive and finite or requires grad, an unknown method, a tensor that is no matrix, on the meta device, overlaps itself (expanded)
+    or shares memory with another one; TypeError for other dtypes, sparse tensors, a bound that is no number, another state.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
@@ -115,6 +116,10 @@ def spectral_project_(
         raise TypeError(f"state must be a SpectralState or None, got {type(state).__name__}")
     matrices = [matrix.detach() for matrix in matrices]
     bounds = _bounds(bound, len(matrices))
+    shared = first_overlap(matrices) if len(matrices) > 1 else None
+    if shared:
+        raise ValueError(f"{names[shared[0]]} and {names[shared[1]]} share memory, where what is written for one would undo the other; "
+                         "pass each matrix once")
     state = SpectralState() if state is None else state
     if certify:
         norms = _certified(matrices, names, bounds, method == "scale", state)
