@@ -2,24 +2,22 @@
 from typing import TYPE_CHECKING
 
 from ._entry import from_command_line
-from ._version import __version__
+from ._version import __version__  # noqa: F401
 
 if TYPE_CHECKING or not from_command_line():
-    from . import _ops  # noqa: F401  registers torch.ops.stable_rnn
+    from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
+    from ._moved import moved as __getattr__
     from .cells import StableLSTMCell, StableRNNCell
     from .convert import stabilize, unstabilize
     from .dispatch import backends
     from .modules import StableLSTM, StableRNN
-    from .ops.spectral import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
     from .optim import project_after_step
-    from .plans import Chunked, Recurrent, Report, Verified, Windowed, use_plan
-    from .stability import Certificate, Certified, ForgetCap, Stability, certificate
+    from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
+    from .stability import Certified, ForgetCap, certificate
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 
 __all__ = [
-    "Certificate", "Certified", "Chunked", "ForgetCap", "Recurrent", "Report", "SpectralState", "Stability", "StableLSTM",
-    "StableLSTMCell", "StableRNN", "StableRNNCell", "Verified", "Windowed", "__version__", "backends", "certificate",
-    "project_after_step", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection", "stabilize", "unstabilize",
-    "use_plan",
+    "Certified", "Chunked", "ForgetCap", "Recurrent", "StableLSTM", "StableLSTMCell", "StableRNN", "StableRNNCell", "Verified", "Windowed",
+    "backends", "certificate", "project_after_step", "stabilize", "unstabilize", "use_plan",
 ]

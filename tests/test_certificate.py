@@ -60,7 +60,7 @@ def test_forget_cap_alone_still_has_a_bound():
 
 def test_inputs_of_any_size():
     assert certificate(StableRNN(4, 8), input_bound=math.inf).stable
-    assert certificate(StableLSTM(4, 8, stability=Certified(cap=True))).stable
+    assert certificate(StableLSTM(4, 8, stability=Certified(clamp=True))).stable
     assert not certificate(StableLSTM(4, 8), input_bound=math.inf).stable
     relu = certificate(StableRNN(4, 8, nonlinearity="relu"), input_bound=math.inf)
     assert relu.stable and relu.truncation_error(50) == math.inf

@@ -34,7 +34,7 @@ def test_no_input_passes_the_bound(kind):
 
 @pytest.mark.parametrize("make", [
     lambda: StableLSTM(2, 3, 2, bidirectional=True), lambda: StableLSTM(2, 4, proj_size=2),
-    lambda: StableLSTM(3, 3, stability=Certified(cap=True)), lambda: StableLSTM(2, 3, stability=Certified(norm="inf")),
+    lambda: StableLSTM(3, 3, stability=Certified(clamp=True)), lambda: StableLSTM(2, 3, stability=Certified(norm="inf")),
     lambda: StableRNN(2, 4, 2, "relu"), lambda: StableRNN(2, 4, 2),
 ])
 def test_no_input_passes_the_bound_of_a_projected_module(make):

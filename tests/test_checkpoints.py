@@ -9,7 +9,7 @@ from torch import nn
 
 from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, stabilize
 
-CLAMPS = [None, Certified(), ForgetCap(0.5), ForgetCap(0.9), Certified(cap=True, forget=0.5)]
+CLAMPS = [None, Certified(), ForgetCap(0.5), ForgetCap(0.9), Certified(clamp=True, forget=0.5)]
 
 
 def through_a_file(state):
@@ -62,7 +62,7 @@ def test_nothing_is_said_where_nothing_is_known():
     other = StableLSTM(3, 4, stability=None)
     assert not said(lambda: m.load_state_dict(nn.LSTM(3, 4).state_dict()))
     assert not said(lambda: m.load_state_dict(dict(other.state_dict())))
-    assert not said(lambda: StableRNN(3, 4, stability=Certified(cap=True)).load_state_dict(StableRNN(3, 4).state_dict()))
+    assert not said(lambda: StableRNN(3, 4, stability=Certified(clamp=True)).load_state_dict(StableRNN(3, 4).state_dict()))
     net, half = nn.ModuleDict({"a": m, "b": nn.Linear(1, 1)}), nn.ModuleDict({"a": other, "b": nn.Linear(1, 1)}).state_dict()
     for name in [name for name in half if name.startswith("a")]:
         del half[name]

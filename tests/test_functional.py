@@ -87,3 +87,18 @@ def test_bad_input_is_named(change, error, text):
 def test_unknown_nonlinearity():
     with pytest.raises(ValueError, match="nonlinearity"):
         F.rnn(torch.zeros(T, B, I), torch.zeros(H, I), torch.zeros(H, H), nonlinearity="gelu")
+
+
+def test_old_names_and_spellings_still_work_and_say_where_they_went():
+    import stable_rnn
+    from stable_rnn import stability
+
+    assert len(stable_rnn.__all__) <= 16
+    with pytest.warns(DeprecationWarning, match="stable_rnn.functional.spectral_project_"):
+        assert stable_rnn.spectral_project_ is F.spectral_project_
+    with pytest.warns(DeprecationWarning, match="stable_rnn.stability.Certificate"):
+        assert stable_rnn.Certificate is stability.Certificate
+    with pytest.warns(DeprecationWarning, match="clamp="):
+        assert stable_rnn.Certified(cap=True) == stable_rnn.Certified(clamp=True)
+    with pytest.raises(AttributeError, match="no attribute 'lstm_'"):
+        stable_rnn.lstm_  # noqa: B018

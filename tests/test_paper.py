@@ -135,7 +135,7 @@ def test_batches_hold_every_row_once_and_cut_long_ones():
 
 def test_configurations():
     assert [parse(name).name for name in CONFIGS] == CONFIGS
-    assert parse("lstm/certified:rate=.95,cap=true").stability == Certified(0.95, cap=True)
+    assert parse("lstm/certified:rate=.95,cap=true").stability == Certified(0.95, clamp=True)
     assert parse("lstm/certified:norm=inf").stability == Certified(norm="inf")
     assert parse("LSTM/ForgetCap:.9").stability == ForgetCap(0.9) and parse("rnn/none").stability is None
     assert len({parse(name).slug for name in CONFIGS}) == len(CONFIGS)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
-from stable_rnn.stability import check_stability, contraction
+from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
+from stable_rnn.stability import Stability, check_stability, contraction
 from stable_rnn.stability.nearest import Directions, into_ball, step_into_ball
 from stable_rnn.stability.radius import into_radius, radius
 
@@ -61,7 +61,7 @@ def test_any_weights_become_certified(make, norm, scale):
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e6])
 @pytest.mark.parametrize("rate, forget", [(0.99, None), (0.5, 0.4), (0.95, 0.9), (0.05, None)])
 def test_with_a_clamp_no_input_weight_is_touched(scale, rate, forget):
-    module = spoil(StableLSTM(3, 6, 2, stability=Certified(rate, forget=forget, cap=True)), scale)
+    module = spoil(StableLSTM(3, 6, 2, stability=Certified(rate, forget=forget, clamp=True)), scale)
     before = snapshot(module)
     module.project_()
     assert module.certificate().rate <= rate
@@ -290,7 +290,7 @@ def test_plain_modules():
     Certified().project_(lstm)
     assert certificate(lstm).rate <= 0.99
     with pytest.raises(ValueError, match="needs a cell that clamps"):
-        Certified(cap=True).project_(lstm)
+        Certified(clamp=True).project_(lstm)
     with pytest.raises(TypeError, match="GRU"):
         Certified().project_(nn.GRU(3, 4))
 
@@ -316,23 +316,24 @@ def test_forget_cap_moves_nothing():
 
 
 def test_sets_are_values():
-    a, b = Certified(0.9, forget=0.6), Certified(rate=0.9, norm="2", forget=0.6, input_bound=1.0, cap=False)
+    a, b = Certified(0.9, forget=0.6), Certified(rate=0.9, norm="2", forget=0.6, input_bound=1.0, clamp=False)
     assert a == b and hash(a) == hash(b) and a != Certified(0.8) and a != ForgetCap(0.6)
     assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
-    assert eval(repr(a)) == a and eval(repr(ForgetCap(0.5))) == ForgetCap(0.5) and eval(repr(Certified(cap=True))) == Certified(cap=True)
-    for c in (Certified(0.3), Certified(0.4, cap=True), Certified(0.8, "inf", 0.6, 0.5)):
+    assert eval(repr(a)) == a
+    assert eval(repr(ForgetCap(0.5))) == ForgetCap(0.5) and eval(repr(Certified(clamp=True))) == Certified(clamp=True)
+    for c in (Certified(0.3), Certified(0.4, clamp=True), Certified(0.8, "inf", 0.6, 0.5)):
         assert eval(repr(c)) == dataclasses.replace(c) == c
         assert dataclasses.replace(c, norm="radius").norm == "radius"
     assert dataclasses.replace(Certified(), rate=0.8) == Certified(0.8)
-    assert dataclasses.replace(Certified(cap=True), rate=0.9) == Certified(0.9, cap=True)
-    assert dataclasses.replace(Certified(forget=0.6), cap=True) == Certified(forget=0.6, cap=True)
+    assert dataclasses.replace(Certified(clamp=True), rate=0.9) == Certified(0.9, clamp=True)
+    assert dataclasses.replace(Certified(forget=0.6), clamp=True) == Certified(forget=0.6, clamp=True)
     with pytest.raises(AttributeError):
         a.rate = 0.5
     assert isinstance(a, Stability) and isinstance(ForgetCap(0.5), Stability)
-    assert a.cap == 1.0 and Certified(cap=True, forget=0.7).cap == 0.7
+    assert a.cap == 1.0 and Certified(clamp=True, forget=0.7).cap == 0.7
     for rate in (0.51, 0.6, 0.9, 0.999):
         assert 0.5 < Certified(rate).forget < rate
-        assert 0 < Certified(rate, cap=True).forget < rate
+        assert 0 < Certified(rate, clamp=True).forget < rate
 
 
 @pytest.mark.parametrize("arguments, error, text", [
@@ -341,8 +342,8 @@ def test_sets_are_values():
     (dict(norm="1"), ValueError, "2, inf, auto, radius, got '1'"),
     (dict(norm=2), ValueError, "got 2"), (dict(forget=0.5), ValueError, "between 0.5 and the rate"),
     (dict(forget=0.99), ValueError, "0.99"),
-    (dict(forget=0.6, rate=0.6), ValueError, "0.6"), (dict(forget=0.0, cap=True), ValueError, "between 0 and"),
-    (dict(forget=1.0, cap=True), ValueError, "got 1.0"), (dict(input_bound=-1), ValueError, "input_bound"),
+    (dict(forget=0.6, rate=0.6), ValueError, "0.6"), (dict(forget=0.0, clamp=True), ValueError, "between 0 and"),
+    (dict(forget=1.0, clamp=True), ValueError, "got 1.0"), (dict(input_bound=-1), ValueError, "input_bound"),
     (dict(input_bound=math.inf), ValueError, "finite"), (dict(cap=0.9), TypeError, "True or False"),
 ])
 def test_arguments_that_make_no_set(arguments, error, text):
@@ -363,7 +364,7 @@ def test_other_errors():
     with pytest.raises(ValueError, match="above 1/2"):
         check_stability(Certified(0.4), "LSTM")
     assert check_stability(Certified(0.4), "RNN_RELU").rate == 0.4
-    assert check_stability(Certified(0.4, cap=True), "LSTM").cap < 0.4
+    assert check_stability(Certified(0.4, clamp=True), "LSTM").cap < 0.4
     assert check_stability(None, "LSTM") is None
 
 

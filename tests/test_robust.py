@@ -166,7 +166,7 @@ def test_stabilize_keeps_hooks():
 
 
 def test_a_clamp_means_nothing_to_an_rnn():
-    m = StableRNN(3, 4, stability=Certified(cap=True), backend="torch")
+    m = StableRNN(3, 4, stability=Certified(clamp=True), backend="torch")
     x = torch.randn(5, 2, 3)
     torch.testing.assert_close(m.to_torch()(x)[0], m(x)[0])
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from stable_rnn import Certified, StableLSTM, StableRNN, certificate, project_after_step, spectral_norm_bound
+from stable_rnn import Certified, StableLSTM, StableRNN, certificate, project_after_step
+from stable_rnn.functional import spectral_norm_bound
 from stable_rnn.stability import certificate_from_state_dict
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")

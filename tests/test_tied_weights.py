@@ -7,22 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import (
-    Certified,
-    StableLSTM,
-    StableLSTMCell,
-    StableRNN,
-    StableRNNCell,
-    project_after_step,
-    row_project_,
-    spectral_norm_bound,
-    spectral_project_,
-)
+from stable_rnn import Certified, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, project_after_step
+from stable_rnn.functional import row_project_, spectral_norm_bound, spectral_project_
 from stable_rnn.ops.spectral.memory import first_overlap, overlaps_itself
 from stable_rnn.stability import project_all_, projection
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-SETS = [Certified(), Certified(0.9, "inf"), Certified(0.95, "auto"), Certified(0.9, "radius"), Certified(0.8, "inf", cap=True)]
+SETS = [Certified(), Certified(0.9, "inf"), Certified(0.95, "auto"), Certified(0.9, "radius"), Certified(0.8, "inf", clamp=True)]
 
 
 def tie(module, *pairs):
@@ -250,7 +241,7 @@ def test_weights_that_overlap_themselves_are_refused(name, value, certify):
 
 
 def test_expanded_weights_that_are_never_written_stay():
-    module = StableLSTM(3, 4, stability=Certified(cap=True))
+    module = StableLSTM(3, 4, stability=Certified(clamp=True))
     module.weight_ih_l0 = nn.Parameter(torch.ones(1, 3).expand(16, 3))
     spoil_hh = torch.randn(16, 4) * 5
     with torch.no_grad():

@@ -68,8 +68,8 @@ def test_onnx(tmp_path, dynamo):
 
 
 def test_clamps_are_not_dropped_unasked():
-    net = nn.ModuleDict({"a": StableLSTM(3, 4), "b": nn.Sequential(StableLSTM(3, 4, stability=Certified(cap=True, forget=0.7))),
-                         "c": StableLSTMCell(3, 4, stability=ForgetCap(0.5)), "d": StableRNN(3, 4, stability=Certified(cap=True))})
+    net = nn.ModuleDict({"a": StableLSTM(3, 4), "b": nn.Sequential(StableLSTM(3, 4, stability=Certified(clamp=True, forget=0.7))),
+                         "c": StableLSTMCell(3, 4, stability=ForgetCap(0.5)), "d": StableRNN(3, 4, stability=Certified(clamp=True))})
     kinds = [type(m) for m in net.modules()]
     with pytest.raises(ValueError, match=r"clamped, .*: b\.0 at 0\.7, c at 0\.5; pass allow_change=True"):
         unstabilize(net)

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import Certificate, Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
+from .. import Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
 from ..plans import Plan
+from ..stability import Certificate
 from .progress import Part, Schedule
 from .train import CharModel
 

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import Certificate
 from .._errors import UserError, printable
 from .._version import __version__
+from ..stability import Certificate
 from .compare import Result
 
 TOLERANCES = (1e-3, 1e-6)

@@ -7,6 +7,7 @@ subclass `Stability`; modules ask for nothing else.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from torch import nn
@@ -87,25 +88,26 @@ class Certified(Stability):
     norm         the norm in which weights from outside are brought in: "2" (singular values), "inf" (absolute row sums), "auto" (layers
                  that are certified in either norm stay as they are, others as for "2"), or "radius" (an RNN's numerical radius: more
                  room than "2" at some ten products of H x H matrices a step; the LSTM as for "2")
-    forget       LSTM: bound of the forget gate. Default 0.55, with cap=True 0.6, or less where the rate is less
+    forget       LSTM: bound of the forget gate. Default 0.55, with clamp=True 0.6, or less where the rate is less
     input_bound  bound of |x_t| for which the LSTM's weights keep the forget gate below `forget`; then 1/2 < forget < rate
-    cap          True: the LSTM cell clamps its forget gate at `forget` instead, 0 < forget < rate; holds for inputs of any size
+    clamp        True: the LSTM cell clamps its forget gate at `forget` instead, 0 < forget < rate; holds for inputs of any size
 
-    The RNN's rate needs no bound of the inputs, and `forget` and `cap` don't matter to it; its truncation error and window do assume
-    input_bound, whatever `cap` is. Only the LSTM's hold for inputs of any size with cap=True. Formulas: stability/README.md, after Miller &
-    Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
+    The RNN's rate needs no bound of the inputs, and `forget` and `clamp` don't matter to it; its truncation error and window do assume
+    input_bound, whatever `clamp` is. Only the LSTM's hold for inputs of any size with clamp=True. The old spelling `cap=` warns. Formulas:
+    stability/README.md, after Miller & Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
     """
 
     rate: float
     norm: str
     forget: float
     input_bound: float
-    clamped: bool
+    clamp: bool
 
     def __init__(self, rate: float = 0.99, norm: str = "2", forget: float | None = None, input_bound: float = 1.0,
-                 cap: bool | None = None, *, clamped: bool = False) -> None:
-        """`clamped` is `cap` under its field's name, for `dataclasses.replace`."""
-        cap = clamped if cap is None else cap
+                 clamp: bool = False, *, cap: bool | None = None) -> None:
+        if cap is not None:
+            warnings.warn("Certified: cap= is now called clamp=", DeprecationWarning, stacklevel=2)
+            clamp = cap
         rate, input_bound = to_float("Certified: rate", rate), to_float("Certified: input_bound", input_bound)
         if not 0 < rate < 1:
             raise ValueError(f"Certified: rate must lie between 0 and 1, got {rate}")
@@ -113,32 +115,32 @@ class Certified(Stability):
             raise ValueError(f"Certified: norm must be one of {', '.join(NORMS)}, got {norm!r}")
         if not 0 <= input_bound < math.inf:
             raise ValueError(f"Certified: input_bound must be finite and 0 or more, got {input_bound}")
-        if not isinstance(cap, bool):
-            raise TypeError(f"Certified: cap must be True or False, got {cap!r}; the clamp's height is forget=")
-        least = 0.0 if cap else 0.5
-        chosen = min(0.6, 0.7 * rate) if cap else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
+        if not isinstance(clamp, bool):
+            raise TypeError(f"Certified: clamp must be True or False, got {clamp!r}; the clamp's height is forget=")
+        least = 0.0 if clamp else 0.5
+        chosen = min(0.6, 0.7 * rate) if clamp else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
         forget = chosen if forget is None else to_float("Certified: forget", forget)
         if forget != chosen and not least < forget < rate:
-            raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if cap else ' (or pass cap=True)'}, "
+            raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if clamp else ' (or pass clamp=True)'}, "
                              f"got {forget}")
-        for name, value in zip(("rate", "norm", "forget", "input_bound", "clamped"), (rate, norm, forget, input_bound, cap)):
+        for name, value in zip(("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)):
             object.__setattr__(self, name, value)
 
     @property
     def cap(self) -> float:
-        return self.forget if self.clamped else 1.0
+        return self.forget if self.clamp else 1.0
 
     @property
     def target(self) -> tuple[float, float]:
         # measured on one text (README.md); where the weights bound the forget gate, its recurrent part is small anyway
-        return self.rate, 0.3 if self.clamped else 0.05
+        return self.rate, 0.3 if self.clamp else 0.05
 
     def input_limit(self, cell: str) -> float:
-        return math.inf if self.clamped and cell == "lstm" else self.input_bound
+        return math.inf if self.clamp and cell == "lstm" else self.input_bound
 
     def check(self, cell: str) -> None:
         if cell == "lstm" and not self.forget < self.rate:
-            raise ValueError(f"Certified: an LSTM's rate must be above 1/2, or pass cap=True; got {self.rate}")
+            raise ValueError(f"Certified: an LSTM's rate must be above 1/2, or pass clamp=True; got {self.rate}")
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         project_(module, self, certify)
@@ -148,4 +150,4 @@ class Certified(Stability):
 
     def __repr__(self) -> str:
         return (f"Certified(rate={self.rate}, norm={self.norm!r}, forget={self.forget}, input_bound={self.input_bound}, "
-                f"cap={self.clamped})")
+                f"clamp={self.clamp})")

@@ -11,7 +11,7 @@ import torch
 from executor import build
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
-from stable_rnn import SpectralState, spectral_norm_bound, spectral_project_
+from stable_rnn.functional import SpectralState, spectral_norm_bound, spectral_project_
 from stable_rnn.ops.recurrence import cuda as recurrence_cuda
 from stable_rnn.ops.spectral import certified, cuda, later
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from spectra import norm, projected, with_spectrum
 
-from stable_rnn import SpectralState, _native, spectral_project_
+from stable_rnn import _native
+from stable_rnn.functional import SpectralState, spectral_project_
 from stable_rnn.ops.spectral import native, reference
 
 pytestmark = pytest.mark.skipif(_native.lib is None, reason=f"compiled module: {_native.reason}")

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from stable_rnn import row_project_
+from stable_rnn.functional import row_project_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("l1", "scale")

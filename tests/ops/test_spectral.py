@@ -6,7 +6,7 @@ import pytest
 import torch
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
-from stable_rnn import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
+from stable_rnn.functional import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
 
 BOUND = 0.99
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

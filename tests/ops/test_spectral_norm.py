@@ -5,7 +5,7 @@ import pytest
 import torch
 from spectra import norm, with_spectrum
 
-from stable_rnn import spectral_norm_bound
+from stable_rnn.functional import spectral_norm_bound
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

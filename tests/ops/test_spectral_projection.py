@@ -4,7 +4,7 @@ import torch
 from spectra import norm, projected, with_spectrum
 from torch.autograd import gradcheck, gradgradcheck
 
-from stable_rnn import SpectralState, spectral_projection
+from stable_rnn.functional import SpectralState, spectral_projection
 
 ops = torch.ops.stable_rnn
 
