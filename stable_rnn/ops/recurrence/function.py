@@ -86,9 +86,10 @@ def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: s
     return project(x, w_ih, bias)
 
 
-def _plain(x: Tensor) -> bool:
+def _plain(*tensors: Tensor | None) -> bool:
     """Nothing watches: no subclass, no dispatch mode, no functional transform."""
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+    return (not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+            and all(t is None or type(t) in native.PLAIN for t in tensors))
 
 
 def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
@@ -160,7 +161,7 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
     else:
         # outside of graphs and modes the op's own code, without the dispatcher's price at every step of a stream
-        plain = not graph and _plain(x)
+        plain = not graph and _plain(*tensors)
         xp = _project_now(x, w_ih, bias, p.backend, passing=True) if plain else project(x, w_ih, bias)
         y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
             xp, w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)

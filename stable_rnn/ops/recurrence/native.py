@@ -14,7 +14,7 @@ from .compiled import DTYPES, Kernels, at, dense, sizes
 from .problem import CELLS, Problem
 
 _TAKEN = (torch.float32, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
 _LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
 _scratch = threading.local()
@@ -89,7 +89,7 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
     """Whether the kernel computes xp: float32, and enough rows to pay for packing the weights (in bfloat16 torch's product is faster)."""
     return (_native.lib is not None and backend in ("auto", "cpu") and x.dim() == w_ih.dim() == 2 and x.shape[0] >= _ROWS
             and x.shape[0] * w_ih.numel() >= _WORK and x.shape[1] == w_ih.shape[1] and (bias is None or bias.shape == w_ih.shape[:1])
-            and all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, w_ih, bias) if t is not None))
+            and all(type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, w_ih, bias) if t is not None))
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
@@ -110,7 +110,8 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     if kind not in _TAKEN:
         return False
     for t in (x, h, c, *weights):
-        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in _PLAIN or gradient and t.requires_grad):
+        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in PLAIN or t.is_neg()
+                              or gradient and t.requires_grad):
             return False
     return True
 
@@ -125,7 +126,7 @@ def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple,
                            ("bias_hh", b_hh, (rows,))):
         if w is not None and w.shape != shape:
             raise ValueError(f"{name} is {tuple(w.shape)}; expected {shape}")
-    h_out, c_out = torch.empty_like(h), None if c is None else torch.empty_like(c)
+    h_out, c_out = h.new_empty(h.shape), None if c is None else c.new_empty(c.shape)  # row by row, whatever h and c are
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
     _native.lib.cell_step(CELLS.index(cell), DTYPES[x.dtype], torch.get_num_threads(), batch, inputs, hidden, cap, *addresses)
     return h_out, c_out
