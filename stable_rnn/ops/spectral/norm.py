@@ -27,9 +27,12 @@ def check_values(W: Tensor, name: str = "W") -> None:
 
 
 def check_writable(W: Tensor, name: str = "W") -> None:
-    """After `check_dtype`: raises ValueError for what has one place in memory for several entries."""
-    if W.numel() and any(size > 1 and stride == 0 for size, stride in zip(W.shape, W.stride())):
-        raise ValueError(f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()")
+    """After `check_dtype`: raises ValueError for what has one place in memory for several entries, or whose strides interlock."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted((stride, size) for stride, size in zip(W.stride(), W.shape) if size > 1 and W.numel()):
+        if stride <= reach:
+            raise ValueError(f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()")
+        reach += stride * (size - 1)
 
 
 def check_matrix(W: Tensor, name: str = "W") -> Tensor:
