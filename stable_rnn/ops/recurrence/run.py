@@ -8,11 +8,17 @@ from ...dispatch import choose
 from ..outputs import fresh
 from . import verified
 from .checks import check
-from .problem import Problem
+from .problem import Output, Problem
 
 
-def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
-    """y, h_n, c_n, gates, cells, report; `numbers` are a `Problem` and whether to save gates and cells."""
+def forward(*arguments) -> tuple[Tensor, ...]:
+    """y, h_n, c_n, gates, cells, report."""
+    out, found = outputs(*arguments)
+    return fresh(arguments[:7], out.y, out.h_n, out.c_n, out.gates, out.cells, found)
+
+
+def outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Output, Tensor]:
+    """What a backend gives, and the report; `numbers` are a `Problem` and whether to save gates and cells."""
     *numbers, save = numbers
     p = Problem(*numbers).resolved(h0.shape[0], xp.device)
     tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
@@ -22,7 +28,7 @@ def forward(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Tensor, ..
         out, found = verified.run(backend, tensors, p, save)
     else:
         out, found = backend.forward(*tensors, p, save=save), []
-    return fresh(tensors, out.y, out.h_n, out.c_n, out.gates, out.cells, report(found))
+    return out, report(found)
 
 
 def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
