@@ -84,8 +84,8 @@ class Kernels:
             empty = y.new_empty(0)
             make = partial(self._make, y, lengths is not None)
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
-            out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), rows_like(dh_n), rows_like(c0) if lstm else empty,
-                          *ends)
+            out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), rows_like(dh_n),
+                          rows_like(c0) if lstm else empty, *ends)
         at = self._at
         self._backward(
             *sizes(p, self._dtype(dy), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
