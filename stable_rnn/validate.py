@@ -49,6 +49,8 @@ def pair(hx: Any, dims: int | None, handed_on: bool = False) -> tuple[Tensor, Te
     if dims is None and min(found) < 3:
         raise IndexError(f"For packed input, hx and cx should be 3-D: {_no_pair(hx)}")
     if dims is not None and found != (dims, dims):
+        if isinstance(hx, Tensor):
+            raise RuntimeError(_no_pair(hx))
         kind = "unbatched 2-D" if dims == 2 else "batched 3-D"
         raise RuntimeError(f"For {kind} input, hx and cx should also be {dims}-D but got ({found[0]}-D, {found[1]}-D) tensors")
     return _two("lstm", hx)

@@ -112,9 +112,12 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     inputs, hidden = x.shape[1], h.shape[1]
     rows = hidden if c is None else 4 * hidden
     w_ih, w_hh, b_ih, b_hh = weights
-    if kind not in _TAKEN or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
+    if kind not in _TAKEN or w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
         return False
-    if b_ih is not None and (b_ih.shape != (rows,) or b_hh.shape != (rows,)):
+    if b_ih is None or b_hh is None:
+        if b_ih is not b_hh:
+            return False
+    elif b_ih.shape != (rows,) or b_hh.shape != (rows,):
         return False
     for t in (x, h, c, *weights):
         if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in PLAIN or t.is_neg()
