@@ -14,6 +14,7 @@ from .ops.recurrence import native
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .stability import Certificate, Certified, Stability, certificate
+from .validate import cell_pair, check_state, check_weight, describe
 
 
 class StableCellBase(Bookkeeping, nn.RNNCellBase):
@@ -73,6 +74,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
             return native.cell_step(self._cell, x, h, c, weights, cap)
         kind = autocast_dtype(x)
+        self._check_tensors(x, h, c, kind is not None)
         if kind is not None:  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
             out = torch.promote_types(kind, c.dtype) if c is not None and x.device.type == "cpu" else kind
             x, h, c = (None if t is None else t.to(w_hh.dtype) for t in (x, h, c))
@@ -95,9 +97,21 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
                 continue
             if h.shape[0] != x.shape[0]:
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{number} batch size {h.shape[0]}")
+            if h.dim() < 2:
+                raise IndexError(f"hidden{number} is {describe(h)}; expected {expected}")  # the exception of torch's hidden.size(1)
             raise RuntimeError(f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
         if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
             raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
+
+    def _check_tensors(self, x: Tensor, h: Tensor, c: Tensor | None, cast: bool) -> None:
+        """Weights and states are what x needs; with `cast`, after autocast's conversions."""
+        rows = self.hidden_size * (4 if self._cell == "lstm" else 1)
+        shapes = {"weight_ih": (rows, self.input_size), "weight_hh": (rows, self.hidden_size)}
+        for name, shape in (shapes | dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) if self.bias else shapes).items():
+            check_weight(name, getattr(self, name), shape, x, cast)
+        for number, state in enumerate((h, c)):
+            if state is not None and not cast:
+                check_state(f"hidden{number}", state, x)
 
 
 class StableRNNCell(StableCellBase):
@@ -117,6 +131,8 @@ class StableRNNCell(StableCellBase):
             return self._leaf(input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and not isinstance(hx, Tensor):
+            raise AttributeError(f"RNNCell: hx must be a tensor, got {describe(hx)}")  # the exception of torch's hx.dim()
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         batched = input.dim() == 2
@@ -148,14 +164,7 @@ class StableLSTMCell(StableCellBase):
         if hx is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
         else:
-            if isinstance(hx, Tensor):
-                raise TypeError("StableLSTMCell: hx must be a pair (h, c) of tensors, got one Tensor")
-            if len(hx) != 2:
-                raise RuntimeError(f"lstm_cell expects two hidden states, hx = (h, c); got {len(hx)}")
-            h, c = hx
-            for which, value in enumerate(hx):
-                if value.dim() not in (1, 2):
-                    raise ValueError(f"LSTMCell: Expected hx[{which}] to be 1D or 2D, got {value.dim()}D instead")
+            h, c = cell_pair(hx, batched)
             if not batched:
                 h, c = h.unsqueeze(0), c.unsqueeze(0)
         self._check(x, h, c)

@@ -7,10 +7,11 @@ from torch import Tensor
 from .problem import CELLS, Problem, row_base
 
 
-def check(p: Problem, rows: Tensor, h: Tensor, base: Tensor | None, lengths: Tensor | None, **tensors: Tensor | None) -> None:
+def check(p: Problem, rows: Tensor, h: Tensor, base: Tensor | None, lengths: Tensor | None, values: bool = True,
+          **tensors: Tensor | None) -> None:
     """`ValueError` that names the tensor, unless all fit the problem: `rows` (N, .) sets dtype and device, `h` (B, P) the batch.
 
-    `tensors` by their names in the schema; those that may be absent are None."""
+    `tensors` by their names in the schema; those that may be absent are None. `values`: base and lengths hold some."""
     if p.cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}; got {p.cell!r}")
     lstm, w_hh, n = p.cell == "lstm", tensors["w_hh"], rows.shape[0]
@@ -37,7 +38,7 @@ def check(p: Problem, rows: Tensor, h: Tensor, base: Tensor | None, lengths: Ten
             raise ValueError(f"{name} is {tuple(t.shape)}, {t.dtype} on {t.device}; expected ({batch},), torch.int64 on {rows.device}")
     if base is None and (n != p.steps * batch or abs(p.step) != batch):
         raise ValueError(f"{n} buffer rows, step {p.step}; without base, expected T * B = {p.steps * batch} rows and a step of B = {batch}")
-    if rows.device.type == "cpu" and batch and (base is not None or lengths is not None):
+    if values and rows.device.type == "cpu" and batch and (base is not None or lengths is not None):
         _check_rows(p, n, batch, base, lengths, rows.device)
 
 

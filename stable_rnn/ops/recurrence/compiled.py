@@ -18,7 +18,13 @@ def at(t: Tensor | None) -> int:
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
+    """Row by row in memory, with the values that are read there (a negative view of torch's holds the others)."""
+    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+
+
+def rows_like(t: Tensor) -> Tensor:
+    """Memory for what a kernel writes row by row. (`empty_like` alone keeps the strides of a transposed tensor.)"""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def sizes(p: Problem, dtype: int, w_hh: Tensor, batch: int) -> tuple:
@@ -56,7 +62,7 @@ class Kernels:
             make = partial(self._make, xp, lengths is not None)  # rows past a length are zero
             kept = [make(n, 4 * hidden), make(n, hidden, dtype=torch.float32)] if save and lstm else [empty, empty]
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
-            out = Output(make(n, width), *kept, torch.empty_like(h0), torch.empty_like(c0) if lstm else empty, *ends)
+            out = Output(make(n, width), *kept, rows_like(h0), rows_like(c0) if lstm else empty, *ends)
         at = self._at
         self._forward(
             *sizes(p, self._dtype(xp), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
@@ -78,8 +84,8 @@ class Kernels:
             empty = y.new_empty(0)
             make = partial(self._make, y, lengths is not None)
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
-            out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), torch.empty_like(dh_n),
-                          torch.empty_like(c0) if lstm else empty, *ends)
+            out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), rows_like(dh_n),
+                          rows_like(c0) if lstm else empty, *ends)
         at = self._at
         self._backward(
             *sizes(p, self._dtype(dy), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),

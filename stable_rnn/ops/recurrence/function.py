@@ -14,6 +14,7 @@ from . import native, reference, run
 from .problem import Problem, weight_gradients
 
 ops = torch.ops.stable_rnn
+_PLAIN = frozenset((*native.PLAIN, type(None)))
 _NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
@@ -86,9 +87,10 @@ def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: s
     return project(x, w_ih, bias)
 
 
-def _plain(x: Tensor) -> bool:
+def _plain(*tensors: Tensor | None) -> bool:
     """Nothing watches: no subclass, no dispatch mode, no functional transform."""
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+    return (not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+            and _PLAIN.issuperset(map(type, tensors)))
 
 
 def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
@@ -159,9 +161,10 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
     else:
-        # outside of graphs and modes the op's own code, without the dispatcher's price at every step of a stream
-        plain = not graph and _plain(x)
-        xp = _project_now(x, w_ih, bias, p.backend, passing=True) if plain else project(x, w_ih, bias)
-        y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
-            xp, w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
+        save = gradient and not p.windowed
+        if not graph and _plain(*tensors):  # the op's own code, without the price of an op at every step of a stream
+            xp = _project_now(x, w_ih, bias, p.backend, passing=True)
+            (y, _, _, h_n, c_n, *_), report = run.outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *p, save)
+        else:
+            y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, save)
     return y, h_n, c_n, report
