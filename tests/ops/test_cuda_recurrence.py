@@ -56,7 +56,7 @@ def exists(machine, variant, backward, case):
     if -(-case.hidden // (variant.blocks * unit)) * unit * (variant.blocks - 1) >= case.hidden:
         return False  # a block without units
     plan = machine.plan(variant, backward, case)
-    most = machine.library.allowed_warps(backward, case.lstm, variant.octets, variant.place == REGISTERS)
+    most = machine.library.allowed_warps(backward, loop.CELLS.index(case.cell), variant.octets, variant.place == REGISTERS)
     limits = machine.limits
     return plan.warps <= most and plan.shared_bytes <= limits.shared_bytes and plan.cluster <= limits.max_cluster
 
