@@ -51,7 +51,7 @@ struct ForwardWarp {
   float c[octets][cells];
   Kept<Storage, (octets >= 4)> x[octets][cells / 2][gates];   // xp of the next step
   Storage h[octets][cells];
-  float saved[octets][cells][Cell::saved ? Cell::saved : 1];
+  float more[octets][cells][Cell::saved > gates ? Cell::saved - gates : 1];   // of what is saved, see saved()
 
   __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
       : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)),
@@ -73,6 +73,13 @@ struct ForwardWarp {
 #pragma unroll
       for (int e = 0; e < cells; ++e) body(n, e, lane + 8 * n + e % 2, unit + e / 2 * 8);
   }
+
+  // The sum of a gate; and what is saved of a step, in place of the sums as far as these go.
+  __device__ __forceinline__ float& sum(int gate, int n, int e) {
+    const int at = gate * sums_of_gate;
+    return sums[at / 4][n][at % 4 + e];
+  }
+  __device__ __forceinline__ float& saved(int i, int n, int e) { return i < gates ? sum(i, n, e) : more[n][e][i - gates]; }
 
   __device__ __forceinline__ void start() {
     each([&](int n, int e, int lane, int unit) {
@@ -113,8 +120,7 @@ struct ForwardWarp {
       Real z[gates], xp[gates], bias(0.f);
 #pragma unroll
       for (int gate = 0; gate < gates; ++gate) {
-        const int at = gate * sums_of_gate;   // of the sums of all blocks
-        z[gate] = sums[at / 4][n][at % 4 + e];
+        z[gate] = sum(gate, n, e);
         xp[gate] = x[n][e / 2][gate].get(e % 2);
       }
       if constexpr (Cell::hidden_bias >= 0)
@@ -127,7 +133,7 @@ struct ForwardWarp {
         Saved<Cell, Real> kept;
         step.save(kept);
 #pragma unroll
-        for (int i = 0; i < Cell::saved; ++i) saved[n][e][i] = number(kept[i]);
+        for (int i = 0; i < Cell::saved; ++i) saved(i, n, e) = number(kept[i]);
       }
       if constexpr (Cell::has_cell) c[n][e] = number(step.c);
       const float value = number(step.h);
@@ -144,7 +150,7 @@ struct ForwardWarp {
     });
   }
 
-  __device__ __forceinline__ void write(int s) const {
+  __device__ __forceinline__ void write(int s) {
     each([&](int n, int e, int lane, int unit) {
       const Span span = tile.spans[lane];
       if (s < span.warm || s >= span.steps || unit >= H) return;
@@ -155,7 +161,7 @@ struct ForwardWarp {
       if (Cell::saved && p.saved) {
         Storage* to = static_cast<Storage*>(p.saved) + row * (Cell::saved * H) + unit;
 #pragma unroll
-        for (int i = 0; i < Cell::saved; ++i) to[i * H] = Storage(saved[n][e][i]);
+        for (int i = 0; i < Cell::saved; ++i) to[i * H] = Storage(saved(i, n, e));
       }
     });
   }
