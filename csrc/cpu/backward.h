@@ -1,6 +1,6 @@
-// The adjoint recursion of a tile of lanes, in reverse time. Stage s of a lane takes up the adjoint carried from the step after (its
-// product of the hidden sums' adjoints with W_hh), adds what the outputs say, and leaves dz for the next stage; one last stage only passes the carry on.
-// Where all this comes from and goes to is up to a Port: the caller's tensors (backward.cpp), or the workspace of windows.
+// The adjoint recursion of a tile of lanes, in reverse time. Stage s of a lane takes up the adjoint carried from the step after (the
+// product of its sums' adjoints with W_hh), adds what the outputs say, and leaves its own sums' adjoints for the next stage; one last
+// stage only passes the carry on. Where all this comes from and goes to is up to a Port: the caller's tensors (backward.cpp), or the workspace of windows.
 #pragma once
 #include "stable_rnn/cell.h"
 #include "tiles.h"
@@ -46,8 +46,8 @@ struct BackwardTile {
   const BackwardWeights& weights;
   Port port;
   int64_t h_stride, c_stride, z_stride;
-  float *carry = nullptr, *z_now = nullptr, *z_next = nullptr, *c = nullptr;   // carry: dh at the start; with a projection, of
-                                                                               // each stage; or what h_before adds to the next one's
+  float *carry = nullptr;   // dh at the start; with a projection, of each stage; with h_before, its part of the next stage's
+  float *z_now = nullptr, *z_next = nullptr, *c = nullptr;
   Run* runs = nullptr;
 
   BackwardTile(const BackwardWeights& weights, const Port& port, Cell cell, int64_t hidden, int64_t out, const void* dh_n,

@@ -34,6 +34,9 @@ struct ForwardWeights {
 //   step(r, run, s, unit, n, c_before, now)   what else the step made (Cell::Step)
 template <class T, class Cell, class Sink>
 struct ForwardTile {
+  static_assert(Cell::gates <= panel_vectors, "a panel holds all gates of a unit");
+  static_assert(!(Cell::projects && Cell::h_before), "a projected h is not the unit's own");
+
   // the problem
   Cell cell;
   int64_t hidden, out;

@@ -1,12 +1,13 @@
-// The adjoint recursion on lanes, in reverse time: carry = (the adjoint of the sums) W_hh of the step after, plus dy, then the cell's vector-Jacobian product.
+// The adjoint recursion on lanes, in reverse time: carry = the adjoints of the sums of the step after, times W_hh; plus dy; then the
+// cell's vector-Jacobian product.
 //
 // A group is 16 units times 8 * octets lanes. Its sums run over G H rows of weights, which its warps share (see WarpLayout: an LSTM's four
 // take a gate each), and the parts are added in the order of the gates. The sums change hands through shared memory, so that threads then
 // hold consecutive units of a lane (what they load and store is contiguous), the cells of a group spread over its warps.
 // The adjoint of the cell state stays in registers from stage to stage, and so does c, which is the next stage's c_prev before it.
 //
-// A stage of M lanes: 2 M G H^2 operations; M S H values of what was saved (an RNN: M H of y), M G H of dz, M H of dy, 4 M H bytes of cells;
-// and the weights from where they stay. README.md has the floors.
+// A stage of M lanes: 2 M G H^2 operations; M S H values of what was saved (an RNN: M H of y), M G H of dz, M H of dy, 4 M H bytes of
+// cells; and the weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
@@ -204,7 +205,8 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
   const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::warps));
   HeldWeights<A, 1> registers;
   if constexpr (held) registers.load(weights.global(), g.chunks);
-  const int first_state = warp.first_of_product() * g.pitch + warp.part * (Warp::layout.own_gates * g.segment) + A::first_state(thread_index() % 32, g.pitch);
+  const int first_state = warp.first_of_product() * g.pitch + warp.part * (Warp::layout.own_gates * g.segment) +
+                          A::first_state(thread_index() % 32, g.pitch);
   const bool starts = q.p.dh_start || q.p.dc_start;
   team.begin();
 

@@ -4,8 +4,8 @@
 //     all gates of unit g x lanes 2t, 2t + 1, and of unit g + 8 where there are 16
 // The cell state stays in registers from step to step; xp of the next step is loaded while the team meets.
 //
-// A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: M S H of what is saved, 4 M H bytes of cells), and the weights
-// from where they stay. README.md has the floors.
+// A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: M S H of what is saved, 4 M H bytes of cells), and the
+// weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"

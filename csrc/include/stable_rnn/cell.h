@@ -99,7 +99,7 @@ struct Adjoint {
 //     step(sums, x, bias, before)         sums[gates]: of h W_hh^T, without bias; x[gates]: xp; bias: of `hidden_bias`
 //         -> h (W_hr's factor where there is a projection), c, and save(kept), which fills kept[saved]
 //     vjp(d, kept, after, before) -> Adjoint     d: adjoints of h and c after the step. Its z[gates] are the adjoints of x
-//     hidden(gate, dz, kept)              the adjoint of sums[gate], from that of x[gate]: W_hh's products, back to h and of its gradient, take it
+//     hidden(gate, dz, kept)              the adjoint of sums[gate], from that of x[gate]: for W_hh^T's product and W_hh's gradient
 // What a cell does not use is passed as zero and compiles to nothing.
 template <class Cell, class V>
 using Saved = V[Cell::saved ? Cell::saved : 1];

@@ -15,8 +15,8 @@
 
 namespace stable_rnn {
 
-// Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits (CUDA only,
-// as F16 is).
+// Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
+// (CUDA only, as F16 is).
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
 
 struct Lanes {
