@@ -59,26 +59,26 @@ ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, i
                              int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
                              Address base, Address length, Address select, int64_t n_select,
                              Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
-                             Address y, Address h_n, Address c_n, Address gates, Address cells,
+                             Address hidden_bias, Address y, Address h_n, Address c_n, Address saved, Address cells,
                              Address h_start, Address c_start, Address h_end, Address c_end) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
-          Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{gates}, Pointer{cells},
+          Pointer{hidden_bias}, Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells},
           Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}};
 }
 
 BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                                int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
                                Address base, Address length, Address select, int64_t n_select,
-                               Address dy, Address y, Address gates, Address cells, Address w_hh, Address w_hr, Address c0,
-                               Address dh_n, Address dc_n, Address dh_init, Address dc_init,
+                               Address dy, Address y, Address saved, Address cells, Address w_hh, Address w_hr, Address c0,
+                               Address dh_n, Address dc_n, Address dh_init, Address dc_init, Address h0,
                                Address dz, Address dh, Address dh0, Address dc0,
                                Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
-          Pointer{dy}, Pointer{y}, Pointer{gates}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
-          Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init},
+          Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
+          Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init}, Pointer{h0},
           Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
           Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}};
 }
@@ -88,14 +88,14 @@ WindowedBackwardParams windowed_backward_params(int cell, int dtype, int threads
                                                 Address base, Address length, Address select, int64_t n_select,
                                                 int64_t first, int64_t last,
                                                 Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
-                                                Address dy, Address dh_n, Address dc_n,
-                                                Address dz, Address h_prev, Address dh, Address m,
+                                                Address dy, Address dh_n, Address dc_n, Address hidden_bias,
+                                                Address dz, Address d_hidden, Address h_prev, Address dh, Address m,
                                                 Address dxp, Address dh0, Address dc0) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
-          Pointer{dy}, Pointer{dh_n}, Pointer{dc_n},
-          Pointer{dz}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
+          Pointer{dy}, Pointer{dh_n}, Pointer{dc_n}, Pointer{hidden_bias},
+          Pointer{dz}, Pointer{d_hidden}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
           Pointer{dxp}, Pointer{dh0}, Pointer{dc0}};
 }
 
@@ -186,7 +186,7 @@ PYBIND11_MODULE(_C, module) {
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
                arg("base"), arg("length"), arg("select"), arg("n_select"),
                arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
-               arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("gates") = 0, arg("cells") = 0,
+               arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0,
                arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0, launch...);
   };
   const auto backward = [&](const char* name, auto function, auto... launch) {
@@ -194,8 +194,8 @@ PYBIND11_MODULE(_C, module) {
                arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
                arg("base"), arg("length"), arg("select"), arg("n_select"),
-               arg("dy"), arg("y") = 0, arg("gates") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
-               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0,
+               arg("dy"), arg("y") = 0, arg("saved") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
+               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0, arg("h0") = 0,
                arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
                arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, launch...);
   };
@@ -210,8 +210,8 @@ PYBIND11_MODULE(_C, module) {
              arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
              arg("base"), arg("length"), arg("select"), arg("n_select"), arg("first"), arg("last"),
              arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
-             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
-             arg("dz") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
+             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0,
+             arg("dz") = 0, arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
              arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
   module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu),
              arg("dtype"), arg("threads"), arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));

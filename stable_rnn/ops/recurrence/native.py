@@ -72,8 +72,8 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         _native.lib.recurrence_windowed_backward(
             *sizes(p, DTYPES[w_hh.dtype], w_hh, batch), at(base), at(lengths), 0, 0, first, last,
-            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n),
-            at(dz), at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
+            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n), 0,
+            at(dz), 0, at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
             dw_hr.addmm_(projected[0].T, projected[1])

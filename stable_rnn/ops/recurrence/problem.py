@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm")  # in the order of `enum Cell`
+CELLS = ("rnn_tanh", "rnn_relu", "lstm")  # in the order of the codes in `csrc/include/stable_rnn/cells/`
 CPU = torch.device("cpu")
 LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
 WHOLE, AUTO = 0, -1  # strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
