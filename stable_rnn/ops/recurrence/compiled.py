@@ -66,7 +66,7 @@ class Kernels:
         at = self._at
         self._forward(
             *sizes(p, self._dtype(xp), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
-            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(h_init), at(c_init), 0,
+            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(h_init), at(c_init), at(None),
             at(out.y), at(out.h_n), at(out.c_n), at(out.gates), at(out.cells), *map(at, out[5:]))
         return out
 
@@ -89,6 +89,6 @@ class Kernels:
         at = self._at
         self._backward(
             *sizes(p, self._dtype(dy), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
-            at(dy), at(y), at(gates), at(cells), at(w_hh), at(w_hr), at(c0), at(dh_n), at(dc_n), at(dh_init), at(dc_init), 0,
+            at(dy), at(y), at(gates), at(cells), at(w_hh), at(w_hr), at(c0), at(dh_n), at(dc_n), at(dh_init), at(dc_init), at(None),
             *map(at, out))
         return out

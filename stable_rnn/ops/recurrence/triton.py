@@ -147,7 +147,7 @@ def on_chip(device: Device) -> int:
 
 
 def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, xp, w_hh, _w_hr,
-             h0, c0, h_init, c_init, y, h_n, c_n, *rest, many: bool = False) -> None:
+             h0, c0, h_init, c_init, _hidden_bias, y, h_n, c_n, *rest, many: bool = False) -> None:
     if y is None or steps == 0:  # no time, or no unit
         for state, given in ((h_n, h0), (c_n, c0)):
             if state is not None:
@@ -159,7 +159,7 @@ def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, strid
 
 
 def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, dy, y, gates, cells,
-              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
+              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, _h0, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
     if dz is None or steps == 0:
         for state, given in ((dh0, dh_n), (dc0, dc_n)):
             if state is not None:
