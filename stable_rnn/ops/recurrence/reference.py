@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...cells import CELLS
 from .problem import Adjoint, Output, Problem, row_base, row_length, weight_gradients
 
 
@@ -35,26 +36,13 @@ def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(live[:, None], new, old)
 
 
-def step(z: Tensor, c: Tensor, w_hr: Tensor | None, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step from the pre-activations z (n, G*H): h (n, P), c (n, H) and the activated gates."""
-    if p.cell != "lstm":
-        return (torch.tanh(z) if p.cell == "rnn_tanh" else torch.relu(z)), c, z
-    i, f, g, o = z.chunk(4, 1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    if p.cap < 1:
-        f = f.clamp(max=p.cap)
-    c = f * c + i * g
-    h = o * torch.tanh(c)
-    return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o], 1)
-
-
 def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
             p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
             c_init: Tensor | None = None, out: Output | None = None) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
-    kind, lstm = arithmetic(xp.dtype), p.cell == "lstm"
-    batch, hidden = h0.shape[0], w_hh.shape[0] // (4 if lstm else 1)
+    kind, cell = arithmetic(xp.dtype), CELLS[p.cell]
+    batch, hidden = h0.shape[0], w_hh.shape[0] // cell.gates
     c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
     weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
     b, first, start, length = _lanes(p, batch, base, lengths, ids, xp.device)
@@ -67,43 +55,44 @@ def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tenso
     else:
         h, c = h_init.to(kind), h0.new_zeros(len(b), hidden).to(kind) if c_init is None else c_init.to(kind)
     h_start, c_start = h, c
-    rows, hs, cs, gs = [], [], [], []
+    rows, hs, cs, kept = [], [], [], []
     skipped = max(0, warmup - (p.lanes() - 1) * p.stride)  # before every lane's time 0
     for s in range(skipped, warmup + p.stride) if xp.shape[0] and len(b) else ():
         t = first - warmup + s
         live = (t >= 0) & (t < length)
         row = torch.where(live, start + t * p.step, 0)
-        h_new, c_new, gate = step(xp[row].to(kind) + h @ weight.T, c, project, p)
+        h_new, c_new, keep = cell.step(xp[row].to(kind), h @ weight.T, h, c, p.cap)
+        h_new = h_new if project is None else h_new @ project.T
         if s == warmup:
             h_start, c_start = h, c
         h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
         if s >= warmup:
             rows.append(torch.where(live, row, xp.shape[0]))
-            hs.append(h), cs.append(c), gs.append(gate)
+            hs.append(h), cs.append(c), kept.append(keep)
 
     n = xp.shape[0]
     y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
     cells = xp.new_zeros(n, hidden, dtype=kind) if out is None or not out.cells.numel() else out.cells
-    gates = xp.new_zeros(n, 4 * hidden) if out is None or not out.gates.numel() else out.gates
+    saved = xp.new_zeros(n, cell.saved * hidden) if out is None or not out.saved.numel() else out.saved
     c_n = c0 if out is None else out.c_n
     if rows:
         where = torch.stack(rows)
         y = _place(hs, where, y)
-        if lstm:
-            cells = _place(cs, where, cells)
-            gates = _place(gs, where, gates) if save else gates
+        cells = _place(cs, where, cells) if cell.has_cell else cells
+        saved = _place(kept, where, saved) if save and cell.saved else saved
     last, used = row_base(p, batch, base, xp.device), row_length(p, batch, lengths, xp.device)
     last, has = torch.where(used > 0, last + (used - 1) * p.step, 0), (used > 0)
     h_n = _mask(has, y[last], h0) if n else h0.clone()
     empty, ends = xp.new_empty(0), [xp.new_empty(0)] * 4
-    if lstm and n:  # the lanes that reach a row's last time
+    if cell.has_cell and n:  # the lanes that reach a row's last time
         ending = (first < length) & (first + p.stride >= length)
         c_n = _place([c], torch.where(ending, b, batch)[None], c_n)
     if borders:
         ends = [h_start, c_start, h, c]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
-    return Output(y, gates if save and lstm else empty, cells if save and lstm else empty, h_n, c_n if lstm else empty, *ends)
+    return Output(y, saved if save and cell.saved else empty, cells if save and cell.has_cell else empty, h_n,
+                  c_n if cell.has_cell else empty, *ends)
 
 
 def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
