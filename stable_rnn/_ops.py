@@ -35,26 +35,26 @@ def _forward_fake(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
         raise RuntimeError("torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)")
     p = Problem(*numbers[:-1])
     check(p, xp, h0, base, lengths, values=False, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
-    save = numbers[-1] and p.cell == "lstm"
-    hidden, empty = w_hh.shape[0] // 4, xp.new_empty
-    return (empty(xp.shape[0], w_hh.shape[1]), empty(h0.shape), empty(0 if c0 is None else c0.shape),
-            empty(xp.shape[0], 4 * hidden) if save else empty(0),
-            empty(xp.shape[0], hidden, dtype=arithmetic(xp.dtype)) if save else empty(0), run.report([0.0] * 4 * p.checked))
+    save, cell = numbers[-1], p.spec
+    n, hidden, empty = xp.shape[0], w_hh.shape[0] // cell.gates, xp.new_empty
+    return (empty(n, w_hh.shape[1]), empty(h0.shape), empty(0 if c0 is None else c0.shape),
+            empty(n, cell.saved * hidden) if save and cell.saved else empty(0),
+            empty(n, hidden, dtype=arithmetic(xp.dtype)) if save and cell.has_cell else empty(0), run.report([0.0] * 4 * p.checked))
 
 
 _register(f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
-          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor report)", run.forward, _forward_fake)
+          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)", run.forward, _forward_fake)
 
 
-def _backward_fake(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers):
+def _backward_fake(dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, *numbers):
     p, empty = Problem(*numbers), dy.new_empty
-    saved = {} if c0 is None else dict(gates=gates, cells=cells, dc_n=dc_n)
-    check(p, dy, dh_n, base, lengths, values=False, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, **saved)
+    kept = {} if c0 is None else dict(saved=saved, cells=cells, dc_n=dc_n)
+    check(p, dy, dh_n, base, lengths, values=False, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, **kept)
     return (empty(dy.shape[0], w_hh.shape[0]), empty(0 if w_hr is None else dy.shape), empty(dh_n.shape),
             empty(0 if c0 is None else c0.shape), run.report([0.0] * 4 * p.checked))
 
 
-_register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor gates, Tensor cells, Tensor w_hh, Tensor? w_hr,"
+_register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
           f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
           run.backward, _backward_fake)
 

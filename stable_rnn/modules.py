@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, layout, watch
 from .bookkeeping import Bookkeeping
+from .cells import MODES
 from .common import autocast_dtype, has_values
 from .ops.recurrence.function import Note, layer
 from .ops.recurrence.problem import Problem
@@ -88,7 +89,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
 
     def _weights(self, x: Tensor, cast: bool) -> list[list[Tensor]]:
         """The weights of each layer and direction in torch's order, checked against x; with `cast`, they are still to be converted."""
-        rows, out, ways = self.hidden_size * (4 if self._cell == "lstm" else 1), self.proj_size or self.hidden_size, 1 + self.bidirectional
+        rows, out, ways = self.hidden_size * MODES[self.mode].gates, self.proj_size or self.hidden_size, 1 + self.bidirectional
         others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
         found = []
         for index, names in enumerate(self._all_weights):
@@ -195,7 +196,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, tuple]:
         weights = [w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights]
-        state = hx if self._cell == "lstm" else hx[0]
+        state = hx if MODES[self.mode].has_cell else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
         y, *hidden = run(x, state, *rest, self.batch_first) if sizes is None else run(x, sizes, state, *rest)
@@ -212,14 +213,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:
         count = self.num_layers * (2 if self.bidirectional else 1)
         h0 = x.new_zeros(count, batch, self.proj_size or self.hidden_size)
-        return (h0, x.new_zeros(count, batch, self.hidden_size)) if self._cell == "lstm" else (h0, None)
+        return (h0, x.new_zeros(count, batch, self.hidden_size)) if MODES[self.mode].has_cell else (h0, None)
 
     @staticmethod
     def _permute(hx: tuple, order: Tensor | None) -> tuple:
         return hx if order is None else tuple(h if h is None or not h.numel() else h.index_select(1, order) for h in hx)
 
     def _check_args(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> None:
-        self.check_forward_args(x, hx if self._cell == "lstm" else hx[0], sizes)
+        self.check_forward_args(x, hx if MODES[self.mode].has_cell else hx[0], sizes)
         for name, h in zip(("h_0", "c_0"), hx):
             if h is not None:
                 check_state(name, h, x)

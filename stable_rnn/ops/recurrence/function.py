@@ -36,17 +36,17 @@ class FusedRecurrence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.note, ctx.problem = inputs[9], Problem(*inputs[10:])
-        y, _, _, gates, cells, report = output
-        ctx.mark_non_differentiable(gates, cells, report)
-        ctx.save_for_backward(*inputs[:9], y, gates, cells)
+        y, _, _, saved, cells, report = output
+        ctx.mark_non_differentiable(saved, cells, report)
+        ctx.save_for_backward(*inputs[:9], y, saved, cells)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, *state, y, gates, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
+        x, w_ih, bias, *state, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         needs = ctx.needs_input_grad
-        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, gates, cells), ctx.problem, needs[3:5], ctx.note)
+        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, saved, cells), ctx.problem, needs[3:5], ctx.note)
         return *_input_gradients(dz, x, w_ih, needs), *rest, None, *_NOTHING
 
 
@@ -94,7 +94,7 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
-    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, gates, cells."""
+    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, saved, cells."""
     w_hh, w_hr, h0, c0, base, lengths = state
     dz, dh, dh0, dc0, report = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
     if note is not None:
@@ -129,9 +129,9 @@ def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple
 def setup_op(ctx, inputs, output) -> None:
     xp, *state = inputs[:7]
     ctx.problem = Problem(*inputs[7:-1])
-    y, _, _, gates, cells, report = output
-    ctx.mark_non_differentiable(gates, cells, report)
-    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, gates, cells)))
+    y, _, _, saved, cells, report = output
+    ctx.mark_non_differentiable(saved, cells, report)
+    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, saved, cells)))
 
 
 def backward_op(ctx, dy, dh_n, dc_n, *_):

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import _native
+from ...cells import CELLS
 from .compiled import DTYPES, Kernels, at, dense, rows_like, sizes
-from .problem import CELLS, Problem
+from .problem import Problem
 
 _TAKEN = (torch.float32, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -59,7 +60,7 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
     dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
-    hidden = w_hh.shape[0] // (4 if p.cell == "lstm" else 1)
+    hidden = w_hh.shape[0] // p.spec.gates
     made = partial(_make, xp, True, dtype=torch.float32)
     dxp, dh0, dc0 = made(*xp.shape), made(batch, width), made(batch, hidden)
     dw_hh, dw_hr = made(*w_hh.shape), None if w_hr is None else made(*w_hr.shape)
@@ -131,5 +132,5 @@ def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple,
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
     h_out, c_out = rows_like(h), None if c is None else rows_like(c)
     addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
-    _native.lib.cell_step(CELLS.index(cell), DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses)
+    _native.lib.cell_step(CELLS[cell].code, DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses)
     return h_out, c_out

@@ -12,13 +12,13 @@ from .problem import Output, Problem
 
 
 def forward(*arguments) -> tuple[Tensor, ...]:
-    """y, h_n, c_n, gates, cells, report."""
+    """y, h_n, c_n, saved, cells, report."""
     out, found = outputs(*arguments)
-    return fresh(arguments[:7], out.y, out.h_n, out.c_n, out.gates, out.cells, found)
+    return fresh(arguments[:7], out.y, out.h_n, out.c_n, out.saved, out.cells, found)
 
 
 def outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Output, Tensor]:
-    """What a backend gives, and the report; `numbers` are a `Problem` and whether to save gates and cells."""
+    """What a backend gives, and the report; `numbers` are a `Problem` and whether to save what the backward pass needs."""
     *numbers, save = numbers
     p = Problem(*numbers).resolved(h0.shape[0], xp.device)
     tensors = (xp, w_hh, w_hr, h0, c0, base, lengths)
@@ -31,12 +31,12 @@ def outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers) -> tuple[Output, Te
     return out, report(found)
 
 
-def backward(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
+def backward(dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, *numbers) -> tuple[Tensor, ...]:
     """dz, dh, dh0, dc0, report."""
     p = Problem(*numbers).resolved(dh_n.shape[0], dy.device)
-    tensors = (dy, dh_n, None if c0 is None else dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths)
-    saved = {} if c0 is None else dict(gates=gates, cells=cells)
-    check(p, dy, dh_n, base, lengths, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, dc_n=tensors[2], **saved)
+    tensors = (dy, dh_n, None if c0 is None else dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths)
+    kept = {} if c0 is None else dict(saved=saved, cells=cells)
+    check(p, dy, dh_n, base, lengths, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, dc_n=tensors[2], **kept)
     backend = choose(p, dy, w_hh, w_hr)
     if p.checked:
         out, found = verified.run_back(backend, tensors, p)

@@ -9,6 +9,7 @@ from torch.fx import Proxy
 
 from . import dispatch, watch
 from .bookkeeping import Bookkeeping
+from .cells import MODES
 from .common import autocast_dtype, has_values
 from .ops.recurrence import native
 from .ops.recurrence.function import layer
@@ -105,7 +106,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
 
     def _check_tensors(self, x: Tensor, h: Tensor, c: Tensor | None, cast: bool) -> None:
         """Weights and states are what x needs; with `cast`, after autocast's conversions."""
-        rows = self.hidden_size * (4 if self._cell == "lstm" else 1)
+        rows = self.hidden_size * MODES[self.mode].gates
         shapes = {"weight_ih": (rows, self.input_size), "weight_hh": (rows, self.hidden_size)}
         for name, shape in (shapes | dict.fromkeys(("bias_ih", "bias_hh"), (rows,)) if self.bias else shapes).items():
             check_weight(name, getattr(self, name), shape, x, cast)
