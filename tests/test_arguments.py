@@ -241,3 +241,14 @@ def test_states_of_cells(theirs, ours, backend, gradient):
         for shape, x in (((3, 6), torch.randn(3, 4)), ((6,), torch.randn(4))):
             compare(theirs(4, 6), ours(4, 6, backend=backend), x, shape,
                     accepted=[r"^\(h, (float64|integers|bfloat16|complex)", "three", "^2-D", "^batch"])
+
+
+@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])
+@pytest.mark.skipif(not _native.lib, reason="addresses are taken for the compiled kernels only")
+def test_freed_memory(cls):
+    """Kernels take the address 0 for an absent tensor, and so would compute without a bias that FSDP has freed."""
+    for name in cls(5, 6).state_dict():
+        cell = cls(5, 6, stability=None)
+        cell.get_parameter(name).untyped_storage().resize_(0)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="has no memory"):
+            cell(torch.randn(2, 5))

@@ -14,7 +14,11 @@ TF32 = 3
 
 
 def at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    """The address of a tensor's values; 0, which kernels take for an absent tensor, for None alone and for tensors without elements."""
+    address = 0 if t is None else t.data_ptr()
+    if not address and t is not None and t.numel():
+        raise RuntimeError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP does between uses")
+    return address
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:

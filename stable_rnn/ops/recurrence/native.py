@@ -131,6 +131,6 @@ def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple,
     """One step of a cell where it `can_step`: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh."""
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
     h_out, c_out = rows_like(h), None if c is None else rows_like(c)
-    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
+    addresses = [0 if t is None else t.data_ptr() or at(t) for t in (*tensors, h_out, c_out)]
     _native.lib.cell_step(CELLS[cell].code, DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses)
     return h_out, c_out
