@@ -4,7 +4,7 @@
 # make fast    the tests of TESTS alone, stopping at the first failure                  (developers)
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
 # make bench   the table of benchmarks/README.md
-# make lint    ruff alone
+# make lint    ruff and mypy alone
 #
 # Each makes .venv first where it has to: torch (the pinned CPU build), this package in editable mode, built in isolation.
 # TESTS="tests/test_cli.py -k doctor" and DEMO="--steps 200" pass arguments on.
@@ -41,6 +41,7 @@ fast: .venv/installed
 
 lint: .venv/installed
 	$(V)/ruff check .
+	$(V)/mypy
 
 bench: .venv/installed
 	$(V)/python -m pytest benchmarks

@@ -12,7 +12,8 @@ if TYPE_CHECKING or not from_command_line():
     from .modules import StableLSTM, StableRNN
     from .optim import project_after_step
     from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
-    from .stability import Certified, ForgetCap, certificate
+    from .stability import Certified, ForgetCap
+    from .stability.certificate import certificate
     from .step_cells import StableLSTMCell, StableRNNCell
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401

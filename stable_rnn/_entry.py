@@ -7,7 +7,10 @@ import sys
 from types import FrameType
 
 COMMAND_LINE = ("stable_rnn.cli", "stable_rnn.__main__")
-IMPORTERS = {("importlib._bootstrap", "_find_and_load"): "name", ("runpy", "_get_module_details"): "mod_name"}
+IMPORTERS: dict[tuple[str | None, str], str] = {
+    ("importlib._bootstrap", "_find_and_load"): "name",
+    ("runpy", "_get_module_details"): "mod_name",
+}
 
 
 def from_command_line() -> bool:

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import math
 from operator import index
+from typing import Any
 
 
-def to_int(name: str, value: object, least: int | None = None) -> int:
+def to_int(name: str, value: Any, least: int | None = None) -> int:
     """The value as an int. TypeError for what is none, ValueError below `least`."""
     try:
         number = None if _is_bool(value) else index(value)
@@ -18,7 +19,7 @@ def to_int(name: str, value: object, least: int | None = None) -> int:
     return number
 
 
-def to_float(name: str, value: object, allowed: str = "a number") -> float:
+def to_float(name: str, value: Any, allowed: str = "a number") -> float:
     """The value as a float, infinite where it is beyond all floats. TypeError for what is no real number."""
     if _is_bool(value) or not hasattr(value, "__float__") or hasattr(value, "dtype") and (value.ndim or "complex" in str(value.dtype)):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")

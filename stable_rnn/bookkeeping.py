@@ -2,19 +2,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 
 from . import watch
 from .dispatch import check_name
 from .plans import check_plan
-from .stability import check_stability
+from .stability import Stability, check_stability
 
 
-class Bookkeeping:
+class Bookkeeping(nn.Module):
     """Shared by the modules and the cells, before torch's class in the order of bases."""
+
+    mode: str  # torch's: "LSTM", "RNN_TANH" or "RNN_RELU"
+    stability: Stability | None
+    backend: str
+    _adopted: tuple[str, ...]  # the attributes that torch's class doesn't have
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`plan`, `stability` and `backend` are checked whenever they are set."""
@@ -31,7 +36,7 @@ class Bookkeeping:
         """What the cell clamps its forget gate at; 1.0 means no clamp."""
         return 1.0 if self.stability is None or self.mode != "LSTM" else self.stability.cap
 
-    def train(self, mode: bool = True) -> Bookkeeping:
+    def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`. On the way to eval mode, a module that promises a certified set and was trained without a projection
         since says so, once."""
         if self.training and not mode:
@@ -84,14 +89,15 @@ class Bookkeeping:
 
     def _leaf(self, *args: Any) -> Proxy:
         """The call of this module as one node of a torch.fx graph: torch.fx does so for torch's own modules, and goes into others."""
-        path = next(arg for arg in args if isinstance(arg, Proxy)).tracer.path_of_module(self)
+        tracer = next(arg for arg in args if isinstance(arg, Proxy)).tracer
+        path = tracer.path_of_module(self) if isinstance(tracer, Tracer) else ""
         if not path or self._forward_hooks or self._forward_pre_hooks:
             why = "its forward hooks would be traced and run again" if path else "it is no graph of operations"
             raise RuntimeError(f"torch.fx cannot trace through {type(self).__name__}: {why}; trace a model that holds it, with a Tracer "
                                "whose is_leaf_module is true for it, or trace unstabilize(model)")
         while args and args[-1] is None:
             args = args[:-1]
-        return args[0].tracer.create_proxy("call_module", path, args, {})
+        return tracer.create_proxy("call_module", path, args, {})
 
 
 def _clamp(cap: float) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import checkpoint
 from ._errors import UserError, complain, printable
-from .stability.certificate import judge_state_dict
+from .stability.certificate import Certificate, judge_state_dict
 
 SOME = 3  # exit code: some layers were judged, others not
 DEEP = 10_000  # characters of the keys that lead to a layer; only a file made to be deep has more
@@ -24,7 +24,8 @@ NOT certified: such a layer may forget, but it is not proven. What to do next:
 def certify(options: argparse.Namespace) -> int:
     """Print the certificate of each recurrent layer in the file; `UserError` when there is none to be had."""
     path, console = printable(options.checkpoint), Console(highlight=False)
-    found, faults = [], []
+    found: list[Certificate] = []
+    faults: list[str] = []
     value, passed_over = checkpoint.load(options.checkpoint)
     for state_dict in state_dicts(value):
         certificates, why_not = judge_state_dict(state_dict, options.input_bound)

@@ -13,9 +13,9 @@ import stat
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -57,7 +57,7 @@ class StandIn:
 class DictStandIn(StandIn):
     """The same for subclasses of dict, such as `defaultdict`: their items are kept."""
 
-    def __new__(cls, *args: object) -> OrderedDict:
+    def __new__(cls, *args: object) -> OrderedDict:  # type: ignore[misc]  # a dict in the place of the object asked for
         return OrderedDict()
 
 
@@ -146,6 +146,7 @@ def _asked_for(pickled: bytes | BinaryIO) -> Iterator[str]:
     """Names of Python objects, as Python 3 knows them."""
     for op, arg, _ in pickletools.genops(pickled):
         if op.name == "GLOBAL":
+            assert arg is not None
             module, _, name = arg.partition(" ")
             module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
             yield f"{module} {name}"
@@ -154,7 +155,9 @@ def _asked_for(pickled: bytes | BinaryIO) -> Iterator[str]:
 def _of_torch(file: BinaryIO, names: set[str]) -> tuple[object, set[str]]:
     """`names`: of all objects that its pickle asks for, "module name"."""
     file.seek(0)
-    stand_ins = [made for name in sorted(names)[:1000] if (made := _stand_in(*name.split(" ", 1)))]
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        made for name in sorted(names)[:1000] if (made := _stand_in(*name.split(" ", 1)))
+    ]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
             warnings.simplefilter("ignore")  # about the file's form, of which the one line below tells

@@ -10,7 +10,7 @@ def _autocast_available(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
 
-_autocast_available._dynamo_marked_constant = True  # older torch cannot trace it; as in precision.py
+_autocast_available.__dict__["_dynamo_marked_constant"] = True  # older torch cannot trace it; as in precision.py
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from .plans import Plan, Recurrent, check_plan
 from .stability import Stability, check_stability, project_all_
 from .step_cells import StableCellBase, StableLSTMCell, StableRNNCell
 
-_MODULES = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
-_CELLS = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
+_MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
+_CELLS: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
 _PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
 _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
@@ -45,7 +46,8 @@ def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan =
     if project and stability is None:
         raise ValueError("stabilize: project=True needs a set to project into, stability=Certified()")
     forms = _MODULES | _CELLS if cells else _MODULES
-    targets, left = {}, {}
+    targets: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
     for name, m in model.named_modules():
         why = _obstacle(m, forms)
         if why:
@@ -63,13 +65,17 @@ def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan =
     for m in targets.values():
         mode, form = _mode(m), forms[type(m)]
         m.__class__ = form
-        m._adopt(mode, stability, backend) if isinstance(m, StableCellBase) else m._adopt(stability, plan, backend)
+        if isinstance(m, StableCellBase):
+            m._adopt(mode, stability, backend)
+        elif isinstance(m, StableRNNBase):
+            m._adopt(stability, plan, backend)
     if project:
+        made = {name: m for name, m in targets.items() if isinstance(m, (StableRNNBase, StableCellBase))}
         try:
-            _project(targets)
+            _project(made)
         except BaseException:
-            for m in targets.values():
-                _revert(m)
+            for stable in made.values():
+                _revert(stable)
             raise
     return model
 
@@ -102,18 +108,18 @@ def _check_model(function: str, model: object) -> None:
         raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
 
 
-def _revert(m: StableRNNBase | StableCellBase) -> None:
+def _revert(m: Bookkeeping) -> None:
     for name in m._adopted:
         if name != "mode" or isinstance(m, StableCellBase):
             delattr(m, name)
-    m.__class__ = _PLAIN[type(m)]
+    m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]  # from here on it is no Bookkeeping
 
 
-def _mode(m: nn.RNNBase | nn.RNNCellBase) -> str:
-    return m.mode if isinstance(m, nn.RNNBase) else "LSTM" if isinstance(m, nn.LSTMCell) else "RNN_" + m.nonlinearity.upper()
+def _mode(m: nn.Module) -> str:
+    return m.mode if isinstance(m, nn.RNNBase) else "RNN_" + m.nonlinearity.upper() if isinstance(m, nn.RNNCell) else "LSTM"
 
 
-def _obstacle(m: nn.Module, forms: dict[type, type]) -> str | None:
+def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) -> str | None:
     """What a recurrent module is that cannot be swapped; None for one that can, and for all others."""
     scripted = isinstance(m, torch.jit.ScriptModule)
     name = getattr(m, "original_name", "") if scripted else type(m).__name__
@@ -139,8 +145,8 @@ def _obstacle(m: nn.Module, forms: dict[type, type]) -> str | None:
 
 def _derived(m: nn.Module) -> str:
     """What an instance of a class of its own is, and the way out."""
-    base = next(c for c in type(m).__mro__ if c.__module__.partition(".")[0] in ("torch", "stable_rnn") and not _made(c))
-    base = f"nn.{base.__name__}" if base.__module__.startswith("torch") else base.__name__
+    near = next(c for c in type(m).__mro__ if c.__module__.partition(".")[0] in ("torch", "stable_rnn") and not _made(c))
+    base = f"nn.{near.__name__}" if near.__module__.startswith("torch") else near.__name__
     if parametrize.is_parametrized(m):
         return f"a parametrized {base} (call torch.nn.utils.parametrize.remove_parametrizations first)"
     if _made(type(m)):

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from types import ModuleType
 
 import torch
 from rich.console import Console
@@ -85,7 +86,7 @@ def _print_shapes(console: Console, shapes: list[Shape]) -> None:
 def _facts() -> dict[str, str]:
     return {
         "stable_rnn": __version__,
-        "compiled module": f"loaded; {_features()}" if _native.lib else f"none: {_native.reason}",
+        "compiled module": f"loaded; {_features(_native.lib)}" if _native.lib else f"none: {_native.reason}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -100,8 +101,8 @@ def _forced() -> str:
     return name if name in (*NAMES, "not set") else f"'{printable(name)}', which is no backend: runs will fail; allowed are {allowed}"
 
 
-def _features() -> str:
-    found = _native.lib.cpu_features()
+def _features(lib: ModuleType) -> str:
+    found = lib.cpu_features()
     return f"instruction set in use: {found['isa']}; {'OpenMP' if found['openmp'] else 'one thread, no OpenMP'}"
 
 

@@ -87,9 +87,10 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
                              f"w_hh {tuple(w_hh.shape)})")
         if t.device != x.device or autocast_dtype(x) is None and t.dtype != x.dtype:
             raise ValueError(f"{name}: {key} must be {x.dtype} on {x.device} as the input is, got {t.dtype} on {t.device}")
-    if autocast_dtype(x) is not None:
-        kind = autocast_dtype(x)
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = (None if t is None else t.to(kind) for t in (x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0))
+    kind = autocast_dtype(x)
+    if kind is not None:
+        x, w_ih, w_hh = x.to(kind), w_ih.to(kind), w_hh.to(kind)
+        b_ih, b_hh, w_hr, h0, c0 = (None if t is None else t.to(kind) for t in (b_ih, b_hh, w_hr, h0, c0))
     if lengths is not None:
         lengths = layout.check_lengths(lengths, batch, steps, x.device)
         x = layout.without_padding(x, lengths, batch_first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -49,7 +51,8 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
         raise ValueError(f"project_after_step: {type(model).__name__} holds no module with a stable set (stability=None everywhere)")
 
     def trained(module: nn.Module) -> bool:
-        return any(getattr(module, name).requires_grad for name in module.stability.projected_names(module))
+        stability: Stability | None = getattr(module, "stability", None)
+        return stability is not None and any(getattr(module, name).requires_grad for name in stability.projected_names(module))
 
     for module in stable:
         trained(module)  # raises for computed weights
@@ -61,12 +64,12 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
         steps += 1
         settled(*stable)
         if steps % every == 0:
-            project_all_([module for module in stable if module.stability is not None and trained(module)], certify)
+            project_all_([module for module in stable if trained(module)], certify)
 
     return optimizer.register_step_post_hook(torch.compiler.disable(project))  # a compiled step would trace and guard all of it
 
 
-def _hooked(optimizer: object) -> torch.optim.Optimizer:
+def _hooked(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer whose step runs the hook: itself, or what a transparent wrapper holds. TypeError if there is none."""
     while any(f"{kind.__module__}.{kind.__qualname__}" in TRANSPARENT for kind in type(optimizer).__mro__):
         optimizer = optimizer.optimizer

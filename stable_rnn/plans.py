@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, TypedDict, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -24,14 +25,24 @@ from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
 from .precision import products_eps
 
+M = TypeVar("M", bound=nn.Module)
 _LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
+
+
+class Numbers(TypedDict, total=False):
+    """The fields of a `Problem` that a plan may set."""
+
+    stride: int
+    warmup: int
+    tol: float
+    max_passes: int
 
 
 class Plan:
     """Base of the plans."""
 
-    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
-        """The fields of a `Problem` that the plan sets for tensors like x: stride, warmup, tol, max_passes."""
+    def numbers(self, x: torch.Tensor) -> Numbers:
+        """The fields of a `Problem` that the plan sets for tensors like x."""
         raise NotImplementedError
 
 
@@ -39,7 +50,7 @@ class Plan:
 class Recurrent(Plan):
     """The plain recurrence over all T steps, with exact back-propagation through time."""
 
-    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> Numbers:
         return {"stride": WHOLE}
 
 
@@ -54,7 +65,7 @@ class Windowed(Plan):
     def __post_init__(self) -> None:
         _take_int(self, "k", 1)
 
-    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> Numbers:
         return {"stride": 1, "warmup": min(self.k - 1, _LONGEST)}
 
 
@@ -74,7 +85,7 @@ class Chunked(Plan):
         _take_int(self, "chunk", 1)
         _take_int(self, "warmup", 0)
 
-    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> Numbers:
         return {"stride": min(self.chunk, _LONGEST), "warmup": min(self.warmup, _LONGEST)}
 
 
@@ -107,7 +118,7 @@ class Verified(Plan):
             _take_int(self, "warmup", 0)
         _take_int(self, "max_passes", 1)
 
-    def numbers(self, x: torch.Tensor) -> dict[str, int | float]:
+    def numbers(self, x: torch.Tensor) -> Numbers:
         return {"stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
                 "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
                 "tol": step_rounding(x) if self.tol is None else self.tol, "max_passes": min(self.max_passes, _LONGEST)}
@@ -120,6 +131,10 @@ def step_rounding(x: torch.Tensor) -> float:
     return 4 * torch.finfo(x.dtype).eps + 12 * products
 
 
+def _no_bound(jump: float) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Report:
     """What a `Verified` run did, over all layers and directions of a module."""
@@ -129,7 +144,7 @@ class Report:
     largest_jump: float  # relative to max(1, |state|), in the backward pass to the largest adjoint; 0 after a fallback
     fallback: bool  # some layer ran the plain recurrence
     backward: Report | None = None  # of the backward pass, once it ran
-    bound: Callable[[float], float | None] = field(default=lambda jump: None, repr=False, compare=False)
+    bound: Callable[[float], float | None] = field(default=_no_bound, repr=False, compare=False)
 
     @property
     def forward_bound(self) -> float | None:
@@ -139,10 +154,11 @@ class Report:
         return self.bound(self.largest_jump)
 
     @classmethod
-    def of(cls, layers: list[torch.Tensor], **more: object) -> Report:
+    def of(cls, layers: list[torch.Tensor], backward: Report | None = None,
+           bound: Callable[[float], float | None] = _no_bound) -> Report:
         """From the (4,) reports of the layers' runs."""
         passes, rerun, jump, fallback = torch.stack(layers).unbind(1)
-        return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), **more)
+        return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), backward, bound)
 
 
 def check_plan(plan: object) -> Plan:
@@ -154,7 +170,7 @@ def check_plan(plan: object) -> Plan:
 
 
 @contextmanager
-def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+def use_plan(model: M, plan: Plan) -> Iterator[M]:
     """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
 
     The plan is the module's, for all threads. Raises `TypeError` for something that is no plan or model, `ValueError` for a model without
@@ -162,7 +178,7 @@ def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"use_plan: model must be an nn.Module, got {type(model).__name__}")
     check_plan(plan)
-    found = [m for m in model.modules() if isinstance(getattr(m, "plan", None), Plan)]
+    found = [m for m in model.modules() if _has_plan(m)]
     if not found:
         raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN or StableLSTM")
     before = [m.plan for m in found]
@@ -173,6 +189,14 @@ def use_plan(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     finally:
         for m, old in zip(found, before, strict=True):
             m.plan = old
+
+
+class _Planned(Protocol):
+    plan: Plan
+
+
+def _has_plan(m: nn.Module) -> TypeGuard[_Planned]:
+    return isinstance(getattr(m, "plan", None), Plan)
 
 
 def _take_int(plan: Plan, name: str, least: int) -> None:

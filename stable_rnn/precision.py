@@ -27,4 +27,4 @@ def products_eps() -> float:
 
 
 for _switch in (tf32_allowed, tf32x3_asked, products_eps):
-    _switch._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of the whole compiler
+    _switch.__dict__["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, without its import of the whole compiler

@@ -6,16 +6,20 @@ part of the module: state dicts, copies and pickles don't hold them."""
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from .bookkeeping import Bookkeeping
+
 _noted: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], int]]] = WeakKeyDictionary()
 _told: WeakSet[nn.Module] = WeakSet()
 
 
-def trains(module: nn.Module) -> None:
+def trains(module: Bookkeeping) -> None:
     """A forward pass in training mode. Compiled ones are not seen."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or module.stability is None or module.stability.rate is None:
         return
@@ -30,7 +34,7 @@ def settled(*modules: nn.Module) -> None:
         _noted.pop(module, None)
 
 
-def leaves_training(module: nn.Module) -> None:
+def leaves_training(module: Bookkeeping) -> None:
     """On the way to eval mode: says, once a module, that the optimizer has moved weights which no projection has seen."""
     moved = {w for weight, version in _noted.get(module, ()) if (w := weight()) is not None and w._version > version}
     stability = module.stability

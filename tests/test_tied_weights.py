@@ -162,6 +162,19 @@ def test_modules_that_never_rest_are_named(monkeypatch):
         project_all_(list(two_modules()), certify=True)
 
 
+@pytest.mark.parametrize("certify", [True, False])
+def test_a_module_without_a_set_is_named_before_anything_moves(certify):
+    inside, outside = two_modules()
+    outside.stability = None
+    with torch.no_grad():
+        inside.weight_hh_l0.mul_(9)
+    before = snapshot(inside)
+    for plain in (outside, nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match=f"this {type(plain).__name__} has no stable set"):
+            project_all_([inside, plain], certify=certify)
+    assert unchanged(inside, before)
+
+
 # ---- memory that is shared in part
 
 

@@ -6,7 +6,8 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,7 @@ def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
     return [
         Way("nn.LSTM", lambda x: plain(x)[0], None),
         Way(name, lambda x: overlapping(plain, x, overlap), None, sees(overlap)),
-        *(Way(label(plan), lambda x, plan=plan: under(layer, x, plan), plan, sees(plan)) for plan in plans),
+        *(Way(label(plan), partial(under, layer, plan=plan), plan, sees(plan)) for plan in plans),
     ]
 
 
@@ -128,6 +129,7 @@ def turns(plans: list[Plan]) -> int:
 
 def label(plan: Plan) -> str:
     """`Chunked(256, 32)`, `Verified()`: what the user would write."""
+    assert is_dataclass(plan)
     given = [getattr(plan, f.name) for f in fields(plan) if getattr(plan, f.name) != f.default]
     return f"{type(plan).__name__}({', '.join(map(str, given))})"
 
@@ -146,7 +148,7 @@ def sees(plan: Plan) -> int | None:
     return None
 
 
-def overlapping(plain: nn.LSTM, x: Tensor, plan: Chunked) -> Tensor:
+def overlapping(plain: nn.Module, x: Tensor, plan: Chunked) -> Tensor:
     """Chunks with a warm-up as one batch through torch's nn.LSTM; the first chunk starts the text, with no padding."""
     steps, reach = x.shape[0], plan.chunk + plan.warmup
     if steps <= reach:
@@ -170,6 +172,7 @@ def row(way: Way, layer: StableLSTM, certificate: Certificate, x: Tensor, truth:
     made = Row(way.name, bits(y), largest(y - truth), *bounds(certificate, way.sees))
     if isinstance(way.plan, Verified):
         report = layer.last_report
+        assert report is not None
         made.bound = report.forward_bound
         made.note = f"{report.passes} pass{'es' * (report.passes > 1)}, {report.lanes_rerun} chunks run again"
         if report.fallback:
@@ -248,7 +251,7 @@ def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, part: 
         if part.room():
             points[-1].error = largest(under(layer, x, Windowed(k)) - truth)
             part.advance()
-    while certificate.stable and points[-1].bound > SMALL and 2 * k <= FAR:
+    while (bound := points[-1].bound) is not None and bound > SMALL and 2 * k <= FAR:
         k *= 2
         points.append(Point(k, None, *bounds(certificate, k)))
     return points

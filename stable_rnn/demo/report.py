@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from rich import box
@@ -70,7 +71,14 @@ def table(first: str, *numbers: str) -> Table:
     return made
 
 
-def summary(certificate: Certificate) -> dict[str, object]:
+class Summary(TypedDict):
+    stable: bool
+    rate: float | None
+    norm: str | None
+    windows: dict[str, int | None]  # by tolerance
+
+
+def summary(certificate: Certificate) -> Summary:
     stable = certificate.stable
     return {
         "stable": stable,
@@ -111,7 +119,7 @@ def prepare(folder: str) -> Path:
     return out
 
 
-def write_json(path: Path, results: list[Result], more: dict[str, object]) -> None:
+def write_json(path: Path, results: list[Result], more: Mapping[str, object]) -> None:
     models = {}
     for result in results:
         models[result.name] = {

@@ -17,7 +17,7 @@ EMBEDDING = 32
 BATCH, CHUNK = 16, 64
 RATE = 1e-2
 
-LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
+LAYERS: dict[str, Callable[[int, int], nn.LSTM | StableLSTM]] = {
     "nn.LSTM": nn.LSTM,
     "ForgetCap(0.9)": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=ForgetCap(0.9)),
     "Certified()": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=Certified()),
@@ -27,7 +27,7 @@ LAYERS: dict[str, Callable[[int, int], nn.Module]] = {
 class CharModel(nn.Module):
     """Symbol ids (T, B) to logits of the next symbol (T, B, V). The embedding passes tanh, so inputs of `rnn` are within 1."""
 
-    def __init__(self, symbols: int, rnn: nn.Module) -> None:
+    def __init__(self, symbols: int, rnn: nn.LSTM | StableLSTM) -> None:
         super().__init__()
         self.steps = 0  # of training
         self.embedding = nn.Embedding(symbols, EMBEDDING)

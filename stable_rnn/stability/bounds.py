@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +105,8 @@ def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
 
 def lstm_bounds(w: LayerWeights, drive: Drive, cap: float) -> LstmBounds:
     """Each round is valid for all times, since it starts from a bound of |h| that is (at first |o tanh c| <= 1), and sharpens it."""
-    project = (lambda m: m) if w.w_hr is None else (lambda m: times(w.abs_hr, m))
+    abs_hr = w.abs_hr
+    project: Callable[[Tensor], Tensor] = (lambda m: m) if abs_hr is None else (lambda m: times(abs_hr, m))
     h = project(torch.ones(w.hidden, dtype=torch.float64))
     for _ in range(ROUNDS):
         reach = times(w.abs_hh, h)

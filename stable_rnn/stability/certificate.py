@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,8 +75,8 @@ class Certificate:
         not by proof (stability/README.md). Never more than the trivial bound (outputs of tanh and LSTM layers are bounded); infinite
         where nothing is known. Raises TypeError or ValueError unless k is an int >= 1 and dtype a floating dtype."""
         k = to_int("truncation_error: k", k, 1)
-        error = self._through(lambda c, eps: c.after(k, eps))
-        return error if dtype is None else min(error + self.rounding_error(dtype), self._through(lambda c, eps: math.inf))
+        error = self._through(lambda layer, c, eps: c.after(k, eps))
+        return error if dtype is None else min(error + self.rounding_error(dtype), self._through(lambda layer, c, eps: math.inf))
 
     def window(self, eps: float, dtype: torch.dtype | None = None) -> int:
         """The least k with `truncation_error(k, dtype) <= eps`. ValueError with the reason if there is none."""
@@ -117,10 +117,10 @@ class Certificate:
             v = math.hypot(c.units[0] * jump * max(1.0, layer.cell_bound), c.units[1] * jump * max(1.0, layer.bound))
             return v * series(power(c.rate, chunk)) + c.carried(eps)
 
-        return self._through(built_up, with_layer=True) * (1 + 2.0**-40)
+        return self._through(built_up) * (1 + 2.0**-40)
 
-    def _through(self, bound, with_layer: bool = False) -> float:
-        """The output error of the stack, from `bound(contraction, input error)` of V in each layer and direction."""
+    def _through(self, bound: Callable[[LayerCertificate, Contraction, float], float]) -> float:
+        """The output error of the stack, from `bound(layer, contraction, input error)` of V in each layer and direction."""
         eps2 = eps = 0.0  # of the inputs of a level, in the 2-norm and as the largest entry
         for level in self.levels:
             squares, largest = 0.0, 0.0
@@ -128,7 +128,7 @@ class Certificate:
                 e, e2 = layer.apart * layer.bound, layer.apart * layer.bound2
                 for c in layer.contractions:
                     of_inputs = eps2 if c.norm == "2" else eps
-                    v = bound(layer, c, of_inputs) if with_layer else bound(c, of_inputs)
+                    v = bound(layer, c, of_inputs)
                     e, e2 = min(e, _times(v, c.out[0])), min(e2, _times(v, c.out[1]))
                 e, largest = min(e, e2), max(largest, e, min(e, e2))
                 squares += e2 * e2
@@ -260,9 +260,9 @@ def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None
         h, forget, cell_bound = b.h, float(b.f.max()), float(b.c.max())
         h2 = length(h)
     else:
-        b = rnn_bounds(w, drive)
-        found = rnn_contractions(w, b, norms, gain, target)
-        h, forget, cell_bound = b.h, None, 0.0
+        of_rnn = rnn_bounds(w, drive)
+        found = rnn_contractions(w, of_rnn, norms, gain, target)
+        h, forget, cell_bound = of_rnn.h, None, 0.0
         if w.cell == "rnn_relu":
             h = relu_bound(found, w.hidden)
         h2 = min(length(h), *(c.start * c.out[1] for c in found))

@@ -48,9 +48,10 @@ def step_into_ball(W: Tensor, scales: Tensor, bound: float, kept: Directions) ->
     A round takes 8 G H P k operations or so, for products with W, and k^3 * 10."""
     near = _near(W, scales, bound)
     block, P = kept.block, W.shape[1]
-    known = block is not None and block.shape[0] == P and block.dtype == W.dtype and block.device == W.device
+    if block is not None and (block.shape[0] != P or block.dtype != W.dtype or block.device != W.device):
+        block = None  # of another matrix
     kept.steps += 1
-    if not known or kept.steps % PERIOD == 0:
+    if block is None or kept.steps % PERIOD == 0:
         squares, V = _all_directions(near, scales)
         outside = int((squares > bound * bound).sum())
         k = min(P, -(-(outside + SPARE) // MULTIPLE) * MULTIPLE)

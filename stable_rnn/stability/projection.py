@@ -20,10 +20,10 @@ from .contraction import gate_scales
 from .nearest import Directions, into_ball, step_into_ball
 from .radius import into_radius
 from .sharded import GATHER, check_kept, is_sharded, store, whole
-from .weights import KINDS, Names, cell_of, check_finite, check_values, layer_names, named_weights, on_cpu, read
+from .weights import KINDS, Names, check_finite, check_values, layer_names, named_weights, on_cpu, read, recurrent
 
 if TYPE_CHECKING:
-    from .sets import Certified
+    from .sets import Certified, Stability
 
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
@@ -64,7 +64,7 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     parametrization, weight norm), that overlap themselves (expanded) or in part each other, of which a sum of parts is placed, or that
     `fully_shard` lends for a pass; a set that doesn't fit the module. TypeError for weights that are not real floating point.
     """
-    cell = cell_of(module)
+    module, cell = recurrent(module)
     stability.check(cell)
     if cell == "lstm" and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
         raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
@@ -89,7 +89,8 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
 
 def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
     """Each module into its own set. With certify=True those that share weights come in turn until none of them moves: ValueError if that
-    takes too long."""
+    takes too long, or if a module has no set."""
+    sets = [(module, _set_of(module)) for module in modules]
     owners = defaultdict(list)
     for module in modules if certify else ():
         for w in module.parameters(recurse=False):
@@ -97,19 +98,25 @@ def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
     shared = [ws[0] for ws in owners.values() if len(ws) > 1]
     for _ in range(ROUNDS):
         before = [whole(w.detach()).clone() for w in shared]
-        for module in modules:
-            module.stability.project_(module, certify=certify)
+        for module, stability in sets:
+            stability.project_(module, certify=certify)
         if all(torch.equal(whole(w.detach()), old) for w, old in zip(shared, before)):
             return
-    sets = ", ".join(dict.fromkeys(str(module.stability) for module in modules))
-    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({sets}); give them weights of their own")
+    named = ", ".join(dict.fromkeys(str(stability) for _, stability in sets))
+    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({named}); give them weights of their own")
+
+
+def _set_of(module: nn.Module) -> Stability:
+    stability: Stability | None = getattr(module, "stability", None)
+    if stability is None:
+        raise ValueError(f"project_: this {type(module).__name__} has no stable set; give it one first, module.stability = Certified()")
+    return stability
 
 
 def projected_names(module: nn.Module, stability: Certified) -> list[str]:
     """The names of the weights that `project_` may write. ValueError if one of them cannot be written, as `project_` says."""
-    kinds = ("weight_hh", "weight_hr")
-    if cell_of(module) == "lstm" and stability.cap == 1:
-        kinds = KINDS
+    module, cell = recurrent(module)
+    kinds = KINDS if cell == "lstm" and stability.cap == 1 else ("weight_hh", "weight_hr")
     wanted = [names[kind] for level in layer_names(module) for names in level for kind in kinds]
     found = {name: w for name in wanted if (w := getattr(module, name, None)) is not None}
     for name in found:
@@ -217,10 +224,11 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Cert
 # ---- the 2-norm
 
 
-def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str,
-           margin: float) -> list[tuple[Tensor, Tensor | None, float]]:
-    """(W, d, bound): what has to obey ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate (on the CPU), or None for 1. None for the max-norm
-    set, nor for an RNN's numerical radius."""
+Ball = tuple[Tensor, Tensor | None, float]  # (W, d, bound): ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate (on the CPU), or None for 1
+
+
+def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float) -> list[Ball]:
+    """What the weights have to obey. None for the max-norm set, nor for an RNN's numerical radius."""
     if stability.norm == "inf":
         return []
     w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
@@ -228,7 +236,7 @@ def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell:
         return [] if stability.norm == "radius" else [(w_hh, None, stability.rate)]
     scales = gate_scales(_any_gates(1, stability.forget), *stability.target)
     most = float(scales.max())  # divided out, so that no product with a large weight overflows
-    balls = [(w_hh, scales / most, stability.rate * (1 - margin) / most)]
+    balls: list[Ball] = [(w_hh, scales / most, stability.rate * (1 - margin) / most)]
     return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
 
@@ -238,7 +246,7 @@ def _any_gates(hidden: int, forget: float) -> LstmBounds:
     return LstmBounds(i=one, f=forget * one, o=one, z=one, si=one / 4, sf=one / 4, so=one / 4, c=one / (1 - forget), t=one, m=one, h=one)
 
 
-def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]]) -> None:
+def _into_balls(balls: list[Ball]) -> None:
     """Proven; LSTM weights near to where they were, in the norm that optimizers move them in: what is left outside is clipped."""
     matrices, bounds, changed = [], [], []
     for w, scales, bound in balls:
@@ -258,7 +266,7 @@ def _into_balls(balls: list[tuple[Tensor, Tensor | None, float]]) -> None:
         w.copy_(torch.where(clipped == wide, w.to(wide), clipped))
 
 
-def _step_into_balls(balls: list[tuple[Tensor, Tensor | None, float]], warm: _Warm) -> None:
+def _step_into_balls(balls: list[Ball], warm: _Warm) -> None:
     others = [(w, bound) for w, scales, bound in balls if scales is None]
     if others:
         spectral_project_([w for w, _ in others], [bound for _, bound in others], certify=False, state=warm.spectral)

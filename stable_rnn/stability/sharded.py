@@ -5,14 +5,18 @@ All of this is collective: every rank of a weight's mesh makes the same calls in
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 GATHER = ("FSDP1 and ZeRO-3 hold parts of their own kind: gather them around the call (FullyShardedDataParallel.summon_full_params, "
           "deepspeed.zero.GatheredParameters), or shard with torch.distributed.fsdp.fully_shard")
 
 
-def is_sharded(w: Tensor) -> bool:
+def is_sharded(w: Tensor) -> TypeGuard[DTensor]:
     return hasattr(w, "placements")
 
 
@@ -21,7 +25,7 @@ def whole(w: Tensor) -> Tensor:
     return w.full_tensor() if is_sharded(w) else w
 
 
-def store(w: Tensor, value: Tensor) -> None:
+def store(w: DTensor, value: Tensor) -> None:
     """Each rank its part of `value`, which is the first rank's: two machines need not round alike, and parts of two results are none."""
     from torch.distributed.tensor import distribute_tensor
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 LARGE = 2**24  # values; an expanded tensor may look larger than any memory
 CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def on_cpu(function: Callable) -> Callable:
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
     """New tensors of the function are made on the CPU, whatever torch's default device is, and autocast is off."""
 
     @wraps(function)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             return function(*args, **kwargs)
 
@@ -72,19 +76,20 @@ class LayerWeights:
         return self.w_hh.shape[0] // (4 if self.cell == "lstm" else 1)
 
 
-def cell_of(module: nn.Module) -> str:
-    """"lstm", "rnn_tanh" or "rnn_relu"; TypeError for what has no certificate."""
+def recurrent(module: nn.Module) -> tuple[nn.RNNBase | nn.RNNCellBase, str]:
+    """The module, and its cell: "lstm", "rnn_tanh" or "rnn_relu". TypeError for what has no certificate."""
+    if isinstance(module, nn.LSTMCell):
+        return module, "lstm"
+    if isinstance(module, nn.RNNCell):
+        return module, "rnn_" + module.nonlinearity
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        if isinstance(module, nn.LSTMCell):
-            return "lstm"
-        if isinstance(module, nn.RNNCell):
-            return "rnn_" + module.nonlinearity
-        if getattr(module, "mode", None) in CELLS:
-            return CELLS[module.mode]
+        cell = CELLS.get(getattr(module, "mode", ""))
+        if cell is not None:
+            return module, cell
     raise TypeError(f"a certificate needs an RNN or LSTM (module or cell), got {type(module).__name__}")
 
 
-def layer_names(module: nn.Module) -> list[list[Names]]:
+def layer_names(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Names]]:
     """For each layer, its one or two directions."""
     if isinstance(module, nn.RNNCellBase):
         return [[Names("")]]
@@ -94,8 +99,9 @@ def layer_names(module: nn.Module) -> list[list[Names]]:
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """All weights and biases of a module as it holds them. ValueError for one of another shape than the module's sizes ask for."""
-    gates, hidden = 4 if cell_of(module) == "lstm" else 1, module.hidden_size
-    rows, out, inputs, found = gates * hidden, getattr(module, "proj_size", 0) or hidden, module.input_size, {}
+    module, cell = recurrent(module)
+    hidden, inputs = module.hidden_size, module.input_size
+    rows, out, found = (4 if cell == "lstm" else 1) * hidden, getattr(module, "proj_size", 0) or hidden, {}
     for level in layer_names(module):
         shapes = dict(zip(KINDS, ((rows, inputs), (rows, out), (out, hidden), (rows,), (rows,))))
         for names in level:
@@ -113,7 +119,8 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def read_module(module: nn.Module) -> list[list[LayerWeights]]:
     """All layers and directions of a module. ValueError names a weight with NaN or infinite entries or on the meta device."""
-    cell, weights = cell_of(module), named_weights(module)
+    module, cell = recurrent(module)
+    weights = named_weights(module)
     return [[read(weights.get, names, cell) for names in level] for level in layer_names(module)]
 
 
@@ -132,7 +139,7 @@ def check_finite(name: str, w: Tensor) -> None:
         raise ValueError(f"{name} holds NaN or infinite values")
 
 
-def read(get, names: Names, cell: str) -> LayerWeights:
+def read(get: Callable[[str], Tensor | None], names: Names, cell: str) -> LayerWeights:
     """One layer and direction, from `get(name)`, which answers None for a tensor that there isn't."""
 
     def matrix(kind: str) -> Tensor | None:
@@ -145,6 +152,7 @@ def read(get, names: Names, cell: str) -> LayerWeights:
         return found
 
     w_ih, w_hh = matrix("weight_ih"), matrix("weight_hh")
+    assert w_ih is not None and w_hh is not None
     biases = [b for b in (matrix("bias_ih"), matrix("bias_hh")) if b is not None]
     bias = sum(biases, torch.zeros(w_hh.shape[0], dtype=torch.float64))
     return LayerWeights(cell, names.tag, w_ih, w_hh, bias, matrix("weight_hr"))
@@ -160,7 +168,8 @@ def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[li
         named = HIDDEN_WEIGHT.fullmatch(key) if isinstance(key, str) else None
         if named:
             tags.setdefault(named[1] or "", set()).add(named[2] or "")
-    stacks, faults = {}, {}
+    stacks: dict[str, list[list[LayerWeights]]] = {}
+    faults: dict[str, Exception] = {}
     for prefix, found in tags.items():
         start = prefix + "." if prefix else ""
         try:
@@ -197,7 +206,7 @@ def _level(tag: str) -> int:
     return int(digits[:9]) if digits else 0  # 10 digits are no layer that could follow others
 
 
-def _listed(names: list[str], most: int = 4) -> str:
+def _listed(names: Sequence[object], most: int = 4) -> str:
     more = len(names) - most
     return ", ".join(map(printable, names[:most])) + (f" and {more} more" if more > 0 else "")
 
