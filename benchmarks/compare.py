@@ -1,7 +1,8 @@
 """A commit against the working tree, in turns: `python -m benchmarks.compare REF [--only PATTERN] [--rounds N] [--out FILE.jsonl]`.
 
 Two processes, one with each tree's stable_rnn, take turns A B B A, so that a machine's drift meets both alike. A ratio is REF / here of one
-round (above 1: the working tree is faster). REF is built once, in build/compare/COMMIT; the working tree runs what `make build` left in it.
+round (above 1: the working tree is faster); HEAD in a clean tree shows how much of it is noise. REF is built once, in build/compare/COMMIT;
+the working tree runs what `make build` left in it.
 """
 from __future__ import annotations
 
@@ -174,7 +175,7 @@ def summary(ref: Sequence[float], here: Sequence[float]) -> dict:
             "quartiles": [quarter, three], "range": [min(ratios), max(ratios)], "fastest": min(ref) / min(here), "ratios": ratios}
 
 
-HEAD = f"{'case':58s} {'REF, ms':>10s} {'here, ms':>10s}  REF / here: median of the rounds (quartiles) lowest … highest; of the fastest turns"
+HEAD = f"{'case':58s} {'REF, ms':>10s} {'here, ms':>10s}  REF / here: median of rounds (quartiles) lowest … highest; fastest turns"
 
 
 def line(row: dict) -> str:
