@@ -1,7 +1,8 @@
 """A commit against the working tree, in turns: `python -m benchmarks.compare REF [--only PATTERN] [--rounds N] [--out FILE.jsonl]`.
 
 Two processes, one with each tree's stable_rnn, take turns A B B A, so that a machine's drift meets both alike. A ratio is REF / here of one
-round (above 1: the working tree is faster). REF is built once, in build/compare/COMMIT; the working tree runs what `make build` left in it.
+round (above 1: the working tree is faster); HEAD in a clean tree shows how much of it is noise. REF is built once, in build/compare/COMMIT;
+the working tree runs what `make build` left in it.
 """
 from __future__ import annotations
 
@@ -171,10 +172,10 @@ def summary(ref: Sequence[float], here: Sequence[float]) -> dict:
     ratios = [a / b for a, b in zip(ref, here, strict=True)]
     quarter, middle, three = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"ref_ms": statistics.median(ref) * 1e3, "here_ms": statistics.median(here) * 1e3, "ratio": middle,
-            "quartiles": [quarter, three], "range": [min(ratios), max(ratios)], "ratios": ratios}
+            "quartiles": [quarter, three], "range": [min(ratios), max(ratios)], "fastest": min(ref) / min(here), "ratios": ratios}
 
 
-HEAD = f"{'case':58s} {'REF, ms':>10s} {'here, ms':>10s}  REF / here: median, quartiles, lowest … highest of the rounds"
+HEAD = f"{'case':58s} {'REF, ms':>10s} {'here, ms':>10s}  REF / here: median of rounds (quartiles) lowest … highest; fastest turns"
 
 
 def line(row: dict) -> str:
@@ -183,7 +184,7 @@ def line(row: dict) -> str:
     low, high = row["range"]
     verdict = "  faster in every round" if low > 1 else "  slower in every round" if high < 1 else ""
     return (f"{row['case']:58s} {row['ref_ms']:10.4f} {row['here_ms']:10.4f}  {row['ratio']:.3f} "
-            f"({row['quartiles'][0]:.3f} {row['quartiles'][1]:.3f}) {low:.3f} … {high:.3f}{verdict}")
+            f"({row['quartiles'][0]:.3f} {row['quartiles'][1]:.3f}) {low:.3f} … {high:.3f}; {row['fastest']:.3f}{verdict}")
 
 
 # ---- command line
