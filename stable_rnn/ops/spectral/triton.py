@@ -83,14 +83,17 @@ def _launch(
         )
 
 
-_captured: list[Tensor] = []  # what CUDA graphs will read: theirs for good
+_captured: dict[tuple, Tensor] = {}  # what CUDA graphs will read: theirs for good, one table for all graphs of the same matrices
 
 
 def _kept(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of numbers on the device; the same ones come at every optimizer step."""
-    found = _constant(tuple(values), dtype, device)
-    if _capturing(device):
-        _captured.append(found)
+    key = tuple(values), dtype, device
+    found = _captured.get(key)
+    if found is None:
+        found = _constant(*key)
+        if _capturing(device):
+            _captured[key] = found
     return found
 
 
