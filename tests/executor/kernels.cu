@@ -103,6 +103,11 @@ __global__ void copies(const Params p) {
   copy_commit();
   if (p.mode == 3) const_cast<float*>(in)[i] = -1.f;
   if (p.mode == 4) shared[i] = -1.f;
+  if (p.mode == 6) store_l2(out + i, shared[i]);
+  if (p.mode == 7) {
+    for (int k = 0; k < 3; ++k) shared[4 * i + k] = 1.f;
+    store_l2(reinterpret_cast<Four*>(out) + i, shared_as<Four>()[i]);
+  }
   if (p.mode == 5) out[i] = shared[i], out[n + i] = shared[n + 4 * i];   // too early
   copy_wait<1>();
   out[2 * n + i] = shared[i];
@@ -163,7 +168,8 @@ __global__ void through_l2(const Params p) {
 }
 
 // Faults: 0: one thread misses the barrier; 1: a warp in two collectives; 2: a write just past shared memory; 3: shared memory as found;
-// 4: a read `count` floats further; 5: a vector at an address that it may not have
+// 4: a read `count` floats further; 5: a vector at an address that it may not have; 6, 7: shared memory as
+// found, one float and a part of four, on its way to other blocks
 __global__ void faults(const Params p) {
   const int i = thread_index();
   float* shared = shared_as<float>();
