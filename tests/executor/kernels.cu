@@ -103,11 +103,6 @@ __global__ void copies(const Params p) {
   copy_commit();
   if (p.mode == 3) const_cast<float*>(in)[i] = -1.f;
   if (p.mode == 4) shared[i] = -1.f;
-  if (p.mode == 6) store_l2(out + i, shared[i]);
-  if (p.mode == 7) {
-    for (int k = 0; k < 3; ++k) shared[4 * i + k] = 1.f;
-    store_l2(reinterpret_cast<Four*>(out) + i, shared_as<Four>()[i]);
-  }
   if (p.mode == 5) out[i] = shared[i], out[n + i] = shared[n + 4 * i];   // too early
   copy_wait<1>();
   out[2 * n + i] = shared[i];
@@ -180,6 +175,11 @@ __global__ void faults(const Params p) {
   if (p.mode == 3) out[i] = shared[i];
   if (p.mode == 4) out[i] = static_cast<const float*>(p.in)[i + p.count];
   if (p.mode == 5) out[i] = shared_as<const Two>(4)->v[1];
+  if (p.mode == 6) store_l2(out + i, shared[i]);
+  if (p.mode == 7) {
+    for (int k = 0; k < 3; ++k) shared[4 * i + k] = 1.f;
+    store_l2(reinterpret_cast<Four*>(out) + i, shared_as<Four>()[i]);
+  }
 }
 
 // h' = tanh-like(W h + x), hidden units split over the blocks of a team that meet in a cluster (mode 0) or through L2 (mode 1).
