@@ -30,8 +30,7 @@ void set(T& x, T value) { __atomic_store_n(&x, value, __ATOMIC_RELAXED); }
 Crowd known;
 int forced = -1;
 
-// A sleeper leaves its core to the thread that it waits for. (sched_yield would not: any other program may get the core, for its whole
-// slice, and recent Linux charges the yielding thread for it.)
+// A sleeper leaves its core to the thread that it waits for. (sched_yield might give it to any other program, for its whole slice.)
 void sleep_while(const uint32_t& word, uint32_t value) {
 #ifdef __linux__
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -94,7 +93,8 @@ void leave_at(int round, int64_t pause) {
 
 void leave_team() { throw Left{}; }
 
-Barrier::Barrier(bool judged) : judged(judged), countdown(get(forced)), lost(judged ? get(known.lost) : 0), waits(judged ? get(known.waits) : 0) {
+Barrier::Barrier(bool judged)
+    : judged(judged), countdown(get(forced)), lost(judged ? get(known.lost) : 0), waits(judged ? get(known.waits) : 0) {
   mark = nanoseconds();
   start = mark - lost;
   if (countdown >= 0) arrived = sleeping;

@@ -1,4 +1,5 @@
-// Teams of csrc/cpu/parallel.h on plain threads, and csrc/cpu/crowd.h with a clock of its own. `team NAME` runs one check; exit status 1: it failed.
+// Teams of csrc/cpu/parallel.h on plain threads, and csrc/cpu/crowd.h with a clock of its own. `team NAME` runs one check; exit status 1:
+// it failed.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -11,6 +12,8 @@ using namespace stable_rnn;
 using plain::Team;
 
 namespace {
+
+void sleep_us(int time) { std::this_thread::sleep_for(std::chrono::microseconds(time)); }
 
 int failures = 0;
 
@@ -31,7 +34,8 @@ int meet(int threads, int rounds, bool judged, const Work& work) {
     try {
       for (int round = 0; round < rounds; ++round) {
         work(thread, round);
-        for (int64_t i = team.begin(items); i < team.end(items); ++i) done[round * items + i] += round ? done[(round - 1) * items + items - 1 - i] : 1;
+        const int* before = round ? &done[(round - 1) * items] : nullptr;   // of other threads, mostly
+        for (int64_t i = team.begin(items); i < team.end(items); ++i) done[round * items + i] += before ? before[items - 1 - i] : 1;
         team.sync();
       }
       stayed[thread] = 1, ranks[thread] = team.rank, sizes[thread] = team.size;
@@ -63,22 +67,24 @@ void told() {   // threads leave at barriers in turn; nobody does of its own acc
   leave_at(-1, 0);
 }
 
+void late_one(int thread, int) { if (thread == 1) sleep_us(2000); }
+
 void late() {   // one thread is always late: the others sleep, and the team goes on without somebody
   for (int threads : {2, 3, 4}) {
     leave_at(-1, 0);
-    const int left = meet(threads, 50, true, [](int thread, int) { if (thread == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2)); });
+    const int left = meet(threads, 50, true, late_one);
     expect(left < threads, "threads at the end", left);
     expect(crowd().limit == left && crowd().pause > 0, "known threads", crowd().limit);
   }
   leave_at(-1, 0);
-  const int left = meet(3, 20, false, [](int thread, int) { if (thread == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2)); });
+  const int left = meet(3, 20, false, late_one);
   expect(left == 3 && crowd().until == 0, "threads at the end of a team whose shares differ", left);
 }
 
 void many() {   // many rounds, at all speeds, more threads than most machines have
   leave_at(-1, 0);
   meet(2, 500, true, [](int, int) {});
-  meet(8, 100, false, [](int thread, int round) { if ((thread * 7 + round) % 50 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100)); });
+  meet(8, 100, false, [](int thread, int round) { if ((thread * 7 + round) % 50 == 0) sleep_us(100); });
   leave_at(-1, 0);
 }
 
@@ -106,14 +112,17 @@ void calls() {   // each too short to tell
   leave_at(-1, 0);
   int call = 0;
   while (call < 50 && crowd().limit == 0)
-    meet(2, 1, true, [](int thread, int) { if (thread == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2)); }), ++call;
+    meet(2, 1, true, late_one), ++call;
   expect(crowd().limit == 1, "threads", crowd().limit);
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
-  struct { const char* name; void (*check)(); } checks[] = {{"told", told}, {"late", late}, {"many", many}, {"memory", memory}, {"calls", calls}};
+  const struct {
+    const char* name;
+    void (*check)();
+  } checks[] = {{"told", told}, {"late", late}, {"many", many}, {"memory", memory}, {"calls", calls}};
   for (const auto& one : checks)
     if (!std::strcmp(arguments[1], one.name)) return one.check(), failures != 0;
   return 2;
