@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "crowd.h"
 #include "isa.h"
 #include "memory.h"
 #include "stable_rnn/cuda.h"
@@ -168,6 +169,15 @@ py::dict cpu_features() {
   return features;
 }
 
+py::dict known_crowd() {
+  const Crowd known = crowd();
+  const int64_t left = known.until - nanoseconds();
+  py::dict found;
+  found["threads"] = left > 0 ? py::object(py::int_(known.limit)) : py::none();
+  found["seconds"] = left > 0 ? left * 1e-9 : 0;
+  return found;
+}
+
 void choose_isa(const std::string& name) {
   if (!set_isa(name.c_str())) throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512)");
 }
@@ -238,5 +248,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"), arg("bytes"),
              "A hint for large outputs that nobody has written yet: far fewer page faults.");
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
+  module.def("crowd", known_crowd, "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");
+  module.def("leave_at", [](int round, double pause) { leave_at(round, int64_t(pause * 1e9)); }, arg("round"), arg("pause") = 0,
+             "For tests: forget what is known of busy cores, and let threads leave their team at every (round + 1)-th barrier; -1: none.");
   module.def("set_isa", choose_isa, arg("name"), "For tests: take another instruction set than the best one.");
 }

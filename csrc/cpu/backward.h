@@ -68,7 +68,7 @@ struct BackwardTile {
     runs = memory.take<Run>(rows);
   }
 
-  void run(const Team& team, int64_t n) {
+  void run(Team& team, int64_t n) {
     for (int64_t r = team.begin(n); r < team.end(n); ++r) start(r);
     team.sync();
     int64_t active = n;
@@ -90,7 +90,7 @@ struct BackwardTile {
                   dc_init ? dc_init + run.entry * hidden : nullptr);
   }
 
-  void stage(const Team& team, int64_t s, int64_t active) {
+  void stage(Team& team, int64_t s, int64_t active) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t first = weights.gates.first(p) * width;
       const int size = weights.gates.size(p);

@@ -68,7 +68,7 @@ struct ForwardTile {
   }
 
   // Runs the n lanes in `runs`, longest first, to their ends. A member of a team works on a copy of the tile of its own.
-  void run(const Team& team, int64_t n) {
+  void run(Team& team, int64_t n) {
     bool zeros = !weights.gates.not_finite;
     for (int64_t r = 0; r < n; ++r) zeros = zeros && !(runs[r].given && h0) && !h_init;
     for (int64_t r = team.begin(n); r < team.end(n); ++r) start(r);
@@ -91,7 +91,7 @@ struct ForwardTile {
       begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr, c_init ? c_init + run.entry * hidden : nullptr);
   }
 
-  void step(const Team& team, int64_t s, int64_t active, const float* state) {
+  void step(Team& team, int64_t s, int64_t active, const float* state) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t unit = weights.gates.first(p) * width;
       const int size = weights.gates.size(p);

@@ -87,10 +87,10 @@ const char* run_backward(const BackwardParams& p, Cell cell, const int64_t* entr
   char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     team.sync();
-    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+    for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
       Tile tile(weights, Tensors<T, Cell>{p}, cell, p.hidden, p.out, p.dh_n, p.dc_n, p.dh_init, p.dc_init);
       Workspace piece(tile_memory + slot * tile_bytes);
       tile.take(piece, tiling.rows);

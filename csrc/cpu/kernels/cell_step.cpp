@@ -58,11 +58,12 @@ const char* run_cell_step(const CellStepParams& p, Cell cell) {
   constexpr int64_t worth_threads = 4000000;   // multiply-adds
   const int64_t vectors = ceil_div(p.hidden, width), passes = ceil_div(p.batch, most_rows);
   const bool large = p.batch * p.hidden * (p.input + p.hidden) * Cell::gates >= worth_threads;
-  parallel(large ? p.threads : 1, [&](const Team& team) {
+  parallel(large ? uncrowded(p.threads) : 1, true, [&](Team& team) {
     for (int64_t i = team.begin(vectors * passes); i < team.end(vectors * passes); ++i) {
       const int64_t first = i % passes * most_rows, rest = p.batch - first;
       units<T>(p, cell, i / passes * width, first, int(rest < most_rows ? rest : most_rows));
     }
+    team.sync();
   });
   return nullptr;
 }

@@ -191,13 +191,13 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
   char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     forward_weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     backward_weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     for (int64_t id = p.first + team.begin(p.last - p.first); id < p.first + team.end(p.last - p.first); ++id)
       windows.clear_missing(id);
     team.sync();
-    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+    for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
       Workspace piece(tile_memory + slot * tile_bytes);
       const States<Cell> states{piece.take<float>(cells), piece.take<float>(last), piece.take<float>(saved)};
       Forward forward(forward_weights, Recorder<T, Cell>{windows, states}, cell, p.xp, p.h0, p.c0, p.hidden_bias, nullptr, nullptr);
@@ -219,6 +219,7 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
     const int64_t rows = (last_time - first_time + 1) * batch;
     for (int64_t i = team.begin(rows); i < team.end(rows); ++i) windows.collect(i % batch, first_time + i / batch);
     for (int64_t b = team.begin(batch); b < team.end(batch); ++b) windows.collect_start(b);
+    team.sync();
   });
   return nullptr;
 }

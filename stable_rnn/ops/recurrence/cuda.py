@@ -5,7 +5,7 @@ float32 products are exact float32 unless torch's switch for matrix products all
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def device_limits(index: int) -> tuple[tuple[int, ...] | None, str]:
         return None, str(error)
 
 
-@cache
+@lru_cache(maxsize=256)  # one for each length of a batch
 def plan(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> dict:
     """How a shape runs on a device with these limits: the fields of `CudaPlan`."""
     return lib.recurrence_plan_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
