@@ -52,6 +52,7 @@ int meet(int threads, int rounds, bool judged, const Work& work) {
   for (int thread = 0; thread < threads; ++thread)
     if (stayed[thread]) expect(sizes[thread] == left, "size of the team at the end", sizes[thread]);
   expect(sum == left * (left - 1) / 2, "sum of the ranks", sum);
+  if (judged) expect(!(barrier.arrived & Barrier::sleeping), "nobody sleeps any more", barrier.arrived);
   for (int value : done) expect(value == 1, "an item was done other than once", value);
   return left;
 }
@@ -104,6 +105,8 @@ void memory() {   // times in microseconds
   expect(known.pause == 5000000 * us, "longest pause", known.pause);
   known.kept(2, 1 * us, known.until);   // lost more than it gained: no proof
   expect(known.pause == 5000000 * us && known.waits == 2 && known.lost == 1 * us, "pause", known.pause);
+  known.collapsed(1, 0, 0);
+  expect(known.waits == 0 && known.lost == 0, "an account that was closed", known.waits);
   for (int i = 0; i < 20; ++i) known.kept(2, -1 * us, known.until + i);
   expect(known.pause == 0 && known.until == 0 && known.waits == 0 && known.lost == 0, "pause of a quiet machine", known.pause);
 }
