@@ -13,7 +13,6 @@ struct PrepareParams {
   Geometry geometry;
   WarpLayout layout;
   Lanes lanes;
-  bool backward;
   int64_t hidden;
   const void* w_hh;        // [G*H, H]
   Quad* packed;            // [blocks][slots][layout.blocks][chunks][2][fragments], see below
@@ -36,7 +35,7 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   const int block = (index /= g.chunks) % at.blocks, slot = (index /= at.blocks) % (g.groups * at.warps);
   const int first_unit = index / (g.groups * at.warps) * g.units + slot / at.warps * at.units;
   const int chunks = g.segment / A::shape.chunk;   // of one gate
-  const int first_gate = q.backward ? slot % at.warps * at.own_gates + chunk / chunks : block * (16 / at.units);
+  const int first_gate = at.backward ? slot % at.warps * at.own_gates + chunk / chunks : block * (16 / at.units);
 
   const int64_t H = q.hidden;
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
@@ -47,7 +46,7 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
     typename A::Element elements[of_word];
     for (int e = 0; e < of_word; ++e) {
       float value = 0;
-      if (unit < H && k + e < H) value = q.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
+      if (unit < H && k + e < H) value = at.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
       elements[e] = A::element(value);
     }
     std::memcpy(&quad.word[word], elements, 4);
