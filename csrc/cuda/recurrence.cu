@@ -42,7 +42,6 @@ const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const 
   q.geometry = g;
   q.lanes = p.lanes;
   q.layout = warp_layout(backward, p.cell);
-  q.backward = backward;
   q.hidden = p.hidden;
   q.w_hh = p.w_hh;
   hand_through(p, q);

@@ -237,8 +237,10 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
 // The kernel of a plan's variant.
 template <int dtype, class Cell>
 const char* launch_backward_of(const BackwardLaunch& q, const Grid& grid) {
+  constexpr WarpLayout layout = warp_layout<Cell>(true);
+  constexpr int element = product_shape(dtype).element;
   const Geometry& g = q.geometry;
-  if constexpr (product_shape(dtype).element == 2)
+  if constexpr (is_compiled(layout, element, 1, true))
     if (g.place == in_registers) return launch(&recurrence_backward<dtype, Cell, 1, true>, grid, q);
   if (g.octets == 1) return launch(&recurrence_backward<dtype, Cell, 1, false>, grid, q);
   if (g.octets == 2) return launch(&recurrence_backward<dtype, Cell, 2, false>, grid, q);

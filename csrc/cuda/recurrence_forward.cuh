@@ -248,12 +248,14 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
 // The kernel of a plan's variant.
 template <int dtype, class Cell>
 const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
+  constexpr WarpLayout layout = warp_layout<Cell>(false);
+  constexpr int element = product_shape(dtype).element;
   const Geometry& g = q.geometry;
-  if constexpr (product_shape(dtype).element == 2)
+  if constexpr (is_compiled(layout, element, 1, true))
     if (g.place == in_registers) return launch(&recurrence_forward<dtype, Cell, 1, true>, grid, q);
   if (g.octets == 1) return launch(&recurrence_forward<dtype, Cell, 1, false>, grid, q);
   if (g.octets == 2) return launch(&recurrence_forward<dtype, Cell, 2, false>, grid, q);
-  if constexpr (product_shape(dtype).element == 2)
+  if constexpr (is_compiled(layout, element, 8, false))
     if (g.octets == 8) return launch(&recurrence_forward<dtype, Cell, 8, false>, grid, q);
   return launch(&recurrence_forward<dtype, Cell, 4, false>, grid, q);
 }

@@ -10,6 +10,7 @@
 namespace stable_rnn {
 
 struct WarpLayout {
+  bool backward;
   int gates;       // of the cell
   int units;       // of a group
   int warps;       // that share a group
@@ -21,16 +22,23 @@ struct WarpLayout {
 template <class Cell>
 constexpr WarpLayout warp_layout(bool backward) {
   constexpr int gates = Cell::gates, units = gates % 2 ? 16 : 8, warps = gates % 4 == 0 ? 4 : gates % 2 ? 1 : 2;
-  return backward ? WarpLayout{gates, 16, warps, 1, gates / warps, gates} : WarpLayout{gates, units, 1, gates * units / 16, 1, 1};
+  return backward ? WarpLayout{true, gates, 16, warps, 1, gates / warps, gates}
+                  : WarpLayout{false, gates, units, 1, gates * units / 16, 1, 1};
 }
 
 inline WarpLayout warp_layout(bool backward, int cell) {
   return dispatch_cell(cell, 1.f, [&](auto of) { return warp_layout<decltype(of)>(backward); });
 }
 
-// The most warps of a block, so that registers suffice: what a kernel is compiled for.
+// The variants of a kernel that registers suffice for, 8 * octets lanes of a warp, perhaps W held in registers; and the most warps of a
+// block, which is what the variant is compiled for. `element`: bytes, see ProductShape.
+constexpr bool is_compiled(WarpLayout layout, int element, int octets, bool held) {
+  const bool small = element == 2 && layout.blocks <= 2;
+  if (held) return small && octets == 1 && layout.own_gates == 1;
+  return octets <= 4 || (small && !layout.backward);
+}
 constexpr int most_warps(WarpLayout layout, int octets, bool held) {
-  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? 12 : 16;
+  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? (layout.blocks > 2 ? 8 : 12) : 16;
 }
 
 }  // namespace stable_rnn

@@ -60,8 +60,8 @@ struct Search : Problem {
     const int warps = units / layout.units * layout.warps * lane_groups;
     const int most = most_warps(layout, octets, place == in_registers);
     if (warps > most) return;
-    if (product_shape(dtype).element == 4 ? octets == 8 || place == in_registers : octets == 8 && backward) return;   // not compiled
-    if (place == in_registers && octets * lane_groups > 1) return;
+    if (!is_compiled(layout, product_shape(dtype).element, octets, place == in_registers)) return;
+    if (place == in_registers && lane_groups > 1) return;
     CudaPlan plan{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
     Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;

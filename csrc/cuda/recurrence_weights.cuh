@@ -13,7 +13,6 @@ struct PrepareParams {
   Geometry geometry;
   WarpLayout layout;
   Lanes lanes;
-  bool backward;
   int64_t hidden;
   const void* w_hh;        // [G*H, H]
   Quad* packed;            // [blocks][slots][layout.blocks][chunks][2][fragments], see below
@@ -31,23 +30,24 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   using A = Arithmetic<dtype>;
   constexpr int of_word = 4 / A::shape.element, of_chunk = A::shape.chunk / A::shape.element;   // elements
   const Geometry& g = q.geometry;
-  const WarpLayout& at = q.layout;
+  const WarpLayout at = q.layout;
   const int fragment = index % A::shape.fragments, j = (index /= A::shape.fragments) % 2, chunk = (index /= 2) % g.chunks;
   const int block = (index /= g.chunks) % at.blocks, slot = (index /= at.blocks) % (g.groups * at.warps);
   const int first_unit = index / (g.groups * at.warps) * g.units + slot / at.warps * at.units;
-  const int chunks = g.segment / A::shape.chunk;   // of one gate
-  const int first_gate = q.backward ? slot % at.warps * at.own_gates + chunk / chunks : block * (16 / at.units);
+  const int chunks = g.segment / A::shape.chunk, first_k = chunk % chunks * of_chunk;   // of one gate
+  const int first_gate = at.backward ? slot % at.warps * at.own_gates + chunk / chunks : block * (16 / at.units);
 
   const int64_t H = q.hidden;
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
   Quad quad;
   for (int word = 0; word < 4; ++word) {
-    const int row = A::row_of(j, fragment, word), k = chunk % chunks * of_chunk + A::word_of(j, fragment, word) * of_word;
-    const int unit = first_unit + row % at.units, gate = first_gate + row / at.units;
+    const int row = A::row_of(j, fragment, word), k = first_k + A::word_of(j, fragment, word) * of_word;
+    const bool second = row >= at.units;   // gate of the block
+    const int unit = first_unit + (second ? row - at.units : row), gate = first_gate + second;
     typename A::Element elements[of_word];
     for (int e = 0; e < of_word; ++e) {
       float value = 0;
-      if (unit < H && k + e < H) value = q.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
+      if (unit < H && k + e < H) value = at.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
       elements[e] = A::element(value);
     }
     std::memcpy(&quad.word[word], elements, 4);
