@@ -4,7 +4,7 @@
 #     benchmarks/gpu_check.sh [COMMIT]              COMMIT: for the results, where git cannot tell
 #
 # builds against whatever python, torch and nvcc are there, runs the tests on the device (a marked subset under compute-sanitizer),
-# measures the targets of the CUDA and Triton kernels side by side, and writes one JSON and a table.
+# measures the targets of the CUDA and Triton kernels side by side, and writes one file of rows and a table.
 #
 #     OUT     where they go (default benchmarks/results)
 #     PYTHON  the interpreter (default: the first of .venv/bin/python, python3, python whose torch sees a GPU)

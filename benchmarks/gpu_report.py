@@ -1,10 +1,9 @@
-"""One JSON and one table of what `benchmarks/gpu_check.sh` did: `python -m benchmarks.gpu_report WORK OUT COMMIT`.
+"""One file of rows and one table of what `benchmarks/gpu_check.sh` did: `python -m benchmarks.gpu_report WORK OUT COMMIT`.
 
 WORK holds stages.tsv (name, exit status, seconds, limit), NAME.log for each stage, and what the stages wrote: targets/, others/, speed/.
 """
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -12,29 +11,33 @@ from pathlib import Path
 
 import torch
 
+from . import jsonl
 from .speed import results
 
 TAIL = 4000  # characters of a stage's log
+PARTS = {"targets": "targets/gpu_targets.jsonl", "others": "others/gpu_targets.jsonl", "speed": "speed/speed.jsonl"}
 
 
 def main(work: Path, out: Path, commit: str) -> int:
     gpu = torch.cuda.is_available()
     facts = results.environment(["cuda"] if gpu else [], commit)
     stages = [stage(work, *line.split("\t")) for line in (work / "stages.tsv").read_text().splitlines()]
-    found = {name: read(work / path) for name, path in (("targets", "targets/gpu_targets.json"), ("others", "others/gpu_targets.json"),
-                                                        ("speed", "speed/speed.json"))}
     device = facts["gpu"]["name"] if gpu else "rehearsal"
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    out.mkdir(parents=True, exist_ok=True)
-    results.write_json(out / f"{name}.json", {"what": "benchmarks/gpu_check.sh", "environment": facts, "stages": stages, **found})
+    log = jsonl.Log(out / f"{name}.jsonl", {"what": "benchmarks/gpu_check.sh", "environment": facts})
+    log.add(*({"part": "stages", **found} for found in stages))
+    for part, path in PARTS.items():
+        if (work / path).is_file():
+            about, rows = jsonl.read(work / path)
+            log.add(*({"part": part, **row} for row in rows), **{part: about})
     tables = [(work / path).read_text() for path in ("targets/gpu_targets.md", "others/gpu_targets.md", "speed/speed.md")
               if (work / path).is_file()]
     lines = [f"# {device}, commit {commit}", "", "| stage | how it went | seconds |", "|---|---|---|"]
     lines += [f"| {s['name']} | {s['status']} | {s['seconds']} |" for s in stages]
     (out / f"{name}.md").write_text("\n\n".join(["\n".join(lines), *tables]))
-    for picture in (work / "speed").glob("*.png"):
+    for picture in (work / "speed").glob("*.svg"):
         shutil.copyfile(picture, out / f"{name}-{picture.name}")
-    print(f"wrote {out / name}.json and .md")
+    print(f"wrote {out / name}.jsonl and .md")
     return 0
 
 
@@ -43,10 +46,6 @@ def stage(work: Path, name: str, code: str, seconds: str, limit: str) -> dict:
     status = {"0": "passed", "124": f"stopped after {limit} s", "137": f"killed after {limit} s", "skipped": "no time left"}.get(code)
     text = log.read_text(errors="replace") if log.is_file() else ""
     return {"name": name, "status": status or f"failed, exit status {code}", "seconds": int(seconds), "log_tail": text[-TAIL:]}
-
-
-def read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 if __name__ == "__main__":

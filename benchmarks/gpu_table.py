@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .jsonl import Log
 from .speed import contestants, measure
 from .speed.cases import Case
 
@@ -12,15 +13,15 @@ TINY = {"T": 48, "B": 3, "H": 8, "k": 4, "C": 12}  # of a rehearsal
 
 
 class Table:
-    """Rows as they come: printed, kept, and written after each part."""
+    """Rows as they come: printed, and written."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, log: Log) -> None:
         self.tiny: bool = options.rehearse
         self.device = "cpu" if self.tiny else "cuda"
         self.kernels = ("cpu",) if self.tiny else ("cuda", "triton")
         self.limits = measure.Limits(options.seconds, 20.0, measure.memory_limit(self.device))
         self.rates: dict[str, float] = {}
-        self.rows: list[dict[str, Any]] = []
+        self.log = log
 
     def case(self, dtype: str = "float16", passes: str = "forward", **sizes: int) -> Case:
         sizes = {"B": 1, "k": 32} | sizes
@@ -70,9 +71,9 @@ class Table:
         met = None
         if figure is not None and row["target"] is not None:
             met = figure <= row["target"] if row.get("most") else figure >= row["target"]
-        self.rows.append(row | {"met": met})
-        print(line(self.rows[-1]), flush=True)
-        return self.rows[-1]
+        self.log.add(row | {"met": met})
+        print(line(self.log.rows[-1]), flush=True)
+        return self.log.rows[-1]
 
 
 class Measured:
@@ -105,18 +106,18 @@ def aim(row: dict) -> str:
     return "" if row["target"] is None else f"{'≤' if row.get('most') else '≥'} {row['target']:.3g} {row.get('unit', '')}".rstrip()
 
 
-def markdown(content: dict) -> str:
-    facts = content["environment"]
+def markdown(about: dict, rows: list[dict]) -> str:
+    facts = about["environment"]
     where = facts["gpu"]["name"] if "gpu" in facts else facts["processor"]
     said = f"{where}, commit {facts['commit']}, {facts['date']}, torch {facts['torch']}"
-    said += " **Not finished.**" * (not content["finished"]) + " **A rehearsal: tiny sizes on the CPU.**" * content["rehearsal"]
+    said += " **Not finished.**" * (not about["finished"]) + " **A rehearsal: tiny sizes on the CPU.**" * about["rehearsal"]
     out = ["# GPU targets", "", said, "", "| case | ours, ms | baseline, ms | figure | target | error (allowed) | |",
            "|---|---|---|---|---|---|---|"]
 
     def cell(row: dict, name: str, form: str) -> str:
         return format(row[name], form) if row.get(name) is not None else ""
 
-    for row in content["rows"]:
+    for row in rows:
         figure = cell(row, "value", ".4g") if row.get("ratio") is None else f"{row['ratio']:.2f}x over {row['baseline']}"
         error = cell(row, "error", ".1e") + (f" ({row['tolerance']:.1e})" if row.get("tolerance") is not None else "")
         verdict = f"**WRONG: {row['wrong']}**" if row["wrong"] else {True: "met", False: "missed", None: row["note"]}[row["met"]]

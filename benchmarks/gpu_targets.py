@@ -1,7 +1,7 @@
 """The targets of the GPU kernels, each against its baseline in the same run: `python -m benchmarks.gpu_targets [--out DIR]`.
 
 Every row is checked against float64 as in benchmarks.speed; a wrong one gets no ratio. Both GPU backends take part side by side. Writes
-gpu_targets.json (whole at any moment) and gpu_targets.md. `--rehearse` runs all of it in tiny sizes on the CPU, to test this file.
+gpu_targets.jsonl, row by row, and gpu_targets.md. `--rehearse` runs all of it in tiny sizes on the CPU, to test this file.
 """
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from stable_rnn._errors import UserError
 from stable_rnn.cli import Parser, positive
 
 from .gpu_table import Table, markdown
+from .jsonl import Log
 from .speed import contestants, results
 from .speed.cases import PASSES
 from .timing import race
@@ -264,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--minutes", type=positive(float), default=60.0, metavar="M", help="start no part after this long")
     made.add_argument("--only", choices=PARTS, action="append", help="a part of the table; may be given again")
     made.add_argument("--skip", choices=PARTS, action="append", default=[])
-    made.add_argument("--commit", help="for the JSON, where git cannot tell")
+    made.add_argument("--commit", help="for the rows, where git cannot tell")
     made.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
     options = made.parse_args(argv)
     try:
@@ -277,36 +278,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError("no GPU: torch finds no usable one here")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror}") from error
+    log = Log(options.out / "gpu_targets.jsonl", {
+        "what": "benchmarks.gpu_targets", "finished": False, "rehearsal": options.rehearse,
+        "environment": results.environment([] if options.rehearse else ["cuda"], options.commit)})
     begin = time.perf_counter()
     torch.manual_seed(0)
-    table = Table(options)
-    content = {"what": "benchmarks.gpu_targets", "finished": False, "rehearsal": options.rehearse,
-               "environment": results.environment([] if options.rehearse else ["cuda"], options.commit), "gemm_rates": table.rates,
-               "rows": table.rows, "parts_not_run": []}
+    table, not_run = Table(options, log), []
     for name, part in PARTS.items():
         if name in (options.only or PARTS) and name not in options.skip:
             if time.perf_counter() - begin > 60 * options.minutes:
-                content["parts_not_run"].append(name)
+                not_run.append(name)
                 continue
             try:
                 part(table)
             except Exception as error:  # one part that breaks must not take the others with it
                 table.note(name, wrong=contestants.in_a_line(error))
             finally:  # also where the run is interrupted
-                content["took_seconds"] = time.perf_counter() - begin
-                results.write_json(options.out / "gpu_targets.json", content)
-                (options.out / "gpu_targets.md").write_text(markdown(content))
-    content["finished"] = not content["parts_not_run"]
-    results.write_json(options.out / "gpu_targets.json", content)
-    (options.out / "gpu_targets.md").write_text(markdown(content))
-    missed = sum(row["met"] is False for row in table.rows)
-    wrong = sum(bool(row["wrong"]) for row in table.rows)
-    met = sum(row["met"] is True for row in table.rows)
-    print(f"{met} targets met, {missed} missed, {wrong} rows wrong; wrote {options.out}/gpu_targets.json, gpu_targets.md")
+                log.add(took_seconds=time.perf_counter() - begin, gemm_rates=table.rates)
+                (options.out / "gpu_targets.md").write_text(markdown(log.about, log.rows))
+    log.add(finished=not not_run, parts_not_run=not_run)
+    (options.out / "gpu_targets.md").write_text(markdown(log.about, log.rows))
+    missed = sum(row["met"] is False for row in log.rows)
+    wrong = sum(bool(row["wrong"]) for row in log.rows)
+    met = sum(row["met"] is True for row in log.rows)
+    print(f"{met} targets met, {missed} missed, {wrong} rows wrong; wrote {options.out}/gpu_targets.jsonl, gpu_targets.md")
     return 1 if wrong else 0
 
 

@@ -9,7 +9,6 @@ gradient norm clipped at 1, the same stretches for every set. Held out: 128 rows
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableRNN
+from stable_rnn._errors import UserError
 from stable_rnn.ops.spectral import row_project_, spectral_norm_bound
 from stable_rnn.stability import projection
+
+from .jsonl import Log
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "sets"
@@ -244,18 +246,19 @@ def main() -> None:
     for name in args.sets:
         if name not in SETS:
             parser.error(f"{name!r} is no set; there are {', '.join(SETS)}")
-    file = args.out / f"{args.text.stem if args.text else 'ptb'}-h{args.hidden}-{args.steps}.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else []
+    file = args.out / f"{args.text.stem if args.text else 'ptb'}-h{args.hidden}-{args.steps}.jsonl"
+    try:
+        log = Log(file, dict(torch=torch.__version__), resume=True)
+    except UserError as error:
+        parser.error(str(error))
     text = None if args.table else read(args.text)
     for seed in [] if args.table else args.seeds:
         for name in args.sets or SETS:
-            if any(r["name"] == name and r["seed"] == seed for r in results):
+            if any(r["name"] == name and r["seed"] == seed for r in log.rows):
                 continue
-            results.append(train(name, seed, text, args.hidden, args.steps))
-            print(results[-1], flush=True)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(dict(torch=torch.__version__, results=results), indent=1) + "\n")
-    print(table(results))
+            log.add(train(name, seed, text, args.hidden, args.steps))
+            print(log.rows[-1], flush=True)
+    print(table(log.rows))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.json] [--seconds S]`.
+"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S]`.
 
 Float32, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
 """
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import stable_rnn
-from stable_rnn import Chunked, StableLSTM, StableLSTMCell, StableRNN, Verified, Windowed, _native, use_plan
+from stable_rnn import Chunked, StableLSTM, StableLSTMCell, StableRNN, Verified, Windowed, use_plan
+from stable_rnn._errors import UserError
 
 from .baselines import overlap_chunks, product_rate, shifted_products
+from .jsonl import Log
+from .speed.results import environment
 from .timing import race
 
 
@@ -36,10 +35,10 @@ def training(m: nn.Module, x: torch.Tensor):
 
 
 class Table:
-    """Rows as they are measured: printed, and kept for the JSON."""
+    """Rows as they are measured: printed, and written."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.rows = seconds, []
+    def __init__(self, seconds: float, log: Log) -> None:
+        self.seconds, self.log = seconds, log
 
     def add(self, case: str, baseline: str, ours, theirs, target: float | None) -> None:
         times = race({"ours": ours, "theirs": theirs}, self.seconds)
@@ -49,7 +48,7 @@ class Table:
                        ours_range_ms=ours[1:], baseline_range_ms=theirs[1:]))
 
     def note(self, row: dict) -> None:
-        self.rows.append(row)
+        self.log.add(row)
         aim = "" if row["target"] is None else f"(target {row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'missed'})"
         times = f"{row['ours_ms']:10.3f} ms {row['baseline_ms']:10.3f} ms" if "ours_ms" in row else " " * 27
         print(f"{row['case']:58s} {times}  {row['ratio']:6.2f}  {aim} over {row['baseline']}", flush=True)
@@ -130,16 +129,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
     options = parser.parse_args()
+    try:
+        log = Log(options.out, {"what": "benchmarks.targets", "environment": environment(["cpu"])})
+    except UserError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
-    table = Table(options.seconds)
+    table = Table(options.seconds, log)
     for part in (recurrent, long_sequence, windows, single_step, saved_bytes):
         part(table)
-    if options.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        features = _native.lib.cpu_features() if _native.lib else None
-        options.out.write_text(json.dumps(dict(
-            commit=commit, torch=torch.__version__, stable_rnn=stable_rnn.__version__, threads=torch.get_num_threads(), features=features,
-            machine=platform.processor() or platform.machine(), rows=table.rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "crowd.h"
 #include "isa.h"
 #include "memory.h"
 #include "stable_rnn/cuda.h"
@@ -59,26 +60,26 @@ ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, i
                              int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
                              Address base, Address length, Address select, int64_t n_select,
                              Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
-                             Address y, Address h_n, Address c_n, Address gates, Address cells,
+                             Address hidden_bias, Address y, Address h_n, Address c_n, Address saved, Address cells,
                              Address h_start, Address c_start, Address h_end, Address c_end) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
-          Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{gates}, Pointer{cells},
+          Pointer{hidden_bias}, Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells},
           Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}};
 }
 
 BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                                int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
                                Address base, Address length, Address select, int64_t n_select,
-                               Address dy, Address y, Address gates, Address cells, Address w_hh, Address w_hr, Address c0,
-                               Address dh_n, Address dc_n, Address dh_init, Address dc_init,
+                               Address dy, Address y, Address saved, Address cells, Address w_hh, Address w_hr, Address c0,
+                               Address dh_n, Address dc_n, Address dh_init, Address dc_init, Address h0,
                                Address dz, Address dh, Address dh0, Address dc0,
                                Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
-          Pointer{dy}, Pointer{y}, Pointer{gates}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
-          Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init},
+          Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
+          Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init}, Pointer{h0},
           Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
           Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}};
 }
@@ -88,14 +89,14 @@ WindowedBackwardParams windowed_backward_params(int cell, int dtype, int threads
                                                 Address base, Address length, Address select, int64_t n_select,
                                                 int64_t first, int64_t last,
                                                 Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
-                                                Address dy, Address dh_n, Address dc_n,
-                                                Address dz, Address h_prev, Address dh, Address m,
+                                                Address dy, Address dh_n, Address dc_n, Address hidden_bias,
+                                                Address dz, Address d_hidden, Address h_prev, Address dh, Address m,
                                                 Address dxp, Address dh0, Address dc0) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
-          Pointer{dy}, Pointer{dh_n}, Pointer{dc_n},
-          Pointer{dz}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
+          Pointer{dy}, Pointer{dh_n}, Pointer{dc_n}, Pointer{hidden_bias},
+          Pointer{dz}, Pointer{d_hidden}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
           Pointer{dxp}, Pointer{dh0}, Pointer{dc0}};
 }
 
@@ -168,6 +169,15 @@ py::dict cpu_features() {
   return features;
 }
 
+py::dict known_crowd() {
+  const Crowd known = crowd();
+  const int64_t left = known.until - nanoseconds();
+  py::dict found;
+  found["threads"] = left > 0 ? py::object(py::int_(known.limit)) : py::none();
+  found["seconds"] = left > 0 ? left * 1e-9 : 0;
+  return found;
+}
+
 void choose_isa(const std::string& name) {
   if (!set_isa(name.c_str())) throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512)");
 }
@@ -186,7 +196,7 @@ PYBIND11_MODULE(_C, module) {
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
                arg("base"), arg("length"), arg("select"), arg("n_select"),
                arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
-               arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("gates") = 0, arg("cells") = 0,
+               arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0,
                arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0, launch...);
   };
   const auto backward = [&](const char* name, auto function, auto... launch) {
@@ -194,8 +204,8 @@ PYBIND11_MODULE(_C, module) {
                arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
                arg("base"), arg("length"), arg("select"), arg("n_select"),
-               arg("dy"), arg("y") = 0, arg("gates") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
-               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0,
+               arg("dy"), arg("y") = 0, arg("saved") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
+               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0, arg("h0") = 0,
                arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
                arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, launch...);
   };
@@ -210,8 +220,8 @@ PYBIND11_MODULE(_C, module) {
              arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
              arg("base"), arg("length"), arg("select"), arg("n_select"), arg("first"), arg("last"),
              arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
-             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
-             arg("dz") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
+             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0,
+             arg("dz") = 0, arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
              arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
   module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu),
              arg("dtype"), arg("threads"), arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
@@ -238,5 +248,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"), arg("bytes"),
              "A hint for large outputs that nobody has written yet: far fewer page faults.");
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
+  module.def("crowd", known_crowd, "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");
+  module.def("leave_at", [](int round, double pause) { leave_at(round, int64_t(pause * 1e9)); }, arg("round"), arg("pause") = 0,
+             "For tests: forget what is known of busy cores, and let threads leave their team at every (round + 1)-th barrier; -1: none.");
   module.def("set_isa", choose_isa, arg("name"), "For tests: take another instruction set than the best one.");
 }

@@ -7,7 +7,6 @@ from ._version import __version__  # noqa: F401
 if TYPE_CHECKING or not from_command_line():
     from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
     from ._moved import moved as __getattr__
-    from .cells import StableLSTMCell, StableRNNCell
     from .convert import stabilize, unstabilize
     from .dispatch import backends
     from .modules import StableLSTM, StableRNN
@@ -15,6 +14,7 @@ if TYPE_CHECKING or not from_command_line():
     from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
     from .stability import Certified, ForgetCap
     from .stability.certificate import certificate
+    from .step_cells import StableLSTMCell, StableRNNCell
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 

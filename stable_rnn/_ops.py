@@ -1,7 +1,10 @@
 """Every registered op: schema, implementation and fake side by side (`torch.ops.stable_rnn.*`).
 
 The numbers of a `Problem` are spread over the schema in its order. Strides `WHOLE` and `AUTO` become numbers inside the op, so that a
-compiled graph never depends on T. Outputs are fresh; what a cell does not have comes back empty, of shape (0,).
+compiled graph never depends on T. Outputs are fresh and row-major, whatever the inputs' strides; what a cell does not have comes back
+empty, of shape (0,).
+
+A fake checks its arguments as the op does, but for the values: the dispatcher sends a call with any tensor on the meta device to it.
 """
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 
 from .ops.recurrence import run
 from .ops.recurrence.batching import fold_rule, loop_rule
+from .ops.recurrence.checks import check
 from .ops.recurrence.function import backward_op, setup_op
 from .ops.recurrence.problem import Problem
 from .ops.recurrence.reference import arithmetic
@@ -30,30 +34,35 @@ def _forward_fake(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError("torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)")
     p = Problem(*numbers[:-1])
-    save = numbers[-1] and p.cell == "lstm"
-    hidden, empty = w_hh.shape[0] // 4, xp.new_empty
-    return (empty(xp.shape[0], w_hh.shape[1]), torch.empty_like(h0), empty(0) if c0 is None else torch.empty_like(c0),
-            empty(xp.shape[0], 4 * hidden) if save else empty(0),
-            empty(xp.shape[0], hidden, dtype=arithmetic(xp.dtype)) if save else empty(0), run.report([0.0] * 4 * p.checked))
+    check(p, xp, h0, base, lengths, values=False, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
+    save, cell = numbers[-1], p.spec
+    n, hidden, empty = xp.shape[0], w_hh.shape[0] // cell.gates, xp.new_empty
+    return (empty(n, w_hh.shape[1]), empty(h0.shape), empty(0 if c0 is None else c0.shape),
+            empty(n, cell.saved * hidden) if save and cell.saved else empty(0),
+            empty(n, hidden, dtype=arithmetic(xp.dtype)) if save and cell.has_cell else empty(0), run.report([0.0] * 4 * p.checked))
 
 
 _register(f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
-          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor report)", run.forward, _forward_fake)
+          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)", run.forward, _forward_fake)
 
 
-def _backward_fake(dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths, *numbers):
-    empty = dy.new_empty
-    return (empty(dy.shape[0], w_hh.shape[0]), empty(0) if w_hr is None else torch.empty_like(dy), torch.empty_like(dh_n),
-            empty(0) if c0 is None else torch.empty_like(c0), run.report([0.0] * 4 * Problem(*numbers).checked))
+def _backward_fake(dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, *numbers):
+    p, empty = Problem(*numbers), dy.new_empty
+    kept = {} if c0 is None else dict(saved=saved, cells=cells, dc_n=dc_n)
+    check(p, dy, dh_n, base, lengths, values=False, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, **kept)
+    return (empty(dy.shape[0], w_hh.shape[0]), empty(0 if w_hr is None else dy.shape), empty(dh_n.shape),
+            empty(0 if c0 is None else c0.shape), run.report([0.0] * 4 * p.checked))
 
 
-_register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor gates, Tensor cells, Tensor w_hh, Tensor? w_hr,"
+_register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
           f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
           run.backward, _backward_fake)
 
 
-def _windowed_backward_fake(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, *rest):
-    return tuple(xp.new_empty(0) if t is None else torch.empty_like(t) for t in (xp, w_hh, w_hr, h0, c0))
+def _windowed_backward_fake(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
+    check(Problem(*numbers), xp, h0, base, lengths, values=False, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n,
+          dc_n=None if c0 is None else dc_n)
+    return tuple(xp.new_empty(0 if t is None else t.shape) for t in (xp, w_hh, w_hr, h0, c0))
 
 
 _register(f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS},"

@@ -10,10 +10,10 @@ from torch.nn.utils import parametrize
 
 from . import dispatch
 from .bookkeeping import Bookkeeping
-from .cells import StableCellBase, StableLSTMCell, StableRNNCell
 from .modules import StableLSTM, StableRNN, StableRNNBase
 from .plans import Plan, Recurrent, check_plan
 from .stability import Stability, check_stability, project_all_
+from .step_cells import StableCellBase, StableLSTMCell, StableRNNCell
 
 _MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
 _CELLS: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}

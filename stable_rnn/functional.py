@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, layout
+from .cells import CELLS
 from .common import autocast_dtype
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
@@ -38,7 +39,7 @@ def lstm(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, 
     run the problem. TypeError for what is no tensor or plan. RuntimeError for a sequence without steps."""
     if not 0 < clamp <= 1:
         raise ValueError(f"lstm: clamp must lie in (0, 1], got {clamp}")
-    y, h, c = _run("lstm", 4, input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend)
+    y, h, c = _run("lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend)
     return y, (h, c)
 
 
@@ -52,11 +53,11 @@ def rnn(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     cell = "rnn_" + nonlinearity
-    y, h, _ = _run(cell, 1, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend)
+    y, h, _ = _run(cell, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend)
     return y, h
 
 
-def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None,
+def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None,
          h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, reverse: bool, batch_first: bool, plan: Plan, clamp: float,
          backend: str) -> tuple[Tensor, Tensor, Tensor]:
     name = cell.partition("_")[0]
@@ -73,6 +74,7 @@ def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     if steps == 0:
         raise RuntimeError(f"{name}: expected a sequence of at least one step, got input {tuple(x.shape)}")
     rows, out = w_hh.shape
+    gates, has_cell = CELLS[cell].gates, CELLS[cell].has_cell
     hidden = rows // gates
     expected = dict(w_ih=(rows, x.shape[2]), w_hh=(gates * hidden, hidden if w_hr is None else out), b_ih=(rows,), b_hh=(rows,),
                     w_hr=(out, hidden), h0=(batch, out), c0=(batch, hidden))
@@ -96,8 +98,8 @@ def _run(cell: str, gates: int, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     way = way.reversed(x.device) if reverse else way
     bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
     h0 = x.new_zeros(batch, out) if h0 is None else h0
-    if c0 is None and cell == "lstm":
+    if c0 is None and has_cell:
         c0 = x.new_zeros(batch, hidden)
     p = Problem(cell, way.steps, way.step, **plan.numbers(x), cap=clamp, backend=backend)
     y, h, c, _ = layer(x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, h0, c0, way.base, way.lengths, p)
-    return y.view(*x.shape[:2], out), h, c if cell == "lstm" else torch.empty(0)
+    return y.view(*x.shape[:2], out), h, c if has_cell else torch.empty(0)

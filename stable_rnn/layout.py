@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -18,6 +19,7 @@ class Layout(NamedTuple):
     step: int
     base: Tensor | None = None
     lengths: Tensor | None = None
+    take: Tensor | None = None  # the packed row of each buffer row, for packed input
 
     def reversed(self, device: torch.device) -> Layout:
         """Each sequence from its own end."""
@@ -27,6 +29,15 @@ class Layout(NamedTuple):
         used = row_length(Problem("", self.steps, self.step), self.batch, self.lengths, device)
         return self._replace(step=-self.step, base=base + (used - 1) * self.step)
 
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """Dropout of buffer rows (N, F), by the masks that torch's own modules draw: time-major for padded input, else over packed rows."""
+        if self.base is None:
+            return F.dropout(x, p)
+        noise = F.dropout(x.new_ones(x.shape), p)
+        if self.take is not None:
+            return x * noise.index_select(0, self.take)
+        return x * noise.view(self.steps, self.batch, -1).transpose(0, 1).reshape(x.shape)
+
 
 def padded(shape: torch.Size, batch_first: bool, lengths: Tensor | None, device: torch.device) -> Layout:
     """(T, B, I), or (B, T, I) with batch_first, read in place."""
@@ -35,8 +46,8 @@ def padded(shape: torch.Size, batch_first: bool, lengths: Tensor | None, device:
     return Layout(shape[0], shape[1], 1, torch.arange(shape[0], device=device) * shape[1], lengths)
 
 
-def packed(sequence: PackedSequence) -> tuple[Layout, Tensor, Tensor]:
-    """Sequences end to end. Returns the layout, the packed row that each buffer row takes, and the buffer row of each packed row."""
+def packed(sequence: PackedSequence) -> tuple[Layout, Tensor]:
+    """Sequences end to end. Returns the layout, and the buffer row of each packed row."""
     sizes = sequence.batch_sizes  # (T,) on the CPU, descending
     batch, steps, rows = int(sizes[0]), len(sizes), int(sizes.sum())
     lengths = torch.searchsorted(-sizes, -torch.arange(batch))  # how many times have more than b rows
@@ -47,7 +58,7 @@ def packed(sequence: PackedSequence) -> tuple[Layout, Tensor, Tensor]:
     from_packed = torch.empty_like(to_buffer).index_copy_(0, to_buffer, torch.arange(rows))
     device = sequence.data.device
     lengths, base, from_packed, to_buffer = (x.to(device, non_blocking=True) for x in (lengths, base, from_packed, to_buffer))
-    return Layout(batch, steps, 1, base, lengths), from_packed, to_buffer
+    return Layout(batch, steps, 1, base, lengths, from_packed), to_buffer
 
 
 def without_padding(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:

@@ -4,18 +4,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, layout, watch
 from .bookkeeping import Bookkeeping
+from .cells import MODES
 from .common import autocast_dtype, has_values
 from .ops.recurrence.function import Note, layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
+from .validate import check_state, check_weight, describe, pair
 
 _TORCH = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
 
@@ -86,17 +87,23 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _cell(self) -> str:
         return self.mode.lower()
 
-    def _weights(self, index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w_ih, the sum of both biases, w_hh and w_hr of layer and direction number `index`."""
-        names = self._all_weights[index]
-        w_ih, w_hh, *rest = (getattr(self, name) for name in names)
-        bias = rest[0] + rest[1] if self.bias else None
-        return w_ih, bias, w_hh, rest[-1] if self.proj_size else None
+    def _weights(self, x: Tensor, cast: bool) -> list[list[Tensor]]:
+        """The weights of each layer and direction in torch's order, checked against x; with `cast`, they are still to be converted."""
+        rows, out, ways = self.hidden_size * MODES[self.mode].gates, self.proj_size or self.hidden_size, 1 + self.bidirectional
+        others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
+        found = []
+        for index, names in enumerate(self._all_weights):
+            shapes = [(rows, self.input_size if index < ways else out * ways), *others]
+            found.append([getattr(self, name) for name in names])
+            for name, w, shape in zip(names, found[-1], shapes):
+                check_weight(name, w, shape, x, cast)
+        return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
-        numbers = self.plan.numbers(x)
+        numbers, cast = self.plan.numbers(x), autocast_dtype(x) is not None
+        weights = self._weights(x, cast)
         h_n, c_n, reports = [], [], []
         noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
         notes: list[Note] = []
@@ -104,8 +111,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             ys = []
             for d, way in enumerate(directions):
                 index = level * len(directions) + d
-                w_ih, bias, w_hh, w_hr = self._weights(index)
-                if autocast_dtype(x) is not None:
+                w_ih, w_hh, *rest = weights[index]
+                bias, w_hr = rest[0] + rest[1] if self.bias else None, rest[-1] if self.proj_size else None
+                if cast:
                     w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
@@ -114,7 +122,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
-                x = F.dropout(x, self.dropout, True)
+                x = rows.dropout(x, self.dropout)
         if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
             self._ran = reports, notes, p.resolved(rows.batch, x.device).stride
         return x, torch.stack(h_n), torch.stack(c_n)
@@ -152,14 +160,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 raise ValueError("lengths: a PackedSequence carries its own; pass one or the other")
             data, sizes, order, back = input
             x, hx = self._cast(data, hx)
-            batch = int(sizes[0])
-            hx = self._zeros(x, batch) if hx is None else self._permute(hx, order)
+            hx = self._zeros(x, int(sizes[0])) if hx is None else hx
             self._check_args(x, hx, sizes)
+            hx = self._permute(hx, order)
             if self._runs_on_torch(x, None):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
-                rows, take, put = layout.packed(PackedSequence(x, sizes))
-                y, *hidden = self._stack(x.index_select(0, take), rows, *hx)
+                rows, put = layout.packed(PackedSequence(x, sizes))
+                y, *hidden = self._stack(x.index_select(0, rows.take), rows, *hx)
                 y = y.index_select(0, put)
             return PackedSequence(y, sizes, order, back), self._permute(tuple(hidden), back)
 
@@ -187,9 +195,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return y, tuple(hidden)
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, tuple]:
-        weights = [getattr(self, name) for name in self._flat_weights_names]
-        weights = [w.to(x.dtype) for w in weights]
-        state = hx if self._cell == "lstm" else hx[0]
+        weights = [w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights]
+        state = hx if MODES[self.mode].has_cell else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
         y, *hidden = run(x, state, *rest, self.batch_first) if sizes is None else run(x, sizes, state, *rest)
@@ -206,18 +213,17 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:
         count = self.num_layers * (2 if self.bidirectional else 1)
         h0 = x.new_zeros(count, batch, self.proj_size or self.hidden_size)
-        return (h0, x.new_zeros(count, batch, self.hidden_size)) if self._cell == "lstm" else (h0, None)
+        return (h0, x.new_zeros(count, batch, self.hidden_size)) if MODES[self.mode].has_cell else (h0, None)
 
     @staticmethod
     def _permute(hx: tuple, order: Tensor | None) -> tuple:
         return hx if order is None else tuple(h if h is None or not h.numel() else h.index_select(1, order) for h in hx)
 
     def _check_args(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> None:
-        self.check_forward_args(x, hx if self._cell == "lstm" else hx[0], sizes)
-        for h in hx:
-            if h is not None and (h.dtype != x.dtype or h.device != x.device):
-                raise RuntimeError(f"Input and hidden tensors are not the same dtype or not at the same device, found input tensor with "
-                                   f"{x.dtype} at {x.device} and hidden tensor with {h.dtype} at {h.device}")
+        self.check_forward_args(x, hx if MODES[self.mode].has_cell else hx[0], sizes)
+        for name, h in zip(("h_0", "c_0"), hx):
+            if h is not None:
+                check_state(name, h, x)
 
     # ---- conversion and bookkeeping
 
@@ -261,6 +267,8 @@ class StableRNN(StableRNNBase):
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None):
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths)
+        if hx is not None and not isinstance(hx, Tensor):
+            raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
         if not isinstance(input, PackedSequence):
             if input.dim() not in (2, 3):
                 raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
@@ -300,13 +308,9 @@ class StableLSTM(StableRNNBase):
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None):
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths)
-        if not isinstance(input, PackedSequence):
-            if input.dim() not in (2, 3):
-                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-            if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
-                raise RuntimeError("lstm expects two hidden states")
-            if hx is not None and not hx[0].dim() == hx[1].dim() == input.dim():
-                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
-                raise RuntimeError(f"For {kind} input, hx and cx should also be {input.dim()}-D but got "
-                                   f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors")
+        packed = isinstance(input, PackedSequence)
+        if not packed and input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if hx is not None:
+            hx = pair(hx, None, input.sorted_indices is None) if packed else pair(hx, input.dim())
         return self._forward(input, hx, lengths)

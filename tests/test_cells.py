@@ -192,7 +192,7 @@ def test_no_hidden_unit(kind):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_state_is_a_pair(count):
-    with pytest.raises(RuntimeError, match=f"expects two hidden states, .*got {count}"):
+    with pytest.raises(RuntimeError, match=f"expects two hidden states.*got tuple of {count}"):
         StableLSTMCell(5, 7)(torch.zeros(2, 5), (torch.zeros(2, 7),) * count)
 
 

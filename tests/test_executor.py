@@ -286,10 +286,16 @@ def test_misaligned_vectors_are_named(executor):
     (0, "the kernel hangs, its threads are: block [0-2]: 1 ended, 63 in block_sync"),
     (1, "is at shuffle(_xor)?, but other lanes of its warp are at shuffle"),
     (2, "its block wrote past its 256 bytes of shared memory"),
+    (6, "store_l2 of shared memory that was never written"),
 ])
 def test_faults_are_named(executor, mode, message):
     with pytest.raises(RuntimeError, match=message):
         executor.run("faults", 3, 64, shared=256, out=empty(64), mode=mode)
+
+
+def test_a_vector_of_which_a_part_was_never_written_is_named(executor):
+    with pytest.raises(RuntimeError, match="store_l2 of shared memory that was never written"):
+        executor.run("faults", 1, 32, shared=512, out=empty(128), mode=7)
 
 
 def test_shared_memory_begins_as_nan(executor):

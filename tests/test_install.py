@@ -118,6 +118,15 @@ def test_cuda_without_its_compiler_is_an_error_where_asked_for_and_left_out_else
     assert "nvcc was not found" in out and "STABLE_RNN_CUDA=off" in out
 
 
+def test_a_compiler_without_openmp_is_named_with_the_way_out(tree, tmp_path):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    configure = ["cmake", "-S", tree, "-G", "Ninja", "-DSTABLE_RNN_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}"]
+    without = run(*configure, "-B", tmp_path / "without", "-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON", PATH=path)
+    assert "CMake Warning" in without and "one thread" in without and "libomp-dev" in without
+    usual = run(*configure, "-B", tmp_path / "usual", PATH=path)
+    assert ("Found OpenMP: TRUE" in usual) == ("has no OpenMP" not in usual)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_cuda_wheel_loads_without_a_driver(tree, tmp_path):
     run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path, cwd=tree,

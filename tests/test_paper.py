@@ -1,5 +1,4 @@
 """The paper's experiments in small: loaders, F1, models, measurements, resuming, the budget, the report, and what is refused."""
-import json
 import math
 from dataclasses import replace
 
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import jsonl
 from benchmarks.paper import data, measure, runs
 from benchmarks.paper.__main__ import TASKS as NAMES
 from benchmarks.paper.__main__ import main
@@ -264,18 +264,25 @@ def test_runs_resume_and_are_reported(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TASKS, "jsb", replace(TASKS["jsb"], parameters=4000))
     out, place = tmp_path / "out", tmp_path / "out" / "paper" / "jsb"
     assert main(command(root, out)) == 0
-    files = {file.name: file.stat().st_mtime_ns for file in place.glob("*.json")}
-    assert set(files) == {"speed.json", "lstm.distance.json", "lstm-certified.distance.json"} | {
-        f"{slug}.{run}.json" for slug in ("lstm", "lstm-certified", "tcn") for run in ("search-0", "search-1", "seed-1")}
-    final = json.loads((place / "lstm-certified.seed-1.json").read_text())
+    file = place / "runs.jsonl"
+    _, rows = jsonl.read(file)
+    names = [row["run"] for row in rows]
+    assert len(names) == len(set(names)) == 11 and set(names) == {"lstm.distance", "lstm-certified.distance"} | {
+        f"{slug}.{run}" for slug in ("lstm", "lstm-certified", "tcn") for run in ("search-0", "search-1", "seed-1")}
+    assert jsonl.read(place / "speed.jsonl")[0]["models"] == ["lstm", "lstm/certified", "tcn"]
+    final = rows[names.index("lstm-certified.seed-1")]
     assert {"task", "config", "setting", "seed", "test", "valid", "commit", "torch", "seconds", "certified", "measured"} <= set(final)
     assert final["certified"]["stable"] and len(final["truncation"]["windows"]) == 9
 
-    (place / "lstm.search-1.json").unlink()
-    (place / "tcn.seed-1.json").write_text("{")  # as of an interrupted writer that is not ours
-    assert main(command(root, out)) == 0
-    after = {file.name: file.stat().st_mtime_ns for file in place.glob("*.json")}
-    assert {name for name in files if after[name] != files[name]} == {"lstm.search-1.json", "tcn.seed-1.json"}
+    lines = file.read_bytes().splitlines(keepends=True)
+    lost = names.index("lstm.search-1")
+    kept = [line for number, line in enumerate(lines[:-1]) if number != lost]
+    file.write_bytes(b"".join(kept) + lines[-1][:99])  # a run that is missing, and one whose writer was interrupted
+    with pytest.warns(UserWarning, match="runs.jsonl, line 10: cut short"):
+        assert main(command(root, out)) == 0
+    after = file.read_bytes()
+    assert after.startswith(b"".join(kept)) and [row["run"] for row in jsonl.read(file)[1]][9:] == ["lstm.search-1", names[-1]]
+    assert main(command(root, out)) == 0 and file.read_bytes() == after
     assert not [file for file in place.iterdir() if file.name.startswith(".")]
 
     assert main(["report", "--out", str(out)]) == 0
@@ -283,16 +290,16 @@ def test_runs_resume_and_are_reported(root, tmp_path, monkeypatch, capsys):
     for part in ("## JSB Chorales", "price of stability", "lstm/certified", "146.7", "unverified, from memory", "What was not run", "ATIS"):
         assert part in text
     assert f"{final['test']:.2f}" in text
-    for picture in ("truncation.png", "distance.png"):
-        assert (place / picture).read_bytes().startswith(b"\x89PNG") and picture in text
-    (place / "lstm.search-0.json").write_text("{")
-    assert main(["report", "--out", str(out)]) == 2 and "not a result" in capsys.readouterr().err
+    for picture in ("truncation.svg", "distance.svg"):
+        assert "lstm/certified" in (place / picture).read_text() and picture in text
+    file.write_text("{\n" + file.read_text())
+    assert main(["report", "--out", str(out)]) == 2 and "runs.jsonl, line 1: not a row" in capsys.readouterr().err
 
 
 def test_the_budget_ends_a_run_and_leaves_nothing_half(root, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(command(root, out, "--minutes", "1e-9")) == 0
-    assert "budget" in capsys.readouterr().out and not list(out.rglob("*.json"))
+    assert "budget" in capsys.readouterr().out and not list(out.rglob("*.jsonl"))
     with pytest.raises(runs.OutOfTime):
         task, found = TASKS["jsb"], data.music("JSB_Chorales")(root)
         train(build(parse("rnn"), task, found, Setting(1e-2, 0, 8, 1, None), 0), task, found, Setting(1e-2, 0, 8, 1, None), 0, deadline=0.0)

@@ -1,10 +1,10 @@
 """`python -m benchmarks.speed` in small: what it writes, that it notices wrong results, what it refuses."""
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the suite belongs to the repository, not to the package
 
-from benchmarks import baselines, gpu_report, gpu_table, gpu_targets, timing  # noqa: E402
-from benchmarks.speed import cases, contestants, measure, models, results, truth  # noqa: E402
+from benchmarks import baselines, gpu_report, gpu_table, gpu_targets, jsonl, timing  # noqa: E402
+from benchmarks.speed import cases, contestants, measure, models, pictures, results, truth  # noqa: E402
 from benchmarks.speed.__main__ import main  # noqa: E402
 from stable_rnn import Chunked, Recurrent, Verified, Windowed  # noqa: E402
 
@@ -31,18 +31,20 @@ def small(**changes):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed")
-    assert main([*SMALL, "--cells", "lstm,rnn_tanh", "--dtypes", "float32", "--out", str(out)]) == 0
-    return out, json.loads((out / "speed.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "gemm_rate", lambda *_: baselines.product_rate(8, 8, (8,), seconds=0.01))
+        assert main([*SMALL, "--cells", "lstm,rnn_tanh", "--dtypes", "float32", "--out", str(out)]) == 0
+    return out, *jsonl.read(out / "speed.jsonl")
 
 
-def test_json_has_what_a_reader_needs(written):
-    _, found = written
-    assert found["finished"] and not found["not_run"]
-    assert found["environment"].keys() >= {"commit", "date", "torch", "python", "processor", "cores", "threads", "backends", "load"}
-    assert set(found["gemm_rates"]) == {"cpu float32"} and min(found["gemm_rates"].values()) > 0
-    seen = {(r["cell"], r["dtype"], r["passes"], r["computes"]) for r in found["rows"]}
+def test_the_file_has_what_a_reader_needs(written):
+    _, about, rows = written
+    assert about["finished"] and not about["not_run"]
+    assert about["environment"].keys() >= {"commit", "date", "torch", "python", "processor", "cores", "threads", "backends", "load"}
+    assert set(about["gemm_rates"]) == {"cpu float32"} and min(about["gemm_rates"].values()) > 0
+    seen = {(r["cell"], r["dtype"], r["passes"], r["computes"]) for r in rows}
     assert len(seen) == 2 * 2 * 3
-    for row in found["rows"]:
+    for row in rows:
         assert row["wrong"] is None, row
         assert row["seconds"]["median"] > 0 and row["flops"] > 0 and row["rate_share"] > 0
         assert row["error_of_function"] <= row["tolerance"]
@@ -58,18 +60,28 @@ def test_json_has_what_a_reader_needs(written):
 
 
 def test_absent_baselines_are_listed_with_the_reason(written):
-    _, found = written
-    absent = {who["name"]: who for who in found["absent"]}
-    assert absent["flashrnn"]["reason"] == "GPU only" and absent["haste"]["cases"] >= 6
+    _, about, rows = written
+    cases = len({tuple(row[name] for name in results.CASE) for row in rows if row["cell"] == "lstm"})
+    first = about["absent"]["flashrnn: GPU only"]
+    assert first["cases"] == cases and first["first"].startswith("lstm float32 cpu forward")
 
 
 def test_table_and_pictures(written):
-    out, found = written
-    assert sorted(found["pictures"]) == ["error.png", "speedup.png", "time.png"]
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in found["pictures"])
+    out, _, rows = written
+    assert sorted(file.name for file in out.iterdir()) == ["error.svg", "speed.jsonl", "speed.md", "speedup.svg", "time.svg"]
     table = (out / "speed.md").read_text()
     assert "| nn.LSTM |" in table and "Windowed(4) [cpu]" in table and "| flashrnn |" in table
-    assert not list(out.glob("*.part"))
+    shown = ElementTree.parse(out / "time.svg").getroot().itertext()  # text that stays text
+    assert {"nn", "shifted GEMMs", "Chunked [cpu]", "lstm float32 cpu forward", "ms"} <= {text.strip() for text in shown}
+
+
+def test_a_picture_drawn_again_is_the_same_file(written, tmp_path):
+    _, _, rows = written
+    rows = [row for row in rows if row["cell"] == "lstm" and row["passes"] == "forward"]
+    (tmp_path / "again").mkdir()
+    names = pictures.draw(tmp_path, rows, "here")
+    assert pictures.draw(tmp_path / "again", rows, "here") == names == ["time.svg", "speedup.svg", "error.svg"]
+    assert all((tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
 
 
 def test_every_number_of_the_sweeps_is_visited_once():
@@ -225,27 +237,47 @@ def test_a_package_that_does_not_import_is_absent(monkeypatch):
 
 def test_a_run_that_is_cut_short_says_so(tmp_path):
     assert main([*SMALL, "--cells", "lstm", "--dtypes", "float32", "--minutes", "0.00001", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "speed.json").read_text())
-    assert not found["finished"] and len(found["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
+    about, _ = jsonl.read(tmp_path / "speed.jsonl")
+    assert not about["finished"] and len(about["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
+def test_a_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
     given = [*SMALL, "--cells", "lstm", "--dtypes", "float32", "--passes", "forward", "--commit", "abc", "--out", str(tmp_path)]
-    file = tmp_path / "speed.json"
+    file = tmp_path / "speed.jsonl"
     assert main([*given, "--minutes", "0.00001"]) == 0
     assert main([*given, "--resume", "--sweeps", "T"]) == 0
-    some = json.loads(file.read_text())
-    assert some["rows"] and not some["finished"] and some["not_run"]
+    some, kept = jsonl.read(file)
+    assert kept and not some["finished"] and some["not_run"]
     assert main([*given, "--resume"]) == 0
-    found = json.loads(file.read_text())
-    assert found["finished"] and found["rows"][: len(some["rows"])] == some["rows"]
-    cases = [tuple(row[name] for name in results.CASE) for row in found["rows"]]
-    assert len(set(cases)) == len([case for case, after in zip(cases, [*cases[1:], None]) if case != after])  # each in one piece
+    about, rows = jsonl.read(file)
+    assert about["finished"] and rows[: len(kept)] == kept
+    found = [tuple(row[name] for name in results.CASE) for row in rows]
+    assert len(set(found)) == len([case for case, after in zip(found, [*found[1:], None]) if case != after])  # each in one piece
     capsys.readouterr()
+    before = file.read_bytes()
     assert main([*given, "--resume", "--commit", "abd"]) == 2 and "commit abc" in capsys.readouterr().err
-    assert json.loads(file.read_text()) == found
-    file.write_text("{")
-    assert main([*given, "--resume"]) == 2
+    assert file.read_bytes() == before
+
+
+def test_a_case_that_was_cut_short_is_measured_again(tmp_path, monkeypatch):
+    """A run that was killed within the second case's rows, at the worst: within a line."""
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    given = [*SMALL, "--cells", "lstm", "--dtypes", "float32", "--passes", "forward", "--sweeps", "T", "--out", str(tmp_path)]
+    file = tmp_path / "speed.jsonl"
+    assert main(given) == 0
+    _, whole = jsonl.read(file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    last = max(number for number, line in enumerate(lines) if b"about" not in line)
+    file.write_bytes(b"".join(lines[:last]) + lines[last][:50])
+    with pytest.warns(UserWarning, match=f"speed.jsonl, line {last + 1}: cut short"):
+        assert main([*given, "--resume"]) == 0
+    _, again = jsonl.read(file)
+    first = [row for row in whole if row["T"] == 32]
+    assert again[: len(first)] == first
+    assert [row["name"] for row in again] == [row["name"] for row in whole] and len(first) < len(whole)
 
 
 def test_the_ways_of_a_gpu(monkeypatch):
@@ -283,11 +315,6 @@ def test_the_ways_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     facts = results.environment(["cuda"], "abc")
     assert facts["gpu"]["name"] == "a card" and facts["gpu"]["capability"] == "9.0" and facts["commit"] == "abc"
-
-
-def test_numbers_that_json_lacks_become_null(tmp_path):
-    results.write_json(tmp_path / "a.json", {"a": [float("nan"), float("inf"), 1.5], "b": (1,)})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.5], "b": [1]}
 
 
 @pytest.mark.parametrize("given, message", [
@@ -347,9 +374,9 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     parts = [word for name in ("windows", "stacks", "projections", "others") for word in ("--only", name)]
     assert gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1  # a part broke, the others ran
-    found = json.loads((tmp_path / "gpu_targets.json").read_text())
-    assert found["finished"] and found["rehearsal"] and [row["case"] for row in found["rows"] if row["wrong"]] == ["others"]
-    measured = [row for row in found["rows"] if not row["wrong"]]
+    about, rows = jsonl.read(tmp_path / "gpu_targets.jsonl")
+    assert about["finished"] and about["rehearsal"] and [row["case"] for row in rows if row["wrong"]] == ["others"]
+    measured = [row for row in rows if not row["wrong"]]
     assert len(measured) >= 14 and all((row.get("ratio") or row.get("value")) > 0 for row in measured)
     for row in measured:
         assert row["met"] is (None if row["target"] is None else met(row))
@@ -362,7 +389,7 @@ def met(row):
 
 
 def test_a_wrong_row_of_the_targets_gets_no_ratio():
-    table = gpu_table.Table(argparse.Namespace(rehearse=True, seconds=0.01))
+    table = gpu_table.Table(argparse.Namespace(rehearse=True, seconds=0.01), jsonl.Log(None))
     right = {"name": "a", "seconds": {"median": 1.0}, "wrong": None, "error_of_function": 0.0, "tolerance": 1.0}
     assert table.versus("x", right, right | {"name": "b", "seconds": {"median": 3.0}}, 2.0)["met"] is True
     for ours, theirs in ((right | {"wrong": "output error"}, right), (right, right | {"wrong": "output error"})):
@@ -374,11 +401,14 @@ def test_a_wrong_row_of_the_targets_gets_no_ratio():
 def test_report_of_the_check(tmp_path):
     (tmp_path / "stages.tsv").write_text("build\t0\t12\t170\ntests\t124\t100\t100\nspeed\tskipped\t0\t0\nloads\t3\t1\t30\n")
     (tmp_path / "tests.log").write_text("x" * 5000 + "the end")
+    jsonl.Log(tmp_path / "targets" / "gpu_targets.jsonl").add({"case": "a"}, {"case": "b"}, finished=True)
     out = tmp_path / "out"
     assert gpu_report.main(tmp_path, out, "abc") == 0
-    (file,) = out.glob("*.json")
-    found = json.loads(file.read_text())
-    assert [s["status"] for s in found["stages"]] == ["passed", "stopped after 100 s", "no time left", "failed, exit status 3"]
-    assert found["environment"]["commit"] == "abc" and found["targets"] is None
-    assert found["stages"][1]["log_tail"].endswith("the end") and len(found["stages"][1]["log_tail"]) == gpu_report.TAIL
+    (file,) = out.glob("*.jsonl")
+    about, rows = jsonl.read(file)
+    stages = [row for row in rows if row["part"] == "stages"]
+    assert [s["status"] for s in stages] == ["passed", "stopped after 100 s", "no time left", "failed, exit status 3"]
+    assert about["environment"]["commit"] == "abc" and about["targets"] == {"finished": True} and "speed" not in about
+    assert [row["case"] for row in rows if row["part"] == "targets"] == ["a", "b"]
+    assert stages[1]["log_tail"].endswith("the end") and len(stages[1]["log_tail"]) == gpu_report.TAIL
     assert "| tests | stopped after 100 s | 100 |" in file.with_suffix(".md").read_text()

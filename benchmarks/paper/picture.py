@@ -4,15 +4,11 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
+from matplotlib import pyplot
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-from stable_rnn.demo.report import whole  # noqa: E402
-
-from .measure import WINDOWS  # noqa: E402
-from .tasks import Task  # noqa: E402
+from .. import drawing
+from .measure import WINDOWS
+from .tasks import Task
 
 COLORS = ("#888888", "#e7298a", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#a6761d", "#000000")
 MARKERS = "osD^vP*X"
@@ -21,7 +17,7 @@ FLOOR = 1e-8
 
 def draw_truncation(path: Path, task: Task, finals: dict) -> None:
     """The metric and the largest output difference of trained models under `Windowed(k)`; certified bounds dashed."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     for (config, runs), color, marker in zip(finals.items(), COLORS, MARKERS):
         style = dict(color=color, marker=marker, markersize=5, label=config)
         points = [run["truncation"]["windows"] for run in runs]
@@ -33,18 +29,21 @@ def draw_truncation(path: Path, task: Task, finals: dict) -> None:
         if all(run["certified_on_data"]["stable"] for run in runs):
             bounds = [max(column) for column in zip(*(run["certified_on_data"]["bounds"] for run in runs))]
             right.plot(WINDOWS, bounds, color=color, linestyle="--", linewidth=1)
-    left.set(title=f"{task.title}: test {task.metric} (dotted: recurrent)", ylabel=task.metric)
-    right.set(title="largest difference of an output from the full run (dashed: proven bound)", yscale="log", ylim=(FLOOR, 4))
+    left.set(ylabel=task.metric)
+    left.set_title(f"{task.title}: test {task.metric} (dotted: recurrent)", fontsize=10)
+    right.set(yscale="log", ylim=(FLOOR, 4))
+    right.set_title("largest difference of an output from the full run (dashed: proven bound)", fontsize=10)
     right.set_ylabel("largest |Δh|, any seed")
     finish(figure, (left, right), path, WINDOWS, "window k: inputs that each output has seen")
 
 
 def draw_distances(path: Path, found: dict) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 5.6), layout="constrained")
     for (config, result), color, marker in zip(found.items(), COLORS, MARKERS):
         points = [(p["k"], p["distance"]) for p in result["points"] if p["k"] and p["distance"]]
         axes.plot(*zip(*points), color=color, marker=marker, markersize=5, label=config)
-    axes.set(title="weights after truncated and after full training", yscale="log", ylabel="distance, relative to the way of full training")
+    axes.set(yscale="log", ylabel="distance, relative to the way of full training")
+    axes.set_title("weights after truncated and after full training", fontsize=10)
     windows = sorted({p["k"] for result in found.values() for p in result["points"] if p["k"]})
     finish(figure, (axes,), path, windows, "window k in training")
 
@@ -56,6 +55,4 @@ def finish(figure, all_axes, path: Path, windows: list[int], label: str) -> None
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
         axes.minorticks_off()
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
-    whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-    pyplot.close(figure)
+    drawing.finish(figure, path)

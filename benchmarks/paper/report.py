@@ -1,7 +1,6 @@
 """`report`: every result under `paper/` to REPORT.md and pictures."""
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
@@ -9,6 +8,7 @@ from statistics import mean
 from stable_rnn._errors import UserError
 from stable_rnn.demo.report import whole
 
+from .. import jsonl
 from .models import CONFIGS, parse
 from .tasks import TASKS, Task
 
@@ -43,7 +43,7 @@ None of these were measured here, and none of their models has our sizes, so tha
 
 
 def write(folder: Path) -> Path:
-    """Reads folder/paper/TASK/*.json; writes folder/REPORT.md and the pictures beside the JSON files."""
+    """Reads folder/paper/TASK/*.jsonl; writes folder/REPORT.md and the pictures beside the rows."""
     from .picture import draw_distances, draw_truncation  # matplotlib takes its time to import
 
     tasks = {name: found for name in TASKS if (found := read(folder / "paper" / name))}
@@ -58,11 +58,11 @@ def write(folder: Path) -> Path:
         text += [f"## {task.title}\n", setting(results), accuracy(task, results), searches(task, results)]
         recurrent = {config: runs for config, runs in results["final"].items() if "truncation" in runs[0]}
         if recurrent:
-            draw_truncation(place / "truncation.png", task, recurrent)
-            text += [forgetting(recurrent), truncation(task, recurrent), f"![truncation](paper/{name}/truncation.png)\n"]
+            draw_truncation(place / "truncation.svg", task, recurrent)
+            text += [forgetting(recurrent), truncation(task, recurrent), f"![truncation](paper/{name}/truncation.svg)\n"]
         if results["distance"]:
-            draw_distances(place / "distance.png", results["distance"])
-            text += [distances(results["distance"]), f"![distance of weights](paper/{name}/distance.png)\n"]
+            draw_distances(place / "distance.svg", results["distance"])
+            text += [distances(results["distance"]), f"![distance of weights](paper/{name}/distance.svg)\n"]
         if results["speed"]:
             text += [speed(results["speed"])]
     text += [THEIRS, missing(tasks)]
@@ -72,19 +72,17 @@ def write(folder: Path) -> Path:
 
 
 def read(place: Path) -> dict:
-    """{"search": {config: {trial: result}}, "final": {config: [result, ...]}, "distance": {config: result}, "speed": result or None}"""
-    found: dict = dict(search={}, final={}, distance={}, speed=None)
-    for file in sorted(place.glob("*.json")):
-        try:
-            result = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file}: not a result ({error})") from error
-        kind = file.stem.rpartition(".")[2].partition("-")
-        if file.stem == "speed":
-            found["speed"] = result
-        elif kind[0] == "search":
-            found["search"].setdefault(result["config"], {})[int(kind[2])] = result
-        elif kind[0] == "seed":
+    """{"search": {config: {trial: result}}, "final": {config: [result, ...]}, "distance": {config: result}, "speed": rows}"""
+    found: dict = dict(search={}, final={}, distance={}, speed=[])
+    if (place / "speed.jsonl").is_file():
+        found["speed"] = jsonl.read(place / "speed.jsonl")[1]
+    runs = jsonl.read(place / "runs.jsonl")[1] if (place / "runs.jsonl").is_file() else []
+    last = {result["run"]: result for result in runs}  # of a run that was repeated with another setting, the last
+    for name, result in sorted(last.items()):
+        kind, _, number = name.rpartition(".")[2].partition("-")
+        if kind == "search":
+            found["search"].setdefault(result["config"], {})[int(number)] = result
+        elif kind == "seed":
             found["final"].setdefault(result["config"], []).append(result)
         else:
             found["distance"][result["config"]] = result
@@ -245,18 +243,18 @@ def distances(found: dict) -> str:
             "metric, each model run as it was trained:\n\n" + table(head, rows))
 
 
-def speed(found: dict) -> str:
-    steps, threads = found["rows"][0]["steps"], found["rows"][0]["threads"]
-    rows = []
-    for row in found["rows"]:
+def speed(found: list[dict]) -> str:
+    steps, threads = found[0]["steps"], found[0]["threads"]
+    lines = []
+    for row in found:
         context = "all" if row["context"] is None else str(row["context"])
         off = "" if row["off"] is None else f"{row['off']:.0e}" if row["off"] else "0"
         median, low, high = (f"{1e3 * row[key]:.1f}" for key in ("median", "low", "high"))
-        rows.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", off, row["note"]])
+        lines.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", off, row["note"]])
     return (f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one "
             "process, beside other work on the machine; *context*: inputs that every output has seen at least, or sees at "
             "most (feed-forward); *off*: largest difference of a logit from the model run recurrently:\n\n"
-            + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", "off", ""], rows))
+            + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", "off", ""], lines))
 
 
 def missing(tasks: dict) -> str:

@@ -1,7 +1,6 @@
-"""All runs of a task, each one finished as a JSON file: what exists is not repeated, what was interrupted is."""
+"""All runs of a task, a row of runs.jsonl for each that is finished: what exists is not repeated, what was interrupted is."""
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -16,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stable_rnn import Recurrent, Windowed
-from stable_rnn._errors import UserError
 from stable_rnn.demo.report import whole
 from stable_rnn.plans import Plan
 
+from .. import jsonl
 from . import measure
 from .data import Data
 from .models import Config, Model, count, fitting_width
@@ -39,6 +38,7 @@ class Bench:
     task: Task
     data: Data
     out: Path
+    log: jsonl.Log
     trials: int  # points of the search that are the same for every model
     refine: int  # further ones, each where the model's own results so far point
     epochs: int
@@ -48,15 +48,9 @@ class Bench:
     # ---- files
 
     def stored(self, name: str, setting: Setting) -> dict | None:
-        """The result of a run with this setting; None if there is none, or one of another setting."""
-        try:
-            found = json.loads((self.out / name).read_text())
-        except (OSError, ValueError):
-            return None
-        return found if found.get("setting") == setting.stored() else None
-
-    def write(self, name: str, found: dict) -> None:
-        whole(self.out / name, lambda file: file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n"))
+        """The last result of this run; None if there is none, or one of another setting."""
+        found = next((row for row in reversed(self.log.rows) if row["run"] == name), None)
+        return found if found and found["setting"] == setting.stored() else None
 
     def weights(self, config: Config, seed: int) -> Path:
         return self.out / "weights" / f"{config.slug}.{seed}.pt"
@@ -73,7 +67,7 @@ class Bench:
         for n in range(self.trials + self.refine):
             tried = [(setting.rate, setting.dropout, value) for setting, value in found]
             setting = self.setting(config, *(searched(n) if n < self.trials else refined(tried)))
-            result = self.stored(f"{config.slug}.search-{n}.json", setting)
+            result = self.stored(f"{config.slug}.search-{n}", setting)
             if result is None:
                 return [*found, (setting, None)]
             value = math.inf if result["valid"] is None else result["valid"]
@@ -83,7 +77,7 @@ class Bench:
     def search(self, config: Config, n: int) -> None:
         points = self.points(config)
         if points[-1][1] is None and len(points) == n + 1:
-            self.run(f"{config.slug}.search-{n}.json", config, points[-1][0], 0)
+            self.run(f"{config.slug}.search-{n}", config, points[-1][0], 0)
 
     def best(self, config: Config) -> Setting | None:
         """The setting of the best validation score, once the search is done."""
@@ -92,7 +86,7 @@ class Bench:
 
     def final(self, config: Config, seed: int) -> None:
         setting = self.best(config)
-        name = f"{config.slug}.seed-{seed}.json"
+        name = f"{config.slug}.seed-{seed}"
         if setting is None or self.stored(name, setting):
             return
 
@@ -110,23 +104,23 @@ class Bench:
 
     def run(self, name: str, config: Config, setting: Setting, seed: int, more: Callable[[Model], dict] = lambda model: {}) -> None:
         begin = time.monotonic()
-        bar = self.progress.add_task(f"{name.removesuffix('.json')}", total=setting.epochs)
+        bar = self.progress.add_task(name, total=setting.epochs)
         try:
             model = build(config, self.task, self.data, setting, seed)
             curve = train(model, self.task, self.data, setting, seed, self.deadline, lambda note: self.progress.advance(bar))
             valid = measure.finite(evaluate(model, self.task, self.data, self.data.valid))
             trained = time.monotonic() - begin
-            found = self.about(config, setting, seed) | dict(
+            found = self.about(name, config, setting, seed) | dict(
                 parameters=count(model), context=getattr(model.body, "context", None), valid=valid,
                 curve=[measure.finite(v) for v in curve], **more(model), seconds_training=round(trained, 1),
                 seconds=round(time.monotonic() - begin, 1))
-            self.write(name, found)
+            self.log.add(found)
         finally:
             self.progress.remove_task(bar)
         self.progress.console.print(f"{name}: validation {valid:.4g}" if valid is not None else f"{name}: diverged", highlight=False)
 
-    def about(self, config: Config, setting: Setting, seed: int) -> dict:
-        return dict(task=self.task.name, config=config.name, stability=str(config.stability), setting=setting.stored(), seed=seed,
+    def about(self, name: str, config: Config, setting: Setting, seed: int) -> dict:
+        return dict(run=name, task=self.task.name, config=config.name, stability=str(config.stability), setting=setting.stored(), seed=seed,
                     metric=self.task.metric, **environment())
 
     def distances(self, config: Config) -> None:
@@ -136,10 +130,10 @@ class Bench:
         if setting is None or not config.recurrent:
             return
         setting = Setting(setting.rate, setting.dropout, setting.width, min(DISTANCE_EPOCHS, setting.epochs), setting.updates)
-        name, begin = f"{config.slug}.distance.json", time.monotonic()
+        name, begin = f"{config.slug}.distance", time.monotonic()
         if self.stored(name, setting):
             return
-        bar = self.progress.add_task(f"{config.slug}.distance", total=setting.epochs * (len(DISTANCE_WINDOWS) + 2))
+        bar = self.progress.add_task(name, total=setting.epochs * (len(DISTANCE_WINDOWS) + 2))
 
         def trained(plan: Plan, nudge: float = 1.0) -> Model:
             model = build(config, self.task, self.data, setting, DISTANCE_SEED)
@@ -159,8 +153,8 @@ class Bench:
                                    test=measure.finite(evaluate(model, self.task, self.data, self.data.test, plan))))
             rounding = measure.finite((vector(trained(Recurrent(), 1 + ROUNDING)) - full).norm().item() / scale)
             seconds = round(time.monotonic() - begin, 1)
-            self.write(name, self.about(config, setting, DISTANCE_SEED)
-                       | dict(moved=scale, points=points, rounding=rounding, seconds=seconds))
+            self.log.add(self.about(name, config, setting, DISTANCE_SEED)
+                         | dict(moved=scale, points=points, rounding=rounding, seconds=seconds))
         finally:
             self.progress.remove_task(bar)
 
@@ -172,11 +166,11 @@ class Bench:
             if setting is not None and file.is_file():
                 models[config.name] = build(config, self.task, self.data, setting, 1)
                 models[config.name].load_state_dict(torch.load(file, weights_only=True))
-        name = "speed.json"
-        done = json.loads((self.out / name).read_text()) if (self.out / name).is_file() else {}
+        file = self.out / "speed.jsonl"
+        done = jsonl.read(file)[0] if file.is_file() else {}
         if models and set(done.get("models", ())) < set(models):
-            rows = measure.speed(models, self.data, seconds=seconds)
-            self.write(name, dict(task=self.task.name, models=list(models), rows=rows, **environment()))
+            about = dict(task=self.task.name, models=list(models), **environment())
+            jsonl.write(file, about, measure.speed(models, self.data, seconds=seconds))
 
 
 def vector(model: Model) -> torch.Tensor:
@@ -193,14 +187,11 @@ def environment() -> dict:
 def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: int, refine: int, seeds: int, epochs: int | None = None,
              minutes: float | None = None, race_seconds: float = 20.0, console: Console | None = None) -> bool:
     """Search, final runs, truncated training (JSB), speed; returns whether everything is done. `minutes` is a budget of wall time."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
+    log = jsonl.Log(out / "runs.jsonl", resume=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        bench = Bench(task, data, out, trials, refine, epochs or task.epochs, deadline, progress)
+        bench = Bench(task, data, out, log, trials, refine, epochs or task.epochs, deadline, progress)
         jobs = [lambda c=c, n=n: bench.search(c, n) for n in range(trials + refine) for c in configs]
         jobs += [lambda c=c, s=s: bench.final(c, s) for s in range(1, seeds + 1) for c in configs]
         jobs += [lambda c=c: bench.distances(c) for c in configs if task.name == "jsb"]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed [--quick] [--out DIR] [--devices cpu,cuda] [--cells lstm,...] [--plans windowed,...] ...
 
-Writes speed.json (whole at any moment), speed.md, time.png, speedup.png and error.png.
+Writes speed.jsonl, case by case, then speed.md, time.svg, speedup.svg and error.svg.
 """
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from stable_rnn._errors import UserError
 from stable_rnn.cli import Parser, positive
 from stable_rnn.dispatch import NAMES
 
+from .. import jsonl
 from . import cases, contestants, measure, models, results
 
 QUICK_MINUTES = 1.75  # two in all, with imports and pictures
@@ -52,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)")
     made.add_argument("--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)")
     made.add_argument("--minutes", type=positive(float), metavar="M", help="start no case after this long; what was left out is listed")
-    made.add_argument("--resume", action="store_true", help="keep the cases that OUT holds of this commit and machine, run the others")
+    made.add_argument("--resume", action="store_true", help="keep the cases that DIR holds of this commit and machine, run the others")
     made.add_argument("--threads", type=positive(int), metavar="N", help="for torch and the kernels (default: torch's choice)")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--commit", help="for the JSON, where git cannot tell")
+    made.add_argument("--commit", help="for the rows, where git cannot tell")
     made.add_argument("--list", action="store_true", help="print the cases and stop")
     return made
 
@@ -97,14 +98,6 @@ def chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
                        options.passes or list(cases.PASSES), options.chunk)
 
 
-def prepare(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "speed.json.part").touch()
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
-
-
 def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     chosen = chosen_cases(options)
@@ -117,17 +110,18 @@ def run(options: argparse.Namespace) -> int:
     seconds = options.seconds or (0.6 if options.quick else 3.0)
     longest = options.longest or (1.0 if options.quick else 20.0)
     devices = sorted({case.device for case in chosen})
-    content = {
-        "what": "benchmarks.speed", "finished": False, "environment": results.environment(devices, options.commit),
+    environment, file = results.environment(devices, options.commit), options.out / "speed.jsonl"
+    log = jsonl.Log(file, {
+        "what": "benchmarks.speed", "finished": False, "environment": environment,
         "options": {name: value for name, value in vars(options).items() if name not in ("out", "resume", "list")},
         "models": {name: models.MODELS[name] for name in options.models}, "memory": {d: measure.HOW_MEMORY[d] for d in devices},
-        "gemm_rates": {}, "rows": [], "absent": [], "not_run": [],
-    }
-    if options.resume:
-        results.resume(options.out / "speed.json", content)
-    prepare(options.out)
-    finished = {tuple(row[name] for name in results.CASE) for row in content["rows"]}
-    rates, absent = content["gemm_rates"], {(a["name"], a["reason"]): a for a in content["absent"]}
+        "gemm_rates": {}, "absent": {},
+    }, options.resume, blocks=True)
+    if log.about:
+        results.comparable(file, log.about["environment"], environment)
+    finished = {tuple(row[name] for name in results.CASE) for row in log.rows}
+    rates, absent = (dict(log.about.get(name, {})) for name in ("gemm_rates", "absent"))
+    left_before = log.about.get("not_run", [])
     left_out = {"reference": options.backends, "flashrnn": options.baselines} if options.quick else {}
     field = contestants.Field(tuple(options.plans), tuple(options.baselines or contestants.BASELINES),
                               options.backends and tuple(options.backends),
@@ -145,39 +139,36 @@ def run(options: argparse.Namespace) -> int:
             rates[machine] = measure.gemm_rate(case.device, case.dtype, min(1.0, seconds))
         print(f"{number} of {len(chosen)}  {case}", flush=True)
         limits = measure.Limits(seconds, longest, measure.memory_limit(case.device))
-        rows, missing = measure.run_case(case, field, rates[machine], limits, options.seed)
-        print(*map(results.line, rows), sep="\n", flush=True)
-        content["rows"] += rows
+        found, missing = measure.run_case(case, field, rates[machine], limits, options.seed)
+        print(*map(results.line, found), sep="\n", flush=True)
+        missing = [f"{who.name}: {who.reason}" for who in missing]
         for who in missing:
-            kept = absent.setdefault((who.name, who.reason), {**asdict(who), "cases": 0, "first": str(case)})
-            kept["cases"] += 1
-        content["absent"] = list(absent.values())
-        results.write_json(options.out / "speed.json", content)
+            known = absent.get(who, {"cases": 0, "first": str(case)})
+            absent[who] = known | {"cases": known["cases"] + 1}
+        log.add(*found, gemm_rates={machine: rates[machine]}, absent={who: absent[who] for who in missing})
         last = time.perf_counter() - start
     begun = {str(case) for case in chosen} - {str(case) for case in left}
-    content["not_run"] = [case for case in dict.fromkeys([*content["not_run"], *map(str, left)]) if case not in begun]
-    content["finished"] = not content["not_run"]
-    content["took_seconds"] = time.perf_counter() - begin
-    finish(options.out, content)
-    return 1 if any(row["wrong"] for row in content["rows"]) else 0
+    not_run = [case for case in dict.fromkeys([*left_before, *map(str, left)]) if case not in begun]
+    log.add(not_run=not_run, finished=not not_run, took_seconds=time.perf_counter() - begin)
+    finish(options.out, log.about, log.rows)
+    return 1 if any(row["wrong"] for row in log.rows) else 0
 
 
-def finish(out: Path, content: dict) -> None:
-    """The table and the pictures; then the JSON once more."""
-    facts = content["environment"]
+def finish(out: Path, about: dict, measured: list[dict]) -> None:
+    """The table and the pictures."""
+    facts = about["environment"]
     where = facts["gpu"]["name"] if "gpu" in facts else f"{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
     try:
         from .pictures import draw  # matplotlib takes its time to import
 
-        content["pictures"] = draw(out, content["rows"], f"{where}; torch {facts['torch']}; commit {(facts['commit'] or 'unknown')[:10]}")
+        pictures = draw(out, measured, f"{where}; torch {facts['torch']}; commit {(facts['commit'] or 'unknown')[:10]}")
     except ImportError as error:
-        content["pictures"] = []
+        pictures = []
         print(f"no pictures: {error}", file=sys.stderr)
-    (out / "speed.md").write_text(results.markdown(content))
-    results.write_json(out / "speed.json", content)
-    wrong = sum(bool(row["wrong"]) for row in content["rows"])
-    print(f"{len(content['rows'])} rows, {wrong} wrong, {len(content['not_run'])} cases not run; wrote {out}/speed.json, speed.md"
-          + "".join(f", {name}" for name in content["pictures"]))
+    (out / "speed.md").write_text(results.markdown(about, measured))
+    wrong = sum(bool(row["wrong"]) for row in measured)
+    print(f"{len(measured)} rows, {wrong} wrong, {len(about['not_run'])} cases not run; wrote {out}/speed.jsonl, speed.md"
+          + "".join(f", {name}" for name in pictures))
 
 
 if __name__ == "__main__":

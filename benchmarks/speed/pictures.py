@@ -4,13 +4,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # needs no screen
-
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
+
+from .. import drawing
 
 COLORS = {"nn": "#222222", "unfold": "#c49a00", "shifted": "#8c564b", "overlap": "#7f7f7f", "FlashRNN": "#17becf", "haste": "#bcbd22",
           "Recurrent": "#1f77b4", "Windowed": "#d95f02", "Chunked": "#1b9e77", "Verified": "#7570b3"}
@@ -23,10 +21,10 @@ def draw(folder: Path, rows: list[dict], subtitle: str) -> list[str]:
     right = [row for row in rows if not row["wrong"]]
     first = right[0]["model"] if right else None
     made = {
-        "time.png": _panels(folder / "time.png", [r for r in right if "T" in r["sweeps"]], _times, "Time of a call against T", subtitle),
-        "speedup.png": _panels(folder / "speedup.png", [r for r in right if "k" in r["sweeps"] and r["model"] == first], _speedups,
+        "time.svg": _panels(folder / "time.svg", [r for r in right if "T" in r["sweeps"]], _times, "Time of a call against T", subtitle),
+        "speedup.svg": _panels(folder / "speedup.svg", [r for r in right if "k" in r["sweeps"] and r["model"] == first], _speedups,
                                "Speed-up against the window k (warm-up of the chunks)", subtitle),
-        "error.png": _panels(folder / "error.png", [r for r in rows if "k" in r["sweeps"] and r["passes"] == "forward"], _errors,
+        "error.svg": _panels(folder / "error.svg", [r for r in rows if "k" in r["sweeps"] and r["passes"] == "forward"], _errors,
                              "Error against the window k, and its certified bound", subtitle),
     }
     return [name for name, drawn in made.items() if drawn]
@@ -39,19 +37,17 @@ def _panels(path: Path, rows: list[dict], panel, title: str, subtitle: str) -> b
         groups.setdefault(f"{row['cell']} {row['dtype']} {row['device']}{passes}", []).append(row)
     if not groups:
         return False
-    columns = min(3, len(groups))
+    columns = len(groups) if len(groups) < 4 else 2
     lines = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(6.2 * columns, 5.6 * lines), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 4 * lines + 1), squeeze=False, layout="constrained")
     figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
     for axis, (name, group) in zip(axes.flat, groups.items()):
         panel(axis, group)
         axis.set_title(name, fontsize=9)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False)
     for axis in axes.flat[len(groups) :]:
         axis.axis("off")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    drawing.finish(figure, path)
     return True
 
 
@@ -95,7 +91,7 @@ def _errors(axis: Axes, rows: list[dict]) -> None:
 def _by(rows: list[dict], field: str, order: str) -> Iterable[tuple[str, list[dict]]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        name = row[field]
+        name = row[field].replace("nn.LSTM", "nn").replace("nn.RNN", "nn")  # one legend for all cells
         if order == "k" and field == "name":  # Windowed(8), Windowed(16), ...: one curve
             name = name.replace(f"({row['k']})", "(k)").replace(f", {row['k']})", ", k)")
         elif order == "T" and field == "name" and name.startswith("Chunked"):
@@ -107,12 +103,17 @@ def _by(rows: list[dict], field: str, order: str) -> Iterable[tuple[str, list[di
 def _look(row: dict) -> dict:
     name = next((n for n in COLORS if row["name"].startswith(n)), "nn")
     marker = MARKERS[list(STYLES).index(row["backend"]) % len(MARKERS)] if row["ours"] else "."
-    return {"color": COLORS[name], "linestyle": STYLES.get(row["backend"], "-"), "marker": marker, "markersize": 4}
+    style = "--" if row["name"].endswith("one thread") else STYLES.get(row["backend"], "-")
+    return {"color": COLORS[name], "linestyle": style, "marker": marker, "markersize": 4}
 
 
 def _axes(axis: Axes, x: str, y: str) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axis.get_ylim()
+    if high > 1e3 * low:
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel(x, fontsize=8)
     axis.set_ylabel(y, fontsize=8)

@@ -1,10 +1,8 @@
-"""The machine in words, the JSON, which is whole at any moment, and the table."""
+"""The machine in words, and the table."""
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import subprocess
@@ -75,39 +73,11 @@ def _driver() -> str | None:
         return None
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Atomically, so that a run that is stopped leaves what it had. NaN and infinity, which JSON lacks, become null."""
-    fresh = path.with_suffix(".json.part")
-    fresh.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
-    os.replace(fresh, path)
-
-
-def resume(path: Path, content: dict) -> None:
-    """Takes over what an earlier run of this commit and machine left in its file; UserError where that was another."""
-    try:
-        earlier = json.loads(path.read_text())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        raise UserError(f"--resume: {path} cannot be read ({error})") from error
+def comparable(path: Path, earlier: dict, now: dict) -> None:
+    """UserError where the environment of an earlier run is another commit or machine."""
     for name in SAME:
-        before, now = earlier["environment"].get(name), content["environment"][name]
-        if before != now:
-            raise UserError(f"--resume: {path} was measured with {name} {before}, here it is {now}; choose another --out")
-    for name in ("rows", "gemm_rates", "absent", "not_run"):
-        content[name] = earlier[name]
-    content["models"] = earlier["models"] | content["models"]
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _finite(v) for key, v in value.items()}
-        case list() | tuple():
-            return [_finite(v) for v in value]
-        case float() if not math.isfinite(value):
-            return None
-    return value
+        if earlier.get(name) != now[name]:
+            raise UserError(f"--resume: {path} was measured with {name} {earlier.get(name)}, here it is {now[name]}; choose another --out")
 
 
 # ---- table
@@ -137,21 +107,21 @@ def line(row: dict) -> str:
             f"{row['rate_share']:6.1%} of GEMM  {verdict}")
 
 
-def markdown(content: dict) -> str:
+def markdown(about: dict, rows: list[dict]) -> str:
     """Every row, by case; then who took no part."""
     out = ["# Speed: recurrent against windowed", ""]
-    facts = content["environment"]
+    facts = about["environment"]
     out += [f"commit {facts['commit']}, {facts['date']}, torch {facts['torch']}, {facts['processor']}, {facts['threads']} of "
             f"{facts['cores']} cores" + (f", {facts['gpu']['name']}" if "gpu" in facts else ""), ""]
-    if not content["finished"]:
+    if not about["finished"]:
         out += ["**Not finished.**", ""]
-    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in content["gemm_rates"].items())
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in about["gemm_rates"].items())
     out += [f"Best product rates here, GFLOP/s: {rates}. Times are medians (fastest … slowest) in ms of turns taken by all in the case. "
             "Errors are the largest |y − y64| against the float64 recurrent run; bound: certified, in exact arithmetic. "
             "x: speed-up over the strongest baseline that computes the same function.", ""]
     head = "| contestant | ms | x | over nn | error | bound | peak MiB | of GEMM rate | note |"
     case = None
-    for row in content["rows"]:
+    for row in rows:
         now = tuple(row[name] for name in ("cell", "dtype", "device", "passes", "model", *SIZES))
         if now != case:
             case = now
@@ -163,9 +133,11 @@ def markdown(content: dict) -> str:
         out.append(f"| {row['name']} | {milliseconds(row['seconds'])} | {ratio(row['speedup'], True)} | "
                    f"{ratio(row['speedup_over_torch'], False)} | {figure(row['error'])} | {figure(row['bound'])} | {memory} | "
                    f"{row['rate_share']:.0%} | {note} |")
-    if content["absent"]:
+    if about["absent"]:
         out += ["", "## Took no part", "", "| who | cases | why |", "|---|---|---|"]
-        out += [f"| {a['name']} | {a['cases']}, first {a['first']} | {a['reason']} |" for a in content["absent"]]
-    if content["not_run"]:
-        out += ["", "## Cases not run", ""] + [f"- {case}" for case in content["not_run"]]
+        for who, found in about["absent"].items():
+            name, _, reason = who.partition(": ")
+            out.append(f"| {name} | {found['cases']}, first {found['first']} | {reason} |")
+    if about["not_run"]:
+        out += ["", "## Cases not run", ""] + [f"- {case}" for case in about["not_run"]]
     return "\n".join(out) + "\n"

@@ -1,6 +1,6 @@
-// The adjoint recursion of a tile of lanes, in reverse time. Stage s of a lane takes up the adjoint carried from the step after (its
-// product of dz with W_hh), adds what the outputs say, and leaves dz for the next stage; one last stage only passes the carry on.
-// Where all this comes from and goes to is up to a Port: the caller's tensors (backward.cpp), or the workspace of windows.
+// The adjoint recursion of a tile of lanes, in reverse time. Stage s of a lane takes up the adjoint carried from the step after (the
+// product of its sums' adjoints with W_hh), adds what the outputs say, and leaves its own sums' adjoints for the next stage; one last
+// stage only passes the carry on. Where all this comes from and goes to is up to a Port: the caller's tensors (backward.cpp), or the workspace of windows.
 #pragma once
 #include "stable_rnn/cell.h"
 #include "tiles.h"
@@ -13,8 +13,8 @@ struct BackwardWeights {
   Panels gates, projection;
   bool projected;
 
-  BackwardWeights(int64_t hidden, int64_t out, bool lstm, bool projected, int threads)
-      : gates(hidden * (lstm ? 4 : 1), out, 1, threads), projection(out, hidden, 1, threads), projected(projected) {}
+  BackwardWeights(int64_t hidden, int64_t out, int gates, bool projected, int threads)
+      : gates(hidden * gates, out, 1, threads), projection(out, hidden, 1, threads), projected(projected) {}
   int64_t bytes() const {
     return Workspace::bytes<float>(gates.floats()) + (projected ? Workspace::bytes<float>(projection.floats()) : 0);
   }
@@ -30,49 +30,45 @@ struct BackwardWeights {
   }
 };
 
-template <class V>
-struct SavedStep {
-  V i, f, g, o, c, c_prev;
-};
-
 // T is the storage type of the starting adjoints. A Port has, with r the lane's row in the tile and n how many units exist:
 //   output_gradient(r, run, s, unit, n) -> dy        whole(r, run, s, unit, n, dh)        dh with dy
 //   carried(r, run, s, unit, n, dh)                  dh as a stage finds it, without dy; s == run.steps: for the time before
 //   carried_cell(r, run, s, unit, n, dc)             the same for the cell
-//   output(r, run, s, unit, n) -> h (RNN)            saved(r, run, s, unit, n) -> SavedStep (LSTM)
-//   gradient(r, run, s, gate, unit, n, dz)
-template <class T, bool lstm, class Port>
+//   saved(r, run, s, unit, n, kept)                  fills kept[Cell::saved]
+//   before(r, run, s, unit, n) -> State              what the cell wants of the states before the step, and after(...) after it
+//   gradient(r, run, s, unit, n, dz, d_hidden)       adjoints of the gates' x and of their hidden sums
+template <class T, class Cell, class Port>
 struct BackwardTile {
-  int kind;
-  float cap;
+  Cell cell;
   int64_t hidden, out;
   const T *dh_n, *dc_n;
   const float *dh_init, *dc_init;
   const BackwardWeights& weights;
   Port port;
   int64_t h_stride, c_stride, z_stride;
-  float *carry = nullptr, *z_now = nullptr, *z_next = nullptr, *c = nullptr;   // carry: dh at the start; with a projection, of each stage
+  float *carry = nullptr;   // dh at the start; with a projection, of each stage; with h_before, its part of the next stage's
+  float *z_now = nullptr, *z_next = nullptr, *c = nullptr;
   Run* runs = nullptr;
 
-  BackwardTile(const BackwardWeights& weights, const Port& port, int kind, float cap, int64_t hidden, int64_t out, const void* dh_n,
+  BackwardTile(const BackwardWeights& weights, const Port& port, Cell cell, int64_t hidden, int64_t out, const void* dh_n,
                const void* dc_n, const float* dh_init, const float* dc_init)
-      : kind(kind), cap(cap), hidden(hidden), out(out), dh_n(static_cast<const T*>(dh_n)), dc_n(static_cast<const T*>(dc_n)),
+      : cell(cell), hidden(hidden), out(out), dh_n(static_cast<const T*>(dh_n)), dc_n(static_cast<const T*>(dc_n)),
         dh_init(dh_init), dc_init(dc_init), weights(weights), port(port), h_stride(state_stride(out)),
         c_stride(state_stride(hidden)), z_stride(state_stride(weights.gates.k)) {}
 
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out) {
-    return Workspace::bytes<float>(rows * state_stride(out)) + 2 * Workspace::bytes<float>(rows * state_stride(hidden * (lstm ? 4 : 1))) +
-           lstm * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
+    return Workspace::bytes<float>(rows * state_stride(out)) + 2 * Workspace::bytes<float>(rows * state_stride(hidden * Cell::gates)) +
+           Cell::has_cell * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
   }
   void take(Workspace& memory, int64_t rows) {
     carry = memory.take<float>(rows * h_stride);
     z_now = memory.take<float>(rows * z_stride);
     z_next = memory.take<float>(rows * z_stride);
-    if (lstm) c = memory.take<float>(rows * c_stride);
+    if (Cell::has_cell) c = memory.take<float>(rows * c_stride);
     runs = memory.take<Run>(rows);
   }
 
-  void run(const Team& team, int64_t n) {
+  void run(Team& team, int64_t n) {
     for (int64_t r = team.begin(n); r < team.end(n); ++r) start(r);
     team.sync();
     int64_t active = n;
@@ -89,12 +85,12 @@ struct BackwardTile {
   void start(int64_t r) {
     const Run& run = runs[r];
     begin_state(carry + r * h_stride, out, run.given && dh_n ? dh_n + run.b * out : nullptr, dh_init ? dh_init + run.entry * out : nullptr);
-    if (lstm)
+    if (Cell::has_cell)
       begin_state(c + r * c_stride, hidden, run.given && dc_n ? dc_n + run.b * hidden : nullptr,
                   dc_init ? dc_init + run.entry * hidden : nullptr);
   }
 
-  void stage(const Team& team, int64_t s, int64_t active) {
+  void stage(Team& team, int64_t s, int64_t active) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t first = weights.gates.first(p) * width;
       const int size = weights.gates.size(p);
@@ -103,12 +99,12 @@ struct BackwardTile {
       });
     });
     team.sync();
-    if (!weights.projected) return;
+    if (!(Cell::projects && weights.projected)) return;
     each_panel(team, weights.projection, s, [&](int64_t p) {
       const int64_t first = weights.projection.first(p) * width;
       const int size = weights.projection.size(p);
       multiply(carry, h_stride, active, weights.projection, p, [&](int64_t r, const Vec* dm) {
-        for (int v = 0; v < size; ++v) lstm_units(r, s, first + v * width, dm[v]);
+        for (int v = 0; v < size; ++v) units(r, s, first + v * width, dm[v]);
       });
     });
     team.sync();
@@ -119,35 +115,36 @@ struct BackwardTile {
     const int64_t n = out - unit;
     float* kept = carry + r * h_stride + unit;
     if (s == 0) dh = load(kept);
+    else if constexpr (Cell::h_before) dh = dh + load(kept);
     port.carried(r, run, s, unit, n, dh);
     if (s < run.steps) {
       dh = dh + port.output_gradient(r, run, s, unit, n);
       port.whole(r, run, s, unit, n, dh);
     }
-    if (weights.projected) return store(kept, dh);
-    if constexpr (lstm) lstm_units(r, s, unit, dh);
-    else if (s < run.steps) {
-      const Vec dz = rnn_vjp(dh, port.output(r, run, s, unit, n), kind == RNN_RELU);
-      store(z_next + r * z_stride + unit, dz);
-      port.gradient(r, run, s, 0, unit, n, dz);
-    }
+    if (Cell::projects && weights.projected) store(kept, dh);
+    else units(r, s, unit, dh);
   }
 
-  STABLE_RNN_INLINE void lstm_units(int64_t r, int64_t s, int64_t unit, Vec dm) {
+  STABLE_RNN_INLINE void units(int64_t r, int64_t s, int64_t unit, Vec dh) {
     const Run& run = runs[r];
     const int64_t n = hidden - unit;
-    float* cell = c + r * c_stride + unit;
-    const Vec dc = load(cell);
-    port.carried_cell(r, run, s, unit, n, dc);
-    if (s == run.steps) return;
-    const SavedStep<Vec> at = port.saved(r, run, s, unit, n);
-    const LstmAdjoint<Vec> d = lstm_vjp(dm, dc, at.i, at.f, at.g, at.o, at.c, at.c_prev, cap);
-    store(cell, d.c_prev);
-    const Vec dz[4] = {d.zi, d.zf, d.zg, d.zo};
-    for (int gate = 0; gate < 4; ++gate) {
-      store(z_next + r * z_stride + gate * hidden + unit, dz[gate], n);
-      port.gradient(r, run, s, gate, unit, n, dz[gate]);
+    State<Vec> d{dh, Vec(0.f)};
+    if constexpr (Cell::has_cell) {
+      d.c = load(c + r * c_stride + unit);
+      port.carried_cell(r, run, s, unit, n, d.c);
     }
+    if (s == run.steps) return;
+    Saved<Cell, Vec> kept;
+    port.saved(r, run, s, unit, n, kept);
+    const auto adjoint = cell.vjp(d, kept, port.after(r, run, s, unit, n), port.before(r, run, s, unit, n));
+    if constexpr (Cell::has_cell) store(c + r * c_stride + unit, adjoint.before.c);
+    if constexpr (Cell::h_before) store(carry + r * h_stride + unit, adjoint.before.h);
+    Vec d_hidden[Cell::gates];
+    for (int gate = 0; gate < Cell::gates; ++gate) {
+      d_hidden[gate] = cell.hidden(gate, adjoint.z[gate], kept);
+      store(z_next + r * z_stride + gate * hidden + unit, d_hidden[gate], n);
+    }
+    port.gradient(r, run, s, unit, n, adjoint.z, d_hidden);
   }
 };
 

@@ -12,8 +12,8 @@ struct ForwardWeights {
   Panels gates, projection;
   bool projected;
 
-  ForwardWeights(int64_t hidden, int64_t out, bool lstm, bool projected, int threads)
-      : gates(out, hidden, lstm ? 4 : 1, threads), projection(hidden, out, 1, threads), projected(projected) {}
+  ForwardWeights(int64_t hidden, int64_t out, int gates, bool projected, int threads)
+      : gates(out, hidden, gates, threads), projection(hidden, out, 1, threads), projected(projected) {}
   int64_t bytes() const {
     return Workspace::bytes<float>(gates.floats()) + (projected ? Workspace::bytes<float>(projection.floats()) : 0);
   }
@@ -30,15 +30,17 @@ struct ForwardWeights {
 };
 
 // T is the storage type. A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
-//   hidden(r, run, s, unit, n, before, h)     state of units [unit, unit + n) before step s (an address) and after it
-//   cell(r, run, s, unit, n, c_prev, step)    LSTM only: the same for the cell, and the gates
-template <class T, bool lstm, class Sink>
+//   hidden(r, run, s, unit, n, before, h)     h of units [unit, unit + n) before step s (an address) and after it
+//   step(r, run, s, unit, n, c_before, now)   what else the step made (Cell::Step)
+template <class T, class Cell, class Sink>
 struct ForwardTile {
+  static_assert(Cell::gates <= panel_vectors, "a panel holds all gates of a unit");
+  static_assert(!(Cell::projects && Cell::h_before), "a projected h is not the unit's own");
+
   // the problem
-  int kind;
-  float cap;
+  Cell cell;
   int64_t hidden, out;
-  const T *xp, *h0, *c0;
+  const T *xp, *h0, *c0, *bias;
   const float *h_init, *c_init;
   const ForwardWeights& weights;
   Sink sink;
@@ -47,26 +49,26 @@ struct ForwardTile {
   float *h_now = nullptr, *h_next = nullptr, *c = nullptr, *m = nullptr;
   Run* runs = nullptr;
 
-  ForwardTile(const ForwardWeights& weights, const Sink& sink, int kind, float cap, const void* xp, const void* h0, const void* c0,
-              const float* h_init, const float* c_init)
-      : kind(kind), cap(cap), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)),
-        h0(static_cast<const T*>(h0)), c0(static_cast<const T*>(c0)), h_init(h_init), c_init(c_init), weights(weights), sink(sink),
-        h_stride(state_stride(out)), c_stride(state_stride(hidden)) {}
+  ForwardTile(const ForwardWeights& weights, const Sink& sink, Cell cell, const void* xp, const void* h0, const void* c0,
+              const void* hidden_bias, const float* h_init, const float* c_init)
+      : cell(cell), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)), h0(static_cast<const T*>(h0)),
+        c0(static_cast<const T*>(c0)), bias(static_cast<const T*>(hidden_bias)), h_init(h_init), c_init(c_init), weights(weights),
+        sink(sink), h_stride(state_stride(out)), c_stride(state_stride(hidden)) {}
 
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out, bool projected) {
     return 2 * Workspace::bytes<float>(rows * state_stride(out)) +
-           (lstm + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
+           (Cell::has_cell + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
   }
   void take(Workspace& memory, int64_t rows) {
     h_now = memory.take<float>(rows * h_stride);
     h_next = memory.take<float>(rows * h_stride);
-    if (lstm) c = memory.take<float>(rows * c_stride);
+    if (Cell::has_cell) c = memory.take<float>(rows * c_stride);
     if (weights.projected) m = memory.take<float>(rows * c_stride);
     runs = memory.take<Run>(rows);
   }
 
   // Runs the n lanes in `runs`, longest first, to their ends. A member of a team works on a copy of the tile of its own.
-  void run(const Team& team, int64_t n) {
+  void run(Team& team, int64_t n) {
     bool zeros = !weights.gates.not_finite;
     for (int64_t r = 0; r < n; ++r) zeros = zeros && !(runs[r].given && h0) && !h_init;
     for (int64_t r = team.begin(n); r < team.end(n); ++r) start(r);
@@ -85,17 +87,16 @@ struct ForwardTile {
   void start(int64_t r) {
     const Run& run = runs[r];
     begin_state(h_now + r * h_stride, out, run.given && h0 ? h0 + run.b * out : nullptr, h_init ? h_init + run.entry * out : nullptr);
-    if (lstm)
+    if (Cell::has_cell)
       begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr, c_init ? c_init + run.entry * hidden : nullptr);
   }
 
-  void step(const Team& team, int64_t s, int64_t active, const float* state) {
+  void step(Team& team, int64_t s, int64_t active, const float* state) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t unit = weights.gates.first(p) * width;
       const int size = weights.gates.size(p);
       multiply(state, h_stride, active, weights.gates, p, [&](int64_t r, const Vec* z) {
-        if constexpr (lstm) lstm_units(r, s, unit, z);
-        else rnn_units(r, s, unit, z, size);
+        for (int v = 0; v < (Cell::gates == 1 ? size : 1); ++v) units(r, s, unit + v * width, z + v);
       });
     });
     team.sync();
@@ -110,28 +111,24 @@ struct ForwardTile {
     team.sync();
   }
 
-  STABLE_RNN_INLINE void lstm_units(int64_t r, int64_t s, int64_t unit, const Vec* z) {
+  STABLE_RNN_INLINE void units(int64_t r, int64_t s, int64_t unit, const Vec* sums) {
     const Run& run = runs[r];
     const int64_t n = hidden - unit;
-    const T* x = xp + (run.first + s * run.move) * 4 * hidden + unit;
-    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(x + (run.move * 4 + gate) * hidden);   // of the next step
-    float* cell = c + r * c_stride + unit;
-    const Vec c_prev = load(cell);
-    const LstmStep<Vec> now = lstm_step(z[0] + load(x, n), z[1] + load(x + hidden, n), z[2] + load(x + 2 * hidden, n),
-                                        z[3] + load(x + 3 * hidden, n), c_prev, cap);
-    store(cell, now.c);
-    sink.cell(r, run, s, unit, n, c_prev, now);
-    if (weights.projected) store(m + r * c_stride + unit, now.m);
-    else emit(r, s, unit, now.m);
-  }
-
-  STABLE_RNN_INLINE void rnn_units(int64_t r, int64_t s, int64_t unit, const Vec* z, int size) {
-    const Run& run = runs[r];
-    const T* x = xp + (run.first + s * run.move) * hidden + unit;
-    for (int v = 0; v < size; ++v) {
-      __builtin_prefetch(x + run.move * hidden + v * width);
-      emit(r, s, unit + v * width, rnn_step(z[v] + load(x + v * width, hidden - unit - v * width), kind == RNN_RELU));
+    const T* at = xp + (run.first + s * run.move) * Cell::gates * hidden + unit;
+    Vec x[Cell::gates];
+    for (int gate = 0; gate < Cell::gates; ++gate) {
+      __builtin_prefetch(at + (run.move * Cell::gates + gate) * hidden);   // of the next step
+      x[gate] = load(at + gate * hidden, n);
     }
+    State<Vec> before{Vec(0.f), Vec(0.f)};
+    if constexpr (Cell::h_before) before.h = load(h_now + r * h_stride + unit);
+    if constexpr (Cell::has_cell) before.c = load(c + r * c_stride + unit);
+    const Vec b = Cell::hidden_bias >= 0 && bias ? load(bias + unit, n) : Vec(0.f);
+    const auto now = cell.step(sums, x, b, before);
+    if constexpr (Cell::has_cell) store(c + r * c_stride + unit, now.c);
+    sink.step(r, run, s, unit, n, before.c, now);
+    if (Cell::projects && weights.projected) store(m + r * c_stride + unit, now.h);
+    else emit(r, s, unit, now.h);
   }
 
   STABLE_RNN_INLINE void emit(int64_t r, int64_t s, int64_t unit, Vec h) {

@@ -7,59 +7,80 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-#include <sched.h>
 
+#include "crowd.h"
 #include "isa.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
 
-// The last to arrive opens the gate for the others, which spin, and after a while offer their core to somebody else.
-struct Barrier {
-  alignas(64) int arrived = 0;
-  alignas(64) int round = 0;
-
-  void wait(int size) {
-    const int now = __atomic_load_n(&round, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
-      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&round, now + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int spins = 0; __atomic_load_n(&round, __ATOMIC_ACQUIRE) == now; ++spins) {
-      if (spins > 200) sched_yield();
-#if defined(__x86_64__)
-      else _mm_pause();
-#endif
-    }
-  }
-};
-
+// A thread's view of its team. Rank and size change at a barrier where threads leave: shares are to be asked for after each.
 struct Team {
   int rank = 0, size = 1;
   Barrier* barrier = nullptr;
+  uint32_t round = 0;          // barriers that this thread has passed,
+  int64_t all = 0;             // arrivals in them,
+  int parted = 0;              // and partings among them
 
-  void sync() const {
-    if (size > 1) barrier->wait(size);
+  // The last to arrive opens the round for the others, which spin for a few microseconds and then wait in a manner that leaves the
+  // core to somebody else. `even`: all had about the same to do. A thread may not come back from here: it has left the body.
+  void sync(bool even = true) {
+    if (size == 1) return;
+    all += size;
+    const int64_t arrived = __atomic_add_fetch(&barrier->arrived, 1, __ATOMIC_ACQ_REL);
+    const uint32_t now = round++;
+    if (arrived == all) return __atomic_store_n(&barrier->round, round, __ATOMIC_RELEASE);
+    if (arrived == (all | Barrier::sleeping)) barrier->open_late(now, rank, size, even);
+    else wait(now);
+    if (barrier->partings[parted].left) part();
   }
   // This thread's share of 0 .. n-1.
   int64_t begin(int64_t n) const { return n * rank / size; }
   int64_t end(int64_t n) const { return n * (rank + 1) / size; }
+
+ private:
+  void wait(uint32_t now) const {
+    for (int spins = 0; __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE) == now; ++spins) {
+      if (spins == 200) return barrier->wait_long(now, all);
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+  }
+  // The opener of the last round leaves, and the highest ranks; the highest of those who stay takes a low rank that became free.
+  void part() {
+    const int leaver = barrier->partings[parted].leaver;
+    size = barrier->partings[parted++].left;
+    if (rank == leaver || rank > size || (rank == size && leaver > size)) leave_team();
+    if (rank == size) rank = leaver;
+  }
 };
 
-// body(Team) on up to `threads` threads; OpenMP may grant fewer, so a body asks its team for the size.
+// body(Team&) on up to `threads` threads; OpenMP may grant fewer, and a team may lose some: a body asks it for the size.
+// `judged`: the threads have equal shares up to each barrier (but for those that say otherwise), and end with one.
 template <class Body>
-void parallel(int threads, const Body& body) {
+void parallel(int threads, bool judged, const Body& body) {
 #ifdef _OPENMP
   if (threads > 1) {
-    Barrier barrier;
+    Barrier barrier(judged);
 #pragma omp parallel num_threads(threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads(), &barrier});
+    {
+      try {
+        Team team;
+        team.rank = omp_get_thread_num();
+        team.size = omp_get_num_threads();
+        team.barrier = &barrier;
+        body(team);
+      } catch (const Left&) {
+      }
+    }
+    barrier.finish(threads);
     return;
   }
 #endif
-  (void)threads;
-  body(Team{});
+  (void)threads, (void)judged;
+  Team alone;
+  body(alone);
 }
 
 // 0, 1, 2, ... handed out to whichever thread comes next.

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "lanes.h"
+#include "stable_rnn/cells.h"
 
 namespace stable_rnn {
 namespace {
@@ -13,7 +14,7 @@ constexpr int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
 
 template <class Params>
 const char* check(const Params& p) {
-  if (p.cell < RNN_TANH || p.cell > LSTM) return "cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)";
+  if (!is_cell(p.cell)) return unknown_cell;
   if (p.dtype != F32 && p.dtype != BF16) return bad_dtype;
   if (p.hidden < 0 || !(p.cap > 0 && p.cap <= 1)) return "hidden must not be negative, and cap must lie in (0, 1]";
   return nullptr;
@@ -25,7 +26,7 @@ const char* check_recurrence(const Params& p) {
   const Lanes& lanes = p.lanes;
   if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
     return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
-  if (p.w_hr && p.cell != LSTM) return "a projection (w_hr) needs cell lstm";
+  if (p.w_hr && !projects(p.cell)) return "a projection (w_hr) needs cell lstm";
   if (!p.w_hr && p.out != p.hidden) return "out must equal hidden where there is no projection (w_hr)";
   if (p.w_hr && p.out < 1) return "out must be positive";
   return nullptr;
@@ -46,7 +47,7 @@ const char* recurrence_forward_cpu(const ForwardParams& p) {
   for (int64_t b = 0; b < p.lanes.batch; ++b)
     if (length_of(p.lanes, b) == 0) {
       copy_row(p.h_n, p.h0, b, p.out * size_of(p.dtype));
-      if (p.cell == LSTM) copy_row(p.c_n, p.c0, b, p.hidden * size_of(p.dtype));
+      if (has_cell(p.cell)) copy_row(p.c_n, p.c0, b, p.hidden * size_of(p.dtype));
     }
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), forward_run, p.h_init != nullptr);
@@ -58,7 +59,7 @@ const char* recurrence_backward_cpu(const BackwardParams& p) {
   for (int64_t b = 0; b < p.lanes.batch; ++b)
     if (length_of(p.lanes, b) == 0) {
       copy_row(p.dh0, p.dh_n, b, p.out * size_of(p.dtype));
-      if (p.cell == LSTM) copy_row(p.dc0, p.dc_n, b, p.hidden * size_of(p.dtype));
+      if (has_cell(p.cell)) copy_row(p.dc0, p.dc_n, b, p.hidden * size_of(p.dtype));
     }
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), backward_run, p.dh_init != nullptr);

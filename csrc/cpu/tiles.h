@@ -33,6 +33,7 @@ struct Tiling {
       const int64_t useful = lanes * weights / worth_a_thread;
       if (useful < threads) threads = useful < 1 ? 1 : int(useful);
       if (vectors < threads) threads = int(vectors);
+      threads = uncrowded(threads);
       together = threads > 1;
     }
     const int64_t share = together ? lanes : ceil_div(lanes, threads);   // evenly: no thread waits long for the last tile
@@ -95,12 +96,15 @@ STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_
 
 // run(team, first, n, slot) for each tile of lanes [first, first + n), with slot < tiling.teams() naming its memory.
 template <class RunTile>
-STABLE_RNN_INLINE void for_each_tile(const Team& team, const Tiling& tiling, int64_t lanes, Counter& counter, const RunTile& run) {
+STABLE_RNN_INLINE void for_each_tile(Team& team, const Tiling& tiling, int64_t lanes, Counter& counter, const RunTile& run) {
   const auto rows = [&](int64_t tile) { return lanes - tile * tiling.rows < tiling.rows ? lanes - tile * tiling.rows : tiling.rows; };
   if (tiling.together)
     for (int64_t tile = 0; tile < tiling.count; ++tile) run(team, tile * tiling.rows, rows(tile), 0);
   else
-    for (int64_t tile; (tile = counter.next()) < tiling.count;) run(Team{}, tile * tiling.rows, rows(tile), team.rank);
+    for (int64_t tile; (tile = counter.next()) < tiling.count;) {
+      Team alone;
+      run(alone, tile * tiling.rows, rows(tile), team.rank);
+    }
 }
 
 }  // namespace STABLE_RNN_NS

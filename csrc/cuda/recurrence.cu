@@ -21,11 +21,11 @@ int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : 
 // What differs between the directions: where the states of a row without time come from and go to, and the kernels.
 void hand_through(const ForwardParams& p, PrepareParams& q) {
   q.h_from = p.h0, q.h_to = p.h_n;
-  if (q.lstm) q.c_from = p.c0, q.c_to = p.c_n;
+  if (has_cell(p.cell)) q.c_from = p.c0, q.c_to = p.c_n;
 }
 void hand_through(const BackwardParams& p, PrepareParams& q) {
   q.h_from = p.dh_n, q.h_to = p.dh0;
-  if (q.lstm) q.c_from = p.dc_n, q.c_to = p.dc0;
+  if (has_cell(p.cell)) q.c_from = p.dc_n, q.c_to = p.dc0;
 }
 template <int dtype> const char* launch_recurrence(const ForwardLaunch& q, const Grid& grid) { return launch_forward<dtype>(q, grid); }
 template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, const Grid& grid) { return launch_backward<dtype>(q, grid); }
@@ -41,7 +41,7 @@ const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const 
   PrepareParams q{};
   q.geometry = g;
   q.lanes = p.lanes;
-  q.lstm = p.cell == LSTM;
+  q.layout = warp_layout(backward, p.cell);
   q.backward = backward;
   q.hidden = p.hidden;
   q.w_hh = p.w_hh;

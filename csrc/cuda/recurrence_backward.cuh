@@ -1,12 +1,13 @@
-// The adjoint recursion on lanes, in reverse time: carry = dz W_hh of the step after, plus dy, then the cell's vector-Jacobian product.
+// The adjoint recursion on lanes, in reverse time: carry = the adjoints of the sums of the step after, times W_hh; plus dy; then the
+// cell's vector-Jacobian product.
 //
-// A warp has 16 units times 8 * octets lanes of the product. An LSTM's sums run over 4 H rows of weights: four warps take a gate each, and
-// their sums are added in the order i, f, g, o. The sums change hands through shared memory, so that threads then hold consecutive units of
-// a lane (what they load and store is contiguous), the cells of a group spread over its warps.
+// A group is 16 units times 8 * octets lanes. Its sums run over G H rows of weights, which its warps share (see WarpLayout: an LSTM's four
+// take a gate each), and the parts are added in the order of the gates. The sums change hands through shared memory, so that threads then
+// hold consecutive units of a lane (what they load and store is contiguous), the cells of a group spread over its warps.
 // The adjoint of the cell state stays in registers from stage to stage, and so does c, which is the next stage's c_prev before it.
 //
-// A stage of M lanes: 2 M G H^2 operations; an LSTM's 4 M H values of gates, 4 M H of dz, M H of dy and 4 M H bytes of cells, an RNN's M H
-// values each of y, dy and dz; and the weights from where they stay. README.md has the floors.
+// A stage of M lanes: 2 M G H^2 operations; M S H values of what was saved (an RNN: M H of y), M G H of dz, M H of dy, 4 M H bytes of
+// cells; and the weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
@@ -14,36 +15,39 @@
 
 namespace stable_rnn {
 
-template <int dtype, bool lstm, int octets>
+template <int dtype, class Cell, int octets>
 struct BackwardWarp {
   using A = Arithmetic<dtype>;
   using Storage = typename A::Storage;
   using Real = typename A::Real;
-  static constexpr int gates = lstm ? 4 : 1, group_units = 16;
-  static constexpr int cells = 4 * octets / gates, lanes = 8 * octets / gates;   // of a thread, and of a warp, once the sums have moved
+  static constexpr WarpLayout layout = warp_layout<Cell>(true);
+  static constexpr int gates = Cell::gates, warps = layout.warps, group_units = layout.units;
+  static constexpr int cells = 4 * octets / warps, lanes = 8 * octets / warps;   // of a thread, and of a warp, once the sums have moved
   static constexpr int pitch_of_sums = 9, sums_of_octet = 16 * pitch_of_sums;
   static constexpr int gate_bytes = group_units * A::shape.element, row_bytes = gates * gate_bytes;
 
   const BackwardParams& p;
   const Geometry& geometry;
   const TileLanes& tile;
-  const int H, gate, lane, unit;   // gate: of the product; lane, unit: the thread's first cell, then lanes lane + 2, lane + 4, ...
-  const float cap;                 // as the saved forget gates were rounded
+  const int H, part, lane, unit;   // part: of the sums; lane, unit: the thread's first cell, then lanes lane + 2, lane + 4, ...
+  const float cap;                 // as what was saved was rounded
   float sums[1][octets][4];
   float carry[cells], dz[cells][gates];
   float dc[cells], c[cells];
-  Storage dy[cells], saved[cells][gates];   // of the next stage: gates, or y
+  Storage dy[cells], saved[cells][Cell::saved ? Cell::saved : 1], y[cells];   // of the next stage
   float c_prev[cells];
+  Storage y_prev[cells];
+  float kept_carry[cells];   // what h_before adds to the next carry
 
   __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
-      : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)), gate(thread_index() / 32 % gates),
-        lane(group() / geometry.groups * (8 * octets) + gate * lanes + thread_index() % 32 / 16),
+      : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)), part(thread_index() / 32 % warps),
+        lane(group() / geometry.groups * (8 * octets) + part * lanes + thread_index() % 32 / 16),
         unit(rank * geometry.units + group() % geometry.groups * group_units + thread_index() % 16),
         cap(Storage(p.cap)) {}
 
-  __device__ __forceinline__ static int group() { return thread_index() / 32 / gates; }
+  __device__ __forceinline__ static int group() { return thread_index() / 32 / warps; }
   __device__ __forceinline__ int first_lane() const { return lane - thread_index() % 32 / 16; }         // of the warp's cells
-  __device__ __forceinline__ int first_of_product() const { return first_lane() - gate * lanes; }
+  __device__ __forceinline__ int first_of_product() const { return first_lane() - part * lanes; }
   __device__ __forceinline__ char* outbox() const {
     return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp;
   }
@@ -57,13 +61,14 @@ struct BackwardWarp {
 
   __device__ __forceinline__ int64_t row(const Span& span, int s) const { return row_at(span, s, -p.lanes.step); }
 
-  // The first carry, and what an LSTM keeps in registers.
+  // The first carry, and what stays in registers.
   __device__ __forceinline__ void start() {
     each([&](int j, int lane) {
       const Run& run = tile.runs[lane];
       const bool there = run.steps && unit < H;
       carry[j] = there ? start_value<Storage>(run, p.dh_n, p.dh_init, H, unit) : 0.f;
-      if constexpr (lstm) {
+      if constexpr (Cell::h_before) kept_carry[j] = 0.f;
+      if constexpr (Cell::has_cell) {
         dc[j] = there ? start_value<Storage>(run, p.dc_n, p.dc_init, H, unit) : 0.f;
         c_prev[j] = there ? p.cells[run.first * H + unit] : 0.f;   // load(0) makes it c
       }
@@ -76,16 +81,22 @@ struct BackwardWarp {
       const bool there = s < span.steps && unit < H;
       const int64_t at = row(span, s);
       dy[j] = there ? static_cast<const Storage*>(p.dy)[at * H + unit] : Storage(0.f);
-      const Storage* from = static_cast<const Storage*>(lstm ? p.gates : p.y) + at * gates * H + unit;
+      const Storage* from = static_cast<const Storage*>(p.saved) + at * Cell::saved * H + unit;
 #pragma unroll
-      for (int q = 0; q < gates; ++q) saved[j][q] = there ? from[q * H] : Storage(0.f);
-      if constexpr (lstm) {
-        c[j] = c_prev[j];
+      for (int i = 0; i < Cell::saved; ++i) saved[j][i] = there ? from[i * H] : Storage(0.f);
+      if constexpr (Cell::h_after) y[j] = there ? static_cast<const Storage*>(p.y)[at * H + unit] : Storage(0.f);
+      if constexpr (Cell::has_cell) c[j] = c_prev[j];
+      if constexpr (Cell::has_cell || Cell::h_before) {
         if (!there) return;
-        if (s + 1 == span.steps && tile.runs[lane].last)   // the row's first time
-          c_prev[j] = p.c0 ? static_cast<float>(static_cast<const Storage*>(p.c0)[tile.runs[lane].b * H + unit]) : 0.f;
-        else
-          c_prev[j] = p.cells[row(span, s + 1) * H + unit];
+        if (s + 1 == span.steps && tile.runs[lane].last) {   // the row's first time
+          const int64_t first = tile.runs[lane].b * H + unit;
+          if constexpr (Cell::h_before) y_prev[j] = p.h0 ? static_cast<const Storage*>(p.h0)[first] : Storage(0.f);
+          if constexpr (Cell::has_cell) c_prev[j] = p.c0 ? static_cast<float>(static_cast<const Storage*>(p.c0)[first]) : 0.f;
+        } else {
+          const int64_t before = row(span, s + 1) * H + unit;
+          if constexpr (Cell::h_before) y_prev[j] = static_cast<const Storage*>(p.y)[before];
+          if constexpr (Cell::has_cell) c_prev[j] = p.cells[before];
+        }
       }
     });
   }
@@ -97,8 +108,8 @@ struct BackwardWarp {
       for (int e = 0; e < 4; ++e) sums[0][n][e] = 0.f;
   }
 
-  __device__ __forceinline__ float* sums_of(int gate, int octet) const {
-    return reinterpret_cast<float*>(shared_memory() + geometry.sums) + ((group() * gates + gate) * octets + octet) * sums_of_octet;
+  __device__ __forceinline__ float* sums_of(int part, int octet) const {
+    return reinterpret_cast<float*>(shared_memory() + geometry.sums) + ((group() * warps + part) * octets + octet) * sums_of_octet;
   }
 
   // The sums go to the threads that have their cells.
@@ -107,15 +118,16 @@ struct BackwardWarp {
 #pragma unroll
     for (int n = 0; n < octets; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums_of(gate, n)[(g + e / 2 * 8) * pitch_of_sums + 2 * t + e % 2] = sums[0][n][e];
-    if constexpr (lstm) block_sync();
+      for (int e = 0; e < 4; ++e) sums_of(part, n)[(g + e / 2 * 8) * pitch_of_sums + 2 * t + e % 2] = sums[0][n][e];
+    if constexpr (warps > 1) block_sync();
     else warp_sync();
     each([&](int j, int lane) {
       const int column = lane - first_of_product(), at = thread_index() % 16 * pitch_of_sums + column % 8;
       float sum = sums_of(0, column / 8)[at];
 #pragma unroll
-      for (int q = 1; q < gates; ++q) sum += sums_of(q, column / 8)[at];
+      for (int q = 1; q < warps; ++q) sum += sums_of(q, column / 8)[at];
       carry[j] = sum;
+      if constexpr (Cell::h_before) carry[j] += kept_carry[j];
     });
   }
 
@@ -130,7 +142,7 @@ struct BackwardWarp {
       const Run& run = tile.runs[lane];
       if (run.steps == 0 || unit >= H) return;
       write(run, carry[j], p.dh_start, p.dh_end, p.dh0);
-      if constexpr (lstm) write(run, dc[j], p.dc_start, p.dc_end, p.dc0);
+      if constexpr (Cell::has_cell) write(run, dc[j], p.dc_start, p.dc_end, p.dc0);
     });
   }
 
@@ -140,20 +152,23 @@ struct BackwardWarp {
   __device__ __forceinline__ void advance(int s) {
     char* mine = outbox() + thread_index() % 32 / 16 * row_bytes + thread_index() % 16 * A::shape.element;
     each([&](int j, int) {
-      const float dh = whole(j);
-      if constexpr (lstm) {
-        const LstmAdjoint<Real> d = lstm_vjp<Real>(dh, dc[j], float(saved[j][0]), float(saved[j][1]), float(saved[j][2]),
-                                                   float(saved[j][3]), c[j], c_prev[j], cap);
-        dc[j] = number(d.c_prev);
-        dz[j][0] = number(d.zi);
-        dz[j][1] = number(d.zf);
-        dz[j][2] = number(d.zg);
-        dz[j][3] = number(d.zo);
-      } else {
-        dz[j][0] = number(rnn_vjp<Real>(dh, float(saved[j][0]), p.cell == RNN_RELU));
-      }
+      const Cell cell(p.cell, cap);
+      State<Real> d{whole(j), 0.f}, after{0.f, 0.f}, before{0.f, 0.f};
+      if constexpr (Cell::has_cell) d.c = dc[j], after.c = c[j], before.c = c_prev[j];
+      if constexpr (Cell::h_after) after.h = float(y[j]);
+      if constexpr (Cell::h_before) before.h = float(y_prev[j]);
+      Saved<Cell, Real> kept;
 #pragma unroll
-      for (int q = 0; q < gates; ++q) put_element<A>(mine + 2 * j * row_bytes + q * gate_bytes, unit < H ? dz[j][q] : 0.f);   // never NaN
+      for (int i = 0; i < Cell::saved; ++i) kept[i] = float(saved[j][i]);
+      const auto adjoint = cell.vjp(d, kept, after, before);
+      if constexpr (Cell::has_cell) dc[j] = number(adjoint.before.c);
+      if constexpr (Cell::h_before) kept_carry[j] = number(adjoint.before.h);
+#pragma unroll
+      for (int q = 0; q < gates; ++q) {
+        dz[j][q] = number(adjoint.z[q]);
+        const float d_sum = number(cell.hidden(q, adjoint.z[q], kept));
+        put_element<A>(mine + 2 * j * row_bytes + q * gate_bytes, unit < H ? d_sum : 0.f);   // never NaN
+      }
     });
   }
 
@@ -179,18 +194,19 @@ struct BackwardWarp {
   }
 };
 
-template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(true, lstm, octets, held), 1) recurrence_backward(const BackwardLaunch q) {
-  using Warp = BackwardWarp<dtype, lstm, octets>;
+template <int dtype, class Cell, int octets, bool held>
+__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octets, held), 1) recurrence_backward(const BackwardLaunch q) {
+  using Warp = BackwardWarp<dtype, Cell, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
   Team team(g, q.meeting);
   const TileLanes tile(g);
   Warp warp(q.p, g, tile, team.rank);
-  const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::gates));
+  const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::warps));
   HeldWeights<A, 1> registers;
   if constexpr (held) registers.load(weights.global(), g.chunks);
-  const int first_state = warp.first_of_product() * g.pitch + warp.gate * g.segment + A::first_state(thread_index() % 32, g.pitch);
+  const int first_state = warp.first_of_product() * g.pitch + warp.part * (Warp::layout.own_gates * g.segment) +
+                          A::first_state(thread_index() % 32, g.pitch);
   const bool starts = q.p.dh_start || q.p.dc_start;
   team.begin();
 
@@ -219,19 +235,19 @@ __global__ void __launch_bounds__(32 * most_warps(true, lstm, octets, held), 1) 
 }
 
 // The kernel of a plan's variant.
-template <int dtype, bool lstm>
+template <int dtype, class Cell>
 const char* launch_backward_of(const BackwardLaunch& q, const Grid& grid) {
   const Geometry& g = q.geometry;
   if constexpr (product_shape(dtype).element == 2)
-    if (g.place == in_registers) return launch(&recurrence_backward<dtype, lstm, 1, true>, grid, q);
-  if (g.octets == 1) return launch(&recurrence_backward<dtype, lstm, 1, false>, grid, q);
-  if (g.octets == 2) return launch(&recurrence_backward<dtype, lstm, 2, false>, grid, q);
-  return launch(&recurrence_backward<dtype, lstm, 4, false>, grid, q);
+    if (g.place == in_registers) return launch(&recurrence_backward<dtype, Cell, 1, true>, grid, q);
+  if (g.octets == 1) return launch(&recurrence_backward<dtype, Cell, 1, false>, grid, q);
+  if (g.octets == 2) return launch(&recurrence_backward<dtype, Cell, 2, false>, grid, q);
+  return launch(&recurrence_backward<dtype, Cell, 4, false>, grid, q);
 }
 
 template <int dtype>
 const char* launch_backward(const BackwardLaunch& q, const Grid& grid) {
-  return q.p.cell == LSTM ? launch_backward_of<dtype, true>(q, grid) : launch_backward_of<dtype, false>(q, grid);
+  return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_backward_of<dtype, decltype(cell)>(q, grid); });
 }
 
 }  // namespace stable_rnn

@@ -1,11 +1,11 @@
 // The forward recurrence on lanes: z = h W_hh^T + xp, then the gates, for all steps of all lanes in one launch.
 //
-// A warp has 8 units of an LSTM (16 of an RNN) times 8 * octets lanes. Thread (g, t) = (lane / 4, lane % 4) holds, of each 8 lanes,
-//     LSTM  unit g x lanes 2t, 2t + 1: all four gates          RNN  units g, g + 8 x lanes 2t, 2t + 1
+// A warp has a group of 8 or 16 units (see WarpLayout) times 8 * octets lanes. Thread (g, t) = (lane / 4, lane % 4) holds, of each 8 lanes,
+//     all gates of unit g x lanes 2t, 2t + 1, and of unit g + 8 where there are 16
 // The cell state stays in registers from step to step; xp of the next step is loaded while the team meets.
 //
-// A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: 4 M H of gates, 4 M H bytes of cells), and the weights
-// from where they stay. README.md has the floors.
+// A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: M S H of what is saved, 4 M H bytes of cells), and the
+// weights from where they stay. README.md has the floors.
 #pragma once
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
@@ -33,12 +33,14 @@ struct PackedPair {
 template <> struct Kept<Bf16, true> : PackedPair<Bf16> {};
 template <> struct Kept<Half, true> : PackedPair<Half> {};
 
-template <int dtype, bool lstm, int octets>
+template <int dtype, class Cell, int octets>
 struct ForwardWarp {
   using A = Arithmetic<dtype>;
   using Storage = typename A::Storage;
   using Real = typename A::Real;
-  static constexpr int gates = lstm ? 4 : 1, rows = lstm ? 2 : 1, cells = lstm ? 2 : 4, group_units = lstm ? 8 : 16;
+  static constexpr WarpLayout layout = warp_layout<Cell>(false);
+  static constexpr int gates = Cell::gates, rows = layout.blocks, group_units = layout.units, cells = group_units / 4;
+  static constexpr int sums_of_gate = 4 * rows / gates;   // of a thread, for each 8 lanes
   static constexpr int row_bytes = group_units * A::shape.element;   // of a lane in the outbox
 
   const ForwardParams& p;
@@ -49,6 +51,7 @@ struct ForwardWarp {
   float c[octets][cells];
   Kept<Storage, (octets >= 4)> x[octets][cells / 2][gates];   // xp of the next step
   Storage h[octets][cells];
+  float more[octets][cells][Cell::saved > gates ? Cell::saved - gates : 1];   // of what is saved, see saved()
 
   __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
       : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)),
@@ -71,14 +74,23 @@ struct ForwardWarp {
       for (int e = 0; e < cells; ++e) body(n, e, lane + 8 * n + e % 2, unit + e / 2 * 8);
   }
 
+  // The sum of a gate; and what is saved of a step, in place of the sums as far as these go.
+  __device__ __forceinline__ float& sum(int gate, int n, int e) {
+    const int at = gate * sums_of_gate;
+    return sums[at / 4][n][at % 4 + e];
+  }
+  __device__ __forceinline__ float& saved(int i, int n, int e) { return i < gates ? sum(i, n, e) : more[n][e][i - gates]; }
+
   __device__ __forceinline__ void start() {
-    if constexpr (lstm)
-      each([&](int n, int e, int lane, int unit) {
-        const Run& run = tile.runs[lane];
-        const bool there = run.steps && unit < H;
+    each([&](int n, int e, int lane, int unit) {
+      const Run& run = tile.runs[lane];
+      const bool there = run.steps && unit < H;
+      if constexpr (Cell::h_before) h[n][e] = Storage(there ? start_value<Storage>(run, p.h0, p.h_init, H, unit) : 0.f);
+      if constexpr (Cell::has_cell) {
         c[n][e] = there ? start_value<Storage>(run, p.c0, p.c_init, H, unit) : 0.f;
         if (there && run.warm == 0 && p.c_start) p.c_start[run.id * H + unit] = c[n][e];
-      });
+      }
+    });
   }
 
   __device__ __forceinline__ void load(int s) {
@@ -101,26 +113,30 @@ struct ForwardWarp {
         for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.f;
   }
 
-  // From the sums of step s to the new states. What others need goes to the outbox; h, c and the gates (in place of the sums) stay here.
+  // From the sums of step s to the new states. What others need goes to the outbox; h, c and what is saved stay here.
   __device__ __forceinline__ void advance(int s) {
     char* mine = outbox() + 2 * t() * row_bytes + g() * A::shape.element;
     each([&](int n, int e, int lane, int unit) {
-      float value;
-      if constexpr (lstm) {
-        float &i = sums[0][n][e], &f = sums[0][n][2 + e], &g = sums[1][n][e], &o = sums[1][n][2 + e];
-        const auto add = [&](int gate) { return x[n][e / 2][gate].get(e % 2); };
-        const auto step = lstm_step<Real>(i + add(0), f + add(1), g + add(2), o + add(3), c[n][e], p.cap);
-        if (p.gates) {
-          i = number(step.i.value());
-          f = number(step.f);
-          g = number(step.g.value());
-          o = number(step.o.value());
-        }
-        c[n][e] = number(step.c);
-        value = number(step.m);
-      } else {
-        value = number(rnn_step<Real>(sums[0][n][e] + x[n][e / 2][0].get(e % 2), p.cell == RNN_RELU));
+      Real z[gates], xp[gates], bias(0.f);
+#pragma unroll
+      for (int gate = 0; gate < gates; ++gate) {
+        z[gate] = sum(gate, n, e);
+        xp[gate] = x[n][e / 2][gate].get(e % 2);
       }
+      if constexpr (Cell::hidden_bias >= 0)
+        if (p.hidden_bias && unit < H) bias = float(static_cast<const Storage*>(p.hidden_bias)[unit]);
+      State<Real> before{0.f, 0.f};
+      if constexpr (Cell::h_before) before.h = float(h[n][e]);
+      if constexpr (Cell::has_cell) before.c = c[n][e];
+      const auto step = Cell(p.cell, p.cap).step(z, xp, bias, before);
+      if (Cell::saved && p.saved) {
+        Saved<Cell, Real> kept;
+        step.save(kept);
+#pragma unroll
+        for (int i = 0; i < Cell::saved; ++i) saved(i, n, e) = number(kept[i]);
+      }
+      if constexpr (Cell::has_cell) c[n][e] = number(step.c);
+      const float value = number(step.h);
       h[n][e] = Storage(value);
       put_element<A>(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, unit < H ? value : 0.f);   // zero, never NaN
     });
@@ -134,21 +150,18 @@ struct ForwardWarp {
     });
   }
 
-  __device__ __forceinline__ void write(int s) const {
+  __device__ __forceinline__ void write(int s) {
     each([&](int n, int e, int lane, int unit) {
       const Span span = tile.spans[lane];
       if (s < span.warm || s >= span.steps || unit >= H) return;
       const int64_t row = row_at(span, s, p.lanes.step);
       static_cast<Storage*>(p.y)[row * H + unit] = h[n][e];
-      if constexpr (lstm) {
+      if constexpr (Cell::has_cell)
         if (p.cells) p.cells[row * H + unit] = c[n][e];
-        if (p.gates) {
-          Storage* gates = static_cast<Storage*>(p.gates) + row * (4 * H) + unit;
-          gates[0] = Storage(sums[0][n][e]);
-          gates[H] = Storage(sums[0][n][2 + e]);
-          gates[2 * H] = Storage(sums[1][n][e]);
-          gates[3 * H] = Storage(sums[1][n][2 + e]);
-        }
+      if (Cell::saved && p.saved) {
+        Storage* to = static_cast<Storage*>(p.saved) + row * (Cell::saved * H) + unit;
+#pragma unroll
+        for (int i = 0; i < Cell::saved; ++i) to[i * H] = Storage(saved(i, n, e));
       }
     });
   }
@@ -159,7 +172,7 @@ struct ForwardWarp {
       const Run& run = tile.runs[lane];
       if (run.steps == 0 || run.warm != s || unit >= H) return;
       if (p.h_start) p.h_start[run.id * H + unit] = h[n][e];
-      if constexpr (lstm)
+      if constexpr (Cell::has_cell)
         if (p.c_start) p.c_start[run.id * H + unit] = c[n][e];
     });
   }
@@ -171,7 +184,7 @@ struct ForwardWarp {
       if (run.steps != s + 1 || unit >= H) return;
       if (p.h_end) p.h_end[run.id * H + unit] = h[n][e];
       if (p.h_n && run.last) static_cast<Storage*>(p.h_n)[run.b * H + unit] = h[n][e];
-      if constexpr (lstm) {
+      if constexpr (Cell::has_cell) {
         if (p.c_end) p.c_end[run.id * H + unit] = c[n][e];
         if (p.c_n && run.last) static_cast<Storage*>(p.c_n)[run.b * H + unit] = Storage(c[n][e]);
       }
@@ -194,9 +207,9 @@ __device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLan
   }
 }
 
-template <int dtype, bool lstm, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(false, lstm, octets, held), 1) recurrence_forward(const ForwardLaunch q) {
-  using Warp = ForwardWarp<dtype, lstm, octets>;
+template <int dtype, class Cell, int octets, bool held>
+__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octets, held), 1) recurrence_forward(const ForwardLaunch q) {
+  using Warp = ForwardWarp<dtype, Cell, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
   Team team(g, q.meeting);
@@ -233,21 +246,21 @@ __global__ void __launch_bounds__(32 * most_warps(false, lstm, octets, held), 1)
 }
 
 // The kernel of a plan's variant.
-template <int dtype, bool lstm>
+template <int dtype, class Cell>
 const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
   const Geometry& g = q.geometry;
   if constexpr (product_shape(dtype).element == 2)
-    if (g.place == in_registers) return launch(&recurrence_forward<dtype, lstm, 1, true>, grid, q);
-  if (g.octets == 1) return launch(&recurrence_forward<dtype, lstm, 1, false>, grid, q);
-  if (g.octets == 2) return launch(&recurrence_forward<dtype, lstm, 2, false>, grid, q);
+    if (g.place == in_registers) return launch(&recurrence_forward<dtype, Cell, 1, true>, grid, q);
+  if (g.octets == 1) return launch(&recurrence_forward<dtype, Cell, 1, false>, grid, q);
+  if (g.octets == 2) return launch(&recurrence_forward<dtype, Cell, 2, false>, grid, q);
   if constexpr (product_shape(dtype).element == 2)
-    if (g.octets == 8) return launch(&recurrence_forward<dtype, lstm, 8, false>, grid, q);
-  return launch(&recurrence_forward<dtype, lstm, 4, false>, grid, q);
+    if (g.octets == 8) return launch(&recurrence_forward<dtype, Cell, 8, false>, grid, q);
+  return launch(&recurrence_forward<dtype, Cell, 4, false>, grid, q);
 }
 
 template <int dtype>
 const char* launch_forward(const ForwardLaunch& q, const Grid& grid) {
-  return q.p.cell == LSTM ? launch_forward_of<dtype, true>(q, grid) : launch_forward_of<dtype, false>(q, grid);
+  return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_forward_of<dtype, decltype(cell)>(q, grid); });
 }
 
 }  // namespace stable_rnn

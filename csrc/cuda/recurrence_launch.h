@@ -1,5 +1,6 @@
 // Between the entry points (recurrence.cu), the choice of a plan (recurrence_plan.cu) and the kernels (recurrence_*_*.cu).
 #pragma once
+#include "recurrence_layout.h"
 #include "stable_rnn/cuda.h"
 #include "team.cuh"
 
@@ -15,13 +16,6 @@ struct RecurrenceLaunch {
 };
 using ForwardLaunch = RecurrenceLaunch<ForwardParams>;
 using BackwardLaunch = RecurrenceLaunch<BackwardParams>;
-
-// The most warps of a block, so that registers suffice: what a kernel is compiled for.
-constexpr int most_warps(bool backward, bool lstm, int octets, bool held) {
-  return (held && lstm && !backward) || octets >= 4 ? 8 : octets == 2 ? 12 : 16;
-}
-constexpr int units_of_warp(bool backward, int cell) { return cell == LSTM && !backward ? 8 : 16; }
-constexpr int warps_of_units(bool backward, int cell) { return cell == LSTM && backward ? 4 : 1; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -12,9 +12,10 @@ double larger(double a, double b) { return a > b ? a : b; }
 // One step of one tile. The constants are guesses from published figures, to be replaced by measurements.
 double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, const Geometry& g) {
   constexpr double l2 = 20, shared = 128;   // bytes a clock, of one SM where all read
-  const bool lstm = cell == LSTM, tensor = dtype != F32;
+  const WarpLayout layout = warp_layout(backward, cell);
+  const bool tensor = dtype != F32;
   const double element = product_shape(dtype).element, quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
-  const double rows = lstm && !backward ? 2 : 1, cells = double(plan.lanes) * plan.units;
+  const double rows = layout.blocks, cells = double(plan.lanes) * plan.units;
   const double chunks = double(plan.warps) * g.chunks;   // of all warps
 
   double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);             // latency of one chain of sums
@@ -23,8 +24,8 @@ double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, con
   product = larger(product, (states + (plan.place == in_shared ? weights : 0)) / shared);
   if (plan.place == in_l2) product = larger(product, weights / l2);
 
-  const double gates = 250 + cells * (lstm ? 0.5 : 0.25) + (lstm && backward ? 100 + cells * 32 / shared : 0);
-  const double sent = cells * element * (lstm && backward ? 4 : 1);
+  const double gates = 250 + cells * (layout.gates > 1 ? 0.5 : 0.25) + (layout.warps > 1 ? 100 + cells * 8 * layout.warps / shared : 0);
+  const double sent = cells * element * layout.parts;
   const double meeting = plan.blocks == 1   ? 60
                          : plan.cluster > 1 ? 450 + 40 * plan.blocks + sent * plan.blocks / l2
                                             : 2500 + double(plan.lanes) * g.pitch / l2;
@@ -43,8 +44,11 @@ struct Problem {
 
 // Goes through all divisions that the device and the kernels allow.
 struct Search : Problem {
+  const WarpLayout layout;
   CudaPlan best{};
   double least = 0;
+
+  explicit Search(const Problem& problem) : Problem(problem), layout(warp_layout(backward, cell)) {}
 
   // That run at the same time, one block on an SM. The blocks of a cluster share a part of the chip, of at least 16 SMs.
   int64_t clusters(int blocks) const {
@@ -53,8 +57,8 @@ struct Search : Problem {
   }
 
   void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
-    const int warps = units / units_of_warp(backward, cell) * warps_of_units(backward, cell) * lane_groups;
-    const int most = most_warps(backward, cell == LSTM, octets, place == in_registers);
+    const int warps = units / layout.units * layout.warps * lane_groups;
+    const int most = most_warps(layout, octets, place == in_registers);
     if (warps > most) return;
     if (product_shape(dtype).element == 4 ? octets == 8 || place == in_registers : octets == 8 && backward) return;   // not compiled
     if (place == in_registers && octets * lane_groups > 1) return;
@@ -83,7 +87,7 @@ struct Search : Problem {
   }
 
   CudaPlan run() {
-    const int step = units_of_warp(backward, cell);
+    const int step = layout.units;
     for (int blocks = 1; blocks <= max_cluster && blocks <= sms; blocks *= 2) {
       const int64_t units = round_up(ceil_div(hidden, blocks), step);
       if ((blocks - 1) * units < hidden) each_tile(blocks, blocks, static_cast<int>(units));   // no block without a unit
@@ -122,8 +126,7 @@ CudaPlan refuse(const char* message) {
 
 Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan) {
   const ProductShape shape = product_shape(dtype);
-  const bool lstm = cell == LSTM;
-  const int gates = lstm && backward ? 4 : 1;   // whose k lie side by side in a lane's state
+  const WarpLayout layout = warp_layout(backward, cell);
   Geometry g{};
   g.blocks = plan.blocks;
   g.cluster = plan.cluster;
@@ -131,19 +134,19 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   g.place = plan.place;
   g.lanes = plan.lanes;
   g.units = plan.units;
-  g.groups = plan.units / units_of_warp(backward, cell);
-  const int warps_of_lanes = g.groups * warps_of_units(backward, cell);
+  g.groups = plan.units / layout.units;
+  const int warps_of_lanes = g.groups * layout.warps;
   g.octets = plan.lanes / 8 / (plan.warps / warps_of_lanes);
 
-  g.chunks = static_cast<int>(ceil_div(hidden * shape.element, shape.chunk));
-  g.segment = g.chunks * shape.chunk;
-  const int pitch = gates * g.segment / shape.pitch_unit;
+  const int chunks = static_cast<int>(ceil_div(hidden * shape.element, shape.chunk));
+  g.chunks = chunks * layout.own_gates;
+  g.segment = chunks * shape.chunk;
+  const int pitch = layout.parts * g.segment / shape.pitch_unit;
   g.pitch = (pitch % 2 ? pitch : pitch + 1) * shape.pitch_unit;
   g.buffers = plan.blocks > 1 && plan.cluster == 1 ? 1 : 2;
 
-  const int rows = lstm && !backward ? 2 : 1;
-  g.weights = int64_t(warps_of_lanes) * rows * g.chunks * 2 * shape.fragments * 16;
-  g.outbox_of_warp = 8 * g.octets * units_of_warp(backward, cell) * shape.element;
+  g.weights = int64_t(warps_of_lanes) * layout.blocks * g.chunks * 2 * shape.fragments * 16;
+  g.outbox_of_warp = 8 * g.octets * layout.own_gates * layout.units * shape.element;
   const int64_t sums = backward ? int64_t(plan.warps) * g.octets * 16 * 9 * 4 : 0;
   int64_t at = plan.place == in_shared ? g.weights : 0;
   const auto next = [&at](int64_t bytes) {
@@ -170,7 +173,7 @@ WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g) {
 }
 
 CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits& limits) {
-  if (cell < RNN_TANH || cell > LSTM) return refuse("cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)");
+  if (!is_cell(cell)) return refuse(unknown_cell);
   if (dtype < F32 || dtype > TF32) return refuse("dtype must be 0 (float32), 1 (bfloat16), 2 (float16) or 3 (TF32)");
   if (limits.arch < 80) return refuse("the CUDA kernels need compute capability 8.0 or later");
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");

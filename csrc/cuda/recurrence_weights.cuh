@@ -3,6 +3,7 @@
 //
 // W_hh has G H^2 elements, read once and written once: at H = 1024 in 16 bits 17 MB, 4 us at 4 TB/s. Not yet measured.
 #pragma once
+#include "recurrence_layout.h"
 #include "recurrence_product.cuh"
 #include "tile.cuh"
 
@@ -10,11 +11,12 @@ namespace stable_rnn {
 
 struct PrepareParams {
   Geometry geometry;
+  WarpLayout layout;
   Lanes lanes;
-  bool lstm, backward;
+  bool backward;
   int64_t hidden;
   const void* w_hh;        // [G*H, H]
-  Quad* packed;            // [blocks][slots][rows][chunks][2][fragments], see below
+  Quad* packed;            // [blocks][slots][layout.blocks][chunks][2][fragments], see below
   int64_t quads;
   Quad* meeting;           // zeroed
   int64_t meeting_quads;
@@ -23,25 +25,25 @@ struct PrepareParams {
   void *h_to, *c_to;             // [B, H] or null
 };
 
-// Which rows of weights a warp's 16 are. Forward, the sums are rows of W_hh: an LSTM's warp has two blocks, (i, f) and (g, o) of the same 8
-// units, so that a thread ends up with all gates of a unit. Backward they are columns, and k runs over the rows of one gate.
+// The slots of a block are the warps of its groups (see WarpLayout), which all have their own weights.
 template <int dtype>
 __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   using A = Arithmetic<dtype>;
   constexpr int of_word = 4 / A::shape.element, of_chunk = A::shape.chunk / A::shape.element;   // elements
   const Geometry& g = q.geometry;
-  const bool two_blocks = q.lstm && !q.backward;
-  const int rows = two_blocks ? 2 : 1, gates = q.lstm && q.backward ? 4 : 1;
+  const WarpLayout& at = q.layout;
   const int fragment = index % A::shape.fragments, j = (index /= A::shape.fragments) % 2, chunk = (index /= 2) % g.chunks;
-  const int m = (index /= g.chunks) % rows, slot = (index /= rows) % (g.groups * gates);
-  const int first_unit = index / (g.groups * gates) * g.units + slot / gates * (two_blocks ? 8 : 16);
+  const int block = (index /= g.chunks) % at.blocks, slot = (index /= at.blocks) % (g.groups * at.warps);
+  const int first_unit = index / (g.groups * at.warps) * g.units + slot / at.warps * at.units;
+  const int chunks = g.segment / A::shape.chunk;   // of one gate
+  const int first_gate = q.backward ? slot % at.warps * at.own_gates + chunk / chunks : block * (16 / at.units);
 
   const int64_t H = q.hidden;
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
   Quad quad;
   for (int word = 0; word < 4; ++word) {
-    const int row = A::row_of(j, fragment, word), k = chunk * of_chunk + A::word_of(j, fragment, word) * of_word;
-    const int unit = first_unit + (two_blocks ? row % 8 : row), gate = two_blocks ? 2 * m + row / 8 : slot % gates;
+    const int row = A::row_of(j, fragment, word), k = chunk % chunks * of_chunk + A::word_of(j, fragment, word) * of_word;
+    const int unit = first_unit + row % at.units, gate = first_gate + row / at.units;
     typename A::Element elements[of_word];
     for (int e = 0; e < of_word; ++e) {
       float value = 0;

@@ -268,7 +268,8 @@ class Step {
     if (end || !l_.shared_z) return;
     const Quad* from = reinterpret_cast<const Quad*>(Z());
     Quad* to = reinterpret_cast<Quad*>(own_partial());
-    for (int e = thread_index(); e < l_.pitch * K / 4; e += THREADS) store_l2(to + e, from[e]);
+    const int written = (a_.cols + 15) / 16 * 16 * K / 4;   // rows of Z, not all up to the pitch
+    for (int e = thread_index(); e < written; e += THREADS) store_l2(to + e, from[e]);
   }
 
   // Some rows of Y from a tile. The columns of W are dealt to the warps, and their sums added in order.

@@ -9,9 +9,9 @@ namespace stable_rnn {
 struct Geometry {
   int blocks, cluster, teams, place;
   int lanes, units;        // N of a tile, U of a block
-  int groups;              // of 8 or 16 units, which a warp (LSTM backward: four warps, one for each gate) has
+  int groups;              // of units, see WarpLayout
   int octets;              // of 8 lanes that a warp has
-  int chunks;              // of k in one product
+  int chunks;              // of k in a warp's product
   int segment, pitch;      // of a gate's k in a lane's state; from lane to lane
   int buffers;             // of the state: two taken in turn; one where it comes through L2
   int state, outbox, sums, spans, runs;

@@ -106,7 +106,8 @@ def _link(name: str, sources: list[Path], asan: bool) -> Path:
 
 def build_module(asan: bool = False) -> Path:
     csrc = ROOT / "csrc"
-    sources = [csrc / "bindings.cpp", csrc / "cpu/isa.cpp", csrc / "cpu/memory.cpp", *sorted((csrc / "cuda").glob("*.cu"))]
+    common = [csrc / "cpu" / name for name in ("crowd.cpp", "isa.cpp", "memory.cpp")]
+    sources = [csrc / "bindings.cpp", *common, *sorted((csrc / "cuda").glob("*.cu"))]
     return _link("_C" + sysconfig.get_config_var("EXT_SUFFIX"), [*sources, HERE / "absent.cpp", *EXECUTOR], asan)
 
 

@@ -7,6 +7,7 @@
 // What a device would leave undefined is made visible here:
 //   - shared memory is filled with NaN before a block's first thread runs and after its last one, and exactly as large as asked for;
 //   - copy_async fills its destination with NaN; the data land at copy_wait, which demands that neither end was written in between;
+//   - store_l2 of a value that is still that NaN ends the launch (other reads of it show in what is computed);
 //   - lanes of a warp at different collectives, addresses that are not aligned or not in shared memory, and threads that all wait end the
 //     launch with a message that names them;
 //   - sums of mma are rounded towards zero, as tensor cores do; TF32 inputs lose the bits that they do not read.
@@ -48,6 +49,7 @@ void copy(void* shared, const void* global, int bytes);
 void land(int pending);
 void* map(void* shared, int rank);
 void check_aligned(const char* name, const void* address, int bytes);
+void check_written(const char* name, const void* value, int bytes);
 
 }  // namespace executor
 
@@ -123,6 +125,7 @@ template <class T>
 void store_l2(T* global, T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
   executor::check_aligned("store_l2", global, sizeof(T));
+  executor::check_written("store_l2", &value, sizeof(T));
   *global = value;
 }
 

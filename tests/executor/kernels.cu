@@ -163,7 +163,8 @@ __global__ void through_l2(const Params p) {
 }
 
 // Faults: 0: one thread misses the barrier; 1: a warp in two collectives; 2: a write just past shared memory; 3: shared memory as found;
-// 4: a read `count` floats further; 5: a vector at an address that it may not have
+// 4: a read `count` floats further; 5: a vector at an address that it may not have; 6, 7: shared memory as
+// found, one float and a part of four, on its way to other blocks
 __global__ void faults(const Params p) {
   const int i = thread_index();
   float* shared = shared_as<float>();
@@ -174,6 +175,11 @@ __global__ void faults(const Params p) {
   if (p.mode == 3) out[i] = shared[i];
   if (p.mode == 4) out[i] = static_cast<const float*>(p.in)[i + p.count];
   if (p.mode == 5) out[i] = shared_as<const Two>(4)->v[1];
+  if (p.mode == 6) store_l2(out + i, shared[i]);
+  if (p.mode == 7) {
+    for (int k = 0; k < 3; ++k) shared[4 * i + k] = 1.f;
+    store_l2(reinterpret_cast<Four*>(out) + i, shared_as<Four>()[i]);
+  }
 }
 
 // h' = tanh-like(W h + x), hidden units split over the blocks of a team that meet in a cluster (mode 0) or through L2 (mode 1).

@@ -1,4 +1,5 @@
 // What a thread calls: collectives of its warp, barriers, copies, other blocks.
+#include <algorithm>
 #include <cmath>
 
 #include "machine.h"
@@ -79,6 +80,14 @@ void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product) {
 
 void check_aligned(const char* name, const void* address, int bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) fail("%s of %d bytes at an address that is not a multiple of that", name, bytes);
+}
+
+// The value: 4 bytes, a double, or 4-byte parts of 16.
+void check_written(const char* name, const void* value, int bytes) {
+  const auto* byte = static_cast<const unsigned char*>(value);
+  for (int part = bytes == 16 ? 4 : bytes, at = 0; at < bytes; at += part)
+    if (std::all_of(byte + at, byte + at + part, [](unsigned char b) { return b == POISON; }))
+      fail("%s of shared memory that was never written", name);
 }
 
 void copy(void* shared, const void* global, int bytes) {

@@ -95,7 +95,7 @@ def loop_forward(case, made, kind=torch.float64):
     full = lambda *shape: torch.full(shape, NAN, dtype=kind)  # noqa: E731
     H, P = case.hidden, case.p
     to = {k: None if v is None else v.to(kind) for k, v in made.items()}
-    out = dict(y=full(case.n, P), h_n=full(case.batch, P), c_n=full(case.batch, H), gates=full(case.n, 4 * H), cells=full(case.n, H),
+    out = dict(y=full(case.n, P), h_n=full(case.batch, P), c_n=full(case.batch, H), saved=full(case.n, 4 * H), cells=full(case.n, H),
                h_start=full(case.lanes, P), c_start=full(case.lanes, H), h_end=full(case.lanes, P), c_end=full(case.lanes, H))
     for b in range(case.batch):
         if case.length[b] == 0:
@@ -122,7 +122,7 @@ def loop_forward(case, made, kind=torch.float64):
             if t >= first:
                 out["y"][row] = h
                 if case.lstm:
-                    out["gates"][row], out["cells"][row] = gates, c
+                    out["saved"][row], out["cells"][row] = gates, c
         for name, state in (("h", h), ("c", c if case.lstm else None)):
             if state is not None:
                 out[f"{name}_end"][id] = state
@@ -177,7 +177,7 @@ def loop_backward(case, made, saved, kind=torch.float64):
                 out["dh"][row] = dh
             state = dict(h=to["y"][row], gates=None, c=None, c_prev=None)
             if case.lstm:
-                state |= dict(gates=to["gates"][row], c=to["cells"][row], c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b])
+                state |= dict(gates=to["saved"][row], c=to["cells"][row], c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b])
             dz, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
             if t < end:
                 out["dz"][row] = dz
@@ -261,7 +261,7 @@ def run_forward(case, made, call=None):
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
     out = _poisoned(case, y=(n, P, dtype), h_n=(batch, P, dtype), h_start=(case.lanes, P, f32), h_end=(case.lanes, P, f32))
     if case.lstm:
-        out |= _poisoned(case, c_n=(batch, H, dtype), gates=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
+        out |= _poisoned(case, c_n=(batch, H, dtype), saved=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
                          c_end=(case.lanes, H, f32))
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
     return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out)
@@ -274,7 +274,7 @@ def run_backward(case, made, saved, call=None):
     if case.lstm:
         out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
-    names = ("dy", "y", "gates", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
+    names = ("dy", "y", "saved", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
     return _call(case, call or _native.lib.recurrence_backward, [both.get(k) for k in names], out)
 
 

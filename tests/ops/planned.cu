@@ -21,7 +21,7 @@ EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidde
   return recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, *limits);
 }
 EXPORT const char* device_limits(CudaLimits* limits) { return cuda_limits(0, limits); }
-EXPORT int allowed_warps(bool backward, bool lstm, int octets, bool held) { return most_warps(backward, lstm, octets, held); }
+EXPORT int allowed_warps(bool backward, int cell, int octets, bool held) { return most_warps(warp_layout(backward, cell), octets, held); }
 EXPORT void struct_sizes(int64_t* sizes) {
   const int64_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(CudaPlan), sizeof(CudaLaunch), sizeof(CudaLimits)};
   for (int i = 0; i < 5; ++i) sizes[i] = all[i];

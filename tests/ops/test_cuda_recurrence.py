@@ -56,7 +56,7 @@ def exists(machine, variant, backward, case):
     if -(-case.hidden // (variant.blocks * unit)) * unit * (variant.blocks - 1) >= case.hidden:
         return False  # a block without units
     plan = machine.plan(variant, backward, case)
-    most = machine.library.allowed_warps(backward, case.lstm, variant.octets, variant.place == REGISTERS)
+    most = machine.library.allowed_warps(backward, loop.CELLS.index(case.cell), variant.octets, variant.place == REGISTERS)
     limits = machine.limits
     return plan.warps <= most and plan.shared_bytes <= limits.shared_bytes and plan.cluster <= limits.max_cluster
 
@@ -207,7 +207,7 @@ def test_selected_lanes_with_given_states(machine, cell, variant):
 def test_cap_holds_and_stops_the_gradient(machine, cap, kind):
     case = Case("lstm", 9, 2, 21, stride=4, warmup=3, cap=cap, **KINDS[kind])
     made, saved = check_forward(machine, case, machine.limits)
-    forget = saved["gates"].chunk(4, 1)[1]
+    forget = saved["saved"].chunk(4, 1)[1]
     assert forget.max() == torch.tensor(cap).to(case.dtype) and forget.min() < cap  # both branches are tested
     check_backward(machine, case, machine.limits, made, saved)
     held = forget >= torch.tensor(cap).to(case.dtype)

@@ -126,7 +126,7 @@ def test_projection(stride, warmup, out, isa):
 def test_cap_holds_and_stops_the_gradient(cap):
     case = Case("lstm", 9, 2, 21, stride=4, warmup=3, cap=cap)
     made, saved = check_forward(case)
-    forget = saved["gates"].chunk(4, 1)[1]
+    forget = saved["saved"].chunk(4, 1)[1]
     assert forget.max() == torch.tensor(cap) and forget.min() < cap  # both branches are tested
     check_backward(case, made, saved)
     assert (loop.run_backward(case, made, saved)["dz"].chunk(4, 1)[1][forget >= cap] == 0).all()

@@ -50,7 +50,7 @@ def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **optio
     h, c = zeros(batch, hidden), zeros(batch, hidden) if cell == "lstm" else None
     w = zeros(gates * hidden, hidden)
     out = backend.forward(zeros(steps * batch, gates * hidden), w, None, h, c, None, lengths, p, **options)
-    backend.backward(zeros(steps * batch, hidden), h, c, out.y, out.gates, out.cells, w, None, c, None, lengths, p)
+    backend.backward(zeros(steps * batch, hidden), h, c, out.y, out.saved, out.cells, w, None, c, None, lengths, p)
 
 
 SHAPES = [(5, 3), (1, 1), (16, 16), (17, 1), (300, 2), (1, 64), (4096, 1)]

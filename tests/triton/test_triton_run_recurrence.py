@@ -65,7 +65,7 @@ CASES = [
 def test_every_output(case, way, kind):
     found, _ = check(replace(case, **kind))
     if case.cap < 1:
-        forget = found["gates"].chunk(4, 1)[1]
+        forget = found["saved"].chunk(4, 1)[1]
         forget, cap = forget[~forget.isnan()], torch.tensor(case.cap, dtype=forget.dtype)
         assert (forget == cap).any() and (forget < cap).any()  # both branches are tested
 
@@ -137,7 +137,7 @@ def test_empty(cell, steps, batch, hidden):
     assert out.y.shape == (steps * batch, hidden) and torch.equal(out.h_n.cpu(), made["h0"])
     zeros = torch.zeros(steps * batch, hidden, device=DEVICE)
     c0 = to_device(made["c0"])
-    back = backend.backward(zeros, to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None, out.y, out.gates, out.cells,
+    back = backend.backward(zeros, to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None, out.y, out.saved, out.cells,
                             to_device(made["w_hh"]), None, c0, None, None, problem(case))
     assert back.dz.shape == (steps * batch, case.gates * hidden) and torch.equal(back.dh0.cpu(), made["dh_n"])
     if case.lstm:
@@ -154,9 +154,9 @@ def test_fresh_outputs_are_zero_where_no_time_is():
     made = case.draw()
     out = run(case, made)
     past = torch.tensor([t >= length for t in range(5) for length in case.lengths])
-    for t in (out.y, out.gates, out.cells):
+    for t in (out.y, out.saved, out.cells):
         assert (t.cpu()[past] == 0).all() and (t.cpu()[~past] != 0).any()
-    assert run(case, made, save=False).gates.numel() == 0
+    assert run(case, made, save=False).saved.numel() == 0
     assert torch.equal(run(case, made, save=False).y, out.y)
 
 
@@ -181,7 +181,7 @@ def test_tanh_and_sigmoid_to_a_few_units():
     assert ((y - exact).abs() <= unit * exact.abs()).all()
     case = replace(case, cell="lstm")
     zeros = torch.zeros(len(x), 1)
-    gates = run(case, dict(xp=x[:, None].expand(-1, 4).contiguous(), w_hh=torch.zeros(4, 1), h0=zeros, c0=zeros)).gates.cpu()
+    gates = run(case, dict(xp=x[:, None].expand(-1, 4).contiguous(), w_hh=torch.zeros(4, 1), h0=zeros, c0=zeros)).saved.cpu()
     exact = torch.sigmoid(x.double())
     at_least = torch.exp(torch.tensor(-87.0, dtype=torch.float64))  # where the exponential ends
     for gate in (0, 1, 3):
@@ -224,7 +224,7 @@ def test_verified(cell, way):
     found, report = verified.run(backend, tensors, checked, save=True)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
-    saved = found.y, found.gates, found.cells
+    saved = found.y, found.saved, found.cells
     tensors = (on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case))
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]

@@ -1,13 +1,14 @@
 #include "backward.h"
 
 #include "kernels.h"
+#include "stable_rnn/cells.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
 namespace {
 
 // The tensors of BackwardParams.
-template <class T>
+template <class T, class Cell>
 struct Tensors {
   const BackwardParams& p;
 
@@ -19,29 +20,45 @@ struct Tensors {
     __builtin_prefetch(dy + run.move * p.out);   // of the next step, here and below
     return load(dy, n);
   }
-  STABLE_RNN_INLINE Vec output(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    const T* y = in(p.y) + row(run, s) * p.out + unit;
-    __builtin_prefetch(y + run.move * p.out);
-    return load(y, n);
+  STABLE_RNN_INLINE void saved(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec* kept) const {
+    const T* from = in(p.saved) + row(run, s) * Cell::saved * p.hidden + unit;
+    for (int i = 0; i < Cell::saved; ++i) {
+      __builtin_prefetch(from + (run.move * Cell::saved + i) * p.hidden);
+      kept[i] = load(from + i * p.hidden, n);
+    }
   }
-  STABLE_RNN_INLINE SavedStep<Vec> saved(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    const T* gates = in(p.gates) + row(run, s) * 4 * p.hidden + unit;
-    const float* cell = p.cells + row(run, s) * p.hidden + unit;
-    for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + (run.move * 4 + gate) * p.hidden);
-    __builtin_prefetch(cell + 2 * run.move * p.hidden);
+  STABLE_RNN_INLINE State<Vec> after(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
+    State<Vec> state{Vec(0.f), Vec(0.f)};
+    if constexpr (Cell::h_after) {
+      const T* y = in(p.y) + row(run, s) * p.out + unit;
+      __builtin_prefetch(y + run.move * p.out);
+      state.h = load(y, n);
+    }
+    if constexpr (Cell::has_cell) {
+      const float* c = p.cells + row(run, s) * p.hidden + unit;
+      __builtin_prefetch(c + 2 * run.move * p.hidden);
+      state.c = load(c, n);
+    }
+    return state;
+  }
+  STABLE_RNN_INLINE State<Vec> before(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
     const bool first_time = run.last && s + 1 == run.steps;
-    const Vec c_prev = !first_time ? load(cell + run.move * p.hidden, n)
-                       : p.c0      ? load(in(p.c0) + run.b * p.hidden + unit, n)
-                                   : Vec(0.f);
-    return {load(gates, n), load(gates + p.hidden, n), load(gates + 2 * p.hidden, n), load(gates + 3 * p.hidden, n),
-            load(cell, n), c_prev};
+    const auto of = [&](const auto* x, const void* x0, int64_t size) {
+      return !first_time ? load(x + row(run, s + 1) * size + unit, n) : x0 ? load(in(x0) + run.b * size + unit, n) : Vec(0.f);
+    };
+    State<Vec> state{Vec(0.f), Vec(0.f)};
+    if constexpr (Cell::h_before) state.h = of(in(p.y), p.h0, p.out);
+    if constexpr (Cell::has_cell) state.c = of(p.cells, p.c0, p.hidden);
+    return state;
   }
 
   STABLE_RNN_INLINE void whole(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     if (p.dh && s >= run.warm) store(static_cast<T*>(p.dh) + row(run, s) * p.out + unit, dh, n);
   }
-  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int gate, int64_t unit, int64_t n, Vec dz) const {
-    if (s >= run.warm) store(static_cast<T*>(p.dz) + (row(run, s) * gates_of(p.cell) + gate) * p.hidden + unit, dz, n);
+  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz, const Vec*) const {
+    if (s < run.warm) return;
+    for (int gate = 0; gate < Cell::gates; ++gate)
+      store(static_cast<T*>(p.dz) + (row(run, s) * Cell::gates + gate) * p.hidden + unit, dz[gate], n);
   }
   STABLE_RNN_INLINE void carried(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     border(run, s, p.out, unit, n, dh, p.dh_start, p.dh_end, p.dh0);
@@ -58,24 +75,23 @@ struct Tensors {
   }
 };
 
-template <class T, bool lstm>
-const char* run_backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
-  using Tile = BackwardTile<T, lstm, Tensors<T>>;
-  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, gates_of(p.cell) * p.hidden * p.out);
-  BackwardWeights weights(p.hidden, p.out, lstm, p.w_hr != nullptr, tiling.panel_threads());
+template <class T, class Cell>
+const char* run_backward(const BackwardParams& p, Cell cell, const int64_t* entries, int64_t lanes) {
+  using Tile = BackwardTile<T, Cell, Tensors<T, Cell>>;
+  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, Cell::gates * p.hidden * p.out);
+  BackwardWeights weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling.panel_threads());
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out);
   if (!memory.allocate(weights.bytes() + tiling.teams() * tile_bytes)) return out_of_memory;
   weights.take(memory);
   char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
-  const float saved_cap = rounded<T>(Vec(p.cap)).v[0];   // as the saved forget gates were rounded
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     team.sync();
-    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
-      Tile tile(weights, Tensors<T>{p}, p.cell, saved_cap, p.hidden, p.out, p.dh_n, p.dc_n, p.dh_init, p.dc_init);
+    for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
+      Tile tile(weights, Tensors<T, Cell>{p}, cell, p.hidden, p.out, p.dh_n, p.dc_n, p.dh_init, p.dc_init);
       Workspace piece(tile_memory + slot * tile_bytes);
       tile.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
@@ -87,11 +103,16 @@ const char* run_backward(const BackwardParams& p, const int64_t* entries, int64_
   return nullptr;
 }
 
+template <class T>
+const char* backward_of(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
+  const float cap = rounded<T>(Vec(p.cap)).v[0];   // as the saved forget gates were rounded
+  return dispatch_cell(p.cell, cap, [&](auto cell) { return run_backward<T>(p, cell, entries, lanes); });
+}
+
 }  // namespace
 
 const char* backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
-  if (p.dtype == BF16) return p.cell == LSTM ? run_backward<bf16, true>(p, entries, lanes) : run_backward<bf16, false>(p, entries, lanes);
-  return p.cell == LSTM ? run_backward<float, true>(p, entries, lanes) : run_backward<float, false>(p, entries, lanes);
+  return p.dtype == BF16 ? backward_of<bf16>(p, entries, lanes) : backward_of<float>(p, entries, lanes);
 }
 
 }  // namespace STABLE_RNN_NS

@@ -2,7 +2,7 @@
 // nothing is allocated; the sums are those of the recurrence, bit by bit.
 #include "kernels.h"
 #include "parallel.h"
-#include "stable_rnn/cell.h"
+#include "stable_rnn/cells.h"
 #include "gemm.h"
 
 namespace stable_rnn {
@@ -28,45 +28,42 @@ void products(const T* a, int64_t k, int rows, const T* w, int64_t gate, int64_t
 }
 
 // Units [unit, unit + width) of rows [first, first + rows).
-template <class T, bool lstm>
-void units(const CellStepParams& p, int64_t unit, int64_t first, int rows) {
-  constexpr int gates = lstm ? 4 : 1;
+template <class T, class Cell>
+void units(const CellStepParams& p, Cell cell, int64_t unit, int64_t first, int rows) {
+  constexpr int gates = Cell::gates;
   const auto in = [](const void* x) { return static_cast<const T*>(x); };
   const int64_t n = p.hidden - unit, gate = p.hidden;
   Vec x[most_rows * gates], z[most_rows * gates];
   products<T, gates>(in(p.x) + first * p.input, p.input, rows, in(p.w_ih) + unit * p.input, gate * p.input, n, x);
   products<T, gates>(p.h ? in(p.h) + first * p.hidden : nullptr, p.hidden, rows, in(p.w_hh) + unit * p.hidden, gate * p.hidden, n, z);
   for (int r = 0; r < rows; ++r) {
-    Vec* sums = z + r * gates;
+    Vec bias(0.f);
     for (int g = 0; g < gates; ++g) {
-      Vec xp = x[r * gates + g];
+      Vec &xp = x[r * gates + g], &second = g == Cell::hidden_bias ? bias : xp;   // where b_hh goes
       if (p.b_ih) xp = xp + load(in(p.b_ih) + g * gate + unit, n);
-      if (p.b_hh) xp = xp + load(in(p.b_hh) + g * gate + unit, n);
-      sums[g] = sums[g] + rounded<T>(xp);
+      if (p.b_hh) second = second + load(in(p.b_hh) + g * gate + unit, n);
+      xp = rounded<T>(xp);
     }
     const int64_t at = (first + r) * p.hidden + unit;
-    Vec h;
-    if constexpr (lstm) {
-      const LstmStep<Vec> now = lstm_step(sums[0], sums[1], sums[2], sums[3], p.c ? load(in(p.c) + at, n) : Vec(0.f), p.cap);
-      store(static_cast<T*>(p.c_out) + at, now.c, n);
-      h = now.m;
-    } else {
-      h = rnn_step(sums[0], p.cell == RNN_RELU);
-    }
-    store(static_cast<T*>(p.h_out) + at, h, n);
+    const auto state = [&](const void* from) { return from ? load(in(from) + at, n) : Vec(0.f); };
+    const State<Vec> before{Cell::h_before ? state(p.h) : Vec(0.f), Cell::has_cell ? state(p.c) : Vec(0.f)};
+    const auto now = cell.step(z + r * gates, x + r * gates, bias, before);
+    if constexpr (Cell::has_cell) store(static_cast<T*>(p.c_out) + at, now.c, n);
+    store(static_cast<T*>(p.h_out) + at, now.h, n);
   }
 }
 
-template <class T, bool lstm>
-const char* run_cell_step(const CellStepParams& p) {
+template <class T, class Cell>
+const char* run_cell_step(const CellStepParams& p, Cell cell) {
   constexpr int64_t worth_threads = 4000000;   // multiply-adds
   const int64_t vectors = ceil_div(p.hidden, width), passes = ceil_div(p.batch, most_rows);
-  const bool large = p.batch * p.hidden * (p.input + p.hidden) * (lstm ? 4 : 1) >= worth_threads;
-  parallel(large ? p.threads : 1, [&](const Team& team) {
+  const bool large = p.batch * p.hidden * (p.input + p.hidden) * Cell::gates >= worth_threads;
+  parallel(large ? uncrowded(p.threads) : 1, true, [&](Team& team) {
     for (int64_t i = team.begin(vectors * passes); i < team.end(vectors * passes); ++i) {
       const int64_t first = i % passes * most_rows, rest = p.batch - first;
-      units<T, lstm>(p, i / passes * width, first, int(rest < most_rows ? rest : most_rows));
+      units<T>(p, cell, i / passes * width, first, int(rest < most_rows ? rest : most_rows));
     }
+    team.sync();
   });
   return nullptr;
 }
@@ -74,8 +71,8 @@ const char* run_cell_step(const CellStepParams& p) {
 }  // namespace
 
 const char* cell_step(const CellStepParams& p) {
-  if (p.dtype == BF16) return p.cell == LSTM ? run_cell_step<bf16, true>(p) : run_cell_step<bf16, false>(p);
-  return p.cell == LSTM ? run_cell_step<float, true>(p) : run_cell_step<float, false>(p);
+  return dispatch_cell(p.cell, p.cap,
+                       [&](auto cell) { return p.dtype == BF16 ? run_cell_step<bf16>(p, cell) : run_cell_step<float>(p, cell); });
 }
 
 }  // namespace STABLE_RNN_NS

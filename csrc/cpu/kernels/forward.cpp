@@ -1,13 +1,14 @@
 #include "forward.h"
 
 #include "kernels.h"
+#include "stable_rnn/cells.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
 namespace {
 
 // The outputs of ForwardParams.
-template <class T>
+template <class T, class Cell>
 struct Outputs {
   const ForwardParams& p;
 
@@ -21,29 +22,31 @@ struct Outputs {
     if (p.h_n && run.last) store(static_cast<T*>(p.h_n) + run.b * p.out + unit, h, n);
   }
 
-  STABLE_RNN_INLINE void cell(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_prev, const LstmStep<Vec>& now) const {
+  template <class Step>
+  STABLE_RNN_INLINE void step(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before, const Step& now) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
-    if (p.gates) {
-      T* gates = static_cast<T*>(p.gates) + row * 4 * p.hidden + unit;
-      store(gates, now.i.value(), n);
-      store(gates + p.hidden, now.f, n);
-      store(gates + 2 * p.hidden, now.g.value(), n);
-      store(gates + 3 * p.hidden, now.o.value(), n);
+    if (Cell::saved && p.saved) {
+      Saved<Cell, Vec> kept;
+      now.save(kept);
+      T* to = static_cast<T*>(p.saved) + row * Cell::saved * p.hidden + unit;
+      for (int i = 0; i < Cell::saved; ++i) store(to + i * p.hidden, kept[i], n);
     }
-    if (p.cells) store(p.cells + row * p.hidden + unit, now.c, n);
-    if (s == run.warm && p.c_start) store(p.c_start + run.id * p.hidden + unit, c_prev, n);
-    if (s + 1 < run.steps) return;
-    if (p.c_end) store(p.c_end + run.id * p.hidden + unit, now.c, n);
-    if (p.c_n && run.last) store(static_cast<T*>(p.c_n) + run.b * p.hidden + unit, now.c, n);
+    if constexpr (Cell::has_cell) {
+      if (p.cells) store(p.cells + row * p.hidden + unit, now.c, n);
+      if (s == run.warm && p.c_start) store(p.c_start + run.id * p.hidden + unit, c_before, n);
+      if (s + 1 < run.steps) return;
+      if (p.c_end) store(p.c_end + run.id * p.hidden + unit, now.c, n);
+      if (p.c_n && run.last) store(static_cast<T*>(p.c_n) + run.b * p.hidden + unit, now.c, n);
+    }
   }
 };
 
-template <class T, bool lstm>
-const char* run_forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
-  using Tile = ForwardTile<T, lstm, Outputs<T>>;
-  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, gates_of(p.cell) * p.hidden * p.out);
-  ForwardWeights weights(p.hidden, p.out, lstm, p.w_hr != nullptr, tiling.panel_threads());
+template <class T, class Cell>
+const char* run_forward(const ForwardParams& p, Cell cell, const int64_t* entries, int64_t lanes) {
+  using Tile = ForwardTile<T, Cell, Outputs<T, Cell>>;
+  const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, Cell::gates * p.hidden * p.out);
+  ForwardWeights weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling.panel_threads());
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out, weights.projected);
   if (!memory.allocate(weights.bytes() + tiling.teams() * tile_bytes)) return out_of_memory;
@@ -51,11 +54,11 @@ const char* run_forward(const ForwardParams& p, const int64_t* entries, int64_t 
   char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     team.sync();
-    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
-      Tile tile(weights, Outputs<T>{p}, p.cell, p.cap, p.xp, p.h0, p.c0, p.h_init, p.c_init);
+    for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
+      Tile tile(weights, Outputs<T, Cell>{p}, cell, p.xp, p.h0, p.c0, p.hidden_bias, p.h_init, p.c_init);
       Workspace piece(tile_memory + slot * tile_bytes);
       tile.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
@@ -70,8 +73,9 @@ const char* run_forward(const ForwardParams& p, const int64_t* entries, int64_t 
 }  // namespace
 
 const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
-  if (p.dtype == BF16) return p.cell == LSTM ? run_forward<bf16, true>(p, entries, lanes) : run_forward<bf16, false>(p, entries, lanes);
-  return p.cell == LSTM ? run_forward<float, true>(p, entries, lanes) : run_forward<float, false>(p, entries, lanes);
+  return dispatch_cell(p.cell, p.cap, [&](auto cell) {
+    return p.dtype == BF16 ? run_forward<bf16>(p, cell, entries, lanes) : run_forward<float>(p, cell, entries, lanes);
+  });
 }
 
 }  // namespace STABLE_RNN_NS

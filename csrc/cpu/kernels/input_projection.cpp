@@ -21,10 +21,10 @@ const char* project(const InputProjectionParams& p) {
   float* tiles = memory.take<float>(tiling.teams() * tile_floats);
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     for (int64_t i = team.begin(panels.count); i < team.end(panels.count); ++i) pack_rows(panels, i, in(p.w_ih));
     team.sync();
-    for_each_tile(team, tiling, p.rows, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+    for_each_tile(team, tiling, p.rows, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
       const float* rows = static_cast<const float*>(p.x) + first * p.input;
       if constexpr (convert) {
         float* tile = tiles + slot * tile_floats;
@@ -48,6 +48,7 @@ const char* project(const InputProjectionParams& p) {
         });
       });
     });
+    team.sync();
   });
   return nullptr;
 }

@@ -299,7 +299,7 @@ const char* spectral_step(const SpectralParams& p) {
   if (!arrays.allocate(bytes)) return "out of memory";
   for (int64_t i = 0; i < p.count; ++i) jobs[i].place(&arrays);
   bool finite = true;
-  parallel(p.threads, [&](const Team& team) {
+  parallel(uncrowded(p.threads), true, [&](Team& team) {
     auto each_item = [&](auto&& work) {
       for (int64_t i = 0, at = 0; i < p.count; at += jobs[i++].chunks)
         for (int64_t c = 0; c < jobs[i].chunks; ++c)
@@ -308,7 +308,7 @@ const char* spectral_step(const SpectralParams& p) {
     };
     auto each_job = [&](auto&& work) {
       for (int64_t i = team.begin(p.count); i < team.end(p.count); ++i) work(jobs[i], i);
-      team.sync();
+      team.sync(false);   // matrices differ in size, and are often fewer than the threads
     };
     each_item([](Job& job, int64_t c) { job.measure(c); });
     each_job([&](Job& job, int64_t i) {

@@ -2,6 +2,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernels.h"
+#include "stable_rnn/cells.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
@@ -10,7 +11,7 @@ namespace {
 using Params = WindowedBackwardParams;
 
 // What one group of lanes shares, and where its pieces lie. Steps s count a lane's own steps forward in time.
-template <class T, bool lstm>
+template <class T, class Cell>
 struct Windows {
   const Params& p;
   int64_t k, most_steps;       // of the workspace; of a lane
@@ -25,9 +26,8 @@ struct Windows {
     const int64_t end = most_steps * p.lanes.batch;
     return p.first < end ? (p.last < end ? p.last : end) - p.first : 0;
   }
-  static STABLE_RNN_INLINE int64_t gates() { return lstm ? 4 : 1; }
   STABLE_RNN_INLINE int64_t row(const Run& run, int64_t s) const { return (run.id - p.first) * k + k - run.steps + s; }
-  STABLE_RNN_INLINE float* dz(const Run& run, int64_t s) const { return p.dz + row(run, s) * gates() * p.hidden; }
+  STABLE_RNN_INLINE float* dz(const Run& run, int64_t s) const { return p.dz + row(run, s) * Cell::gates * p.hidden; }
   STABLE_RNN_INLINE float* h_prev(const Run& run, int64_t s) const { return p.h_prev + row(run, s) * p.out; }
 
   // Rows of the workspace for the steps that lane `id` does not have.
@@ -36,7 +36,8 @@ struct Windows {
     const auto clear = [&](float* x, int64_t size) {
       if (x) std::memset(x + at * size, 0, missing * size * sizeof(float));
     };
-    clear(p.dz, gates() * p.hidden);
+    clear(p.dz, Cell::gates * p.hidden);
+    clear(p.d_hidden, Cell::gates * p.hidden);
     clear(p.h_prev, p.out);
     clear(p.dh, p.out);
     clear(p.m, p.hidden);
@@ -44,7 +45,7 @@ struct Windows {
 
   // dxp of row b and time t: dz of every lane of the group whose window holds t, lanes upwards.
   void collect(int64_t b, int64_t t) const {
-    const int64_t size = gates() * p.hidden, batch = p.lanes.batch, length = length_of(p.lanes, b);
+    const int64_t size = Cell::gates * p.hidden, batch = p.lanes.batch, length = length_of(p.lanes, b);
     float* sum = p.dxp + row_of(p.lanes, b, t) * size;
     for (int64_t end = t; end < length && end - t < k; ++end) {
       const int64_t id = end * batch + b;
@@ -61,63 +62,87 @@ struct Windows {
       const int64_t lane = end * batch + b - p.first;
       if (lane < 0 || lane >= p.last - p.first) continue;
       for (int64_t u = 0; u < p.out && p.dh0; ++u) p.dh0[b * p.out + u] += dh0[lane * p.out + u];
-      for (int64_t u = 0; u < p.hidden && lstm && p.dc0; ++u) p.dc0[b * p.hidden + u] += dc0[lane * p.hidden + u];
+      for (int64_t u = 0; u < p.hidden && Cell::has_cell && p.dc0; ++u) p.dc0[b * p.hidden + u] += dc0[lane * p.hidden + u];
     }
   }
 };
 
-// The memory of a tile beside that of the two recurrences: cells[r][s] before each step and after the last, or the RNN's last h.
+// The memory of a tile beside that of the two recurrences. What a step saves lies where its dz will, if that is as wide.
+template <class Cell>
 struct States {
-  float *cells, *last;
+  float *cells, *last, *saved;   // c before each step and after the last, [rows][steps + 1]; the last h; [rows][steps][S*H] or null
+
+  static constexpr bool own_saved = Cell::saved > Cell::gates;
 };
 
-template <class T, bool lstm>
+template <class T, class Cell>
+STABLE_RNN_INLINE float* saved_of(const Windows<T, Cell>& w, const States<Cell>& states, int64_t r, const Run& run, int64_t s) {
+  return States<Cell>::own_saved ? states.saved + (r * w.most_steps + s) * Cell::saved * w.p.hidden : w.dz(run, s);
+}
+
+template <class T, class Cell>
 struct Recorder {   // a Sink
-  const Windows<T, lstm>& w;
-  States states;
+  const Windows<T, Cell>& w;
+  States<Cell> states;
 
   STABLE_RNN_INLINE void hidden(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before, Vec h) const {
     store(w.h_prev(run, s) + unit, load(before), n);
-    if (!lstm && s + 1 == run.steps) store(states.last + r * w.h_stride + unit, h);
+    if (Cell::h_after && s + 1 == run.steps) store(states.last + r * w.h_stride + unit, h);
   }
-  STABLE_RNN_INLINE void cell(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_prev, const LstmStep<Vec>& now) const {
-    float* gates = w.dz(run, s) + unit;
-    store(gates, now.i.value(), n);
-    store(gates + w.p.hidden, now.f, n);
-    store(gates + 2 * w.p.hidden, now.g.value(), n);
-    store(gates + 3 * w.p.hidden, now.o.value(), n);
-    float* cell = states.cells + (r * (w.most_steps + 1) + s) * w.c_stride + unit;
-    if (s == 0) store(cell, c_prev);
-    store(cell + w.c_stride, now.c);
-    if (w.p.m) store(w.p.m + w.row(run, s) * w.p.hidden + unit, now.m, n);
+  template <class Step>
+  STABLE_RNN_INLINE void step(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before, const Step& now) const {
+    Saved<Cell, Vec> kept;
+    now.save(kept);
+    float* to = saved_of(w, states, r, run, s) + unit;
+    for (int i = 0; i < Cell::saved; ++i) store(to + i * w.p.hidden, kept[i], n);
+    if constexpr (Cell::has_cell) {
+      float* c = states.cells + (r * (w.most_steps + 1) + s) * w.c_stride + unit;
+      if (s == 0) store(c, c_before);
+      store(c + w.c_stride, now.c);
+    }
+    if (Cell::projects && w.p.m) store(w.p.m + w.row(run, s) * w.p.hidden + unit, now.h, n);
   }
 };
 
-template <class T, bool lstm>
+template <class T, class Cell>
 struct Player {   // a Port; its s counts backward
-  const Windows<T, lstm>& w;
-  States states;
+  const Windows<T, Cell>& w;
+  States<Cell> states;
 
   static STABLE_RNN_INLINE int64_t step(const Run& run, int64_t s) { return run.steps - 1 - s; }
 
   STABLE_RNN_INLINE Vec output_gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
     return s ? Vec(0.f) : load(static_cast<const T*>(w.p.dy) + run.first * w.p.out + unit, n);
   }
-  STABLE_RNN_INLINE Vec output(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    return s ? load(w.h_prev(run, step(run, s) + 1) + unit, n) : load(states.last + r * w.h_stride + unit);
+  STABLE_RNN_INLINE void saved(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec* kept) const {
+    const float* from = saved_of(w, states, r, run, step(run, s)) + unit;
+    for (int i = 0; i < Cell::saved; ++i) kept[i] = load(from + i * w.p.hidden, n);
   }
-  STABLE_RNN_INLINE SavedStep<Vec> saved(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n) const {
-    const float* gates = w.dz(run, step(run, s)) + unit;
-    const int64_t hidden = w.p.hidden;
-    const float* cell = states.cells + (r * (w.most_steps + 1) + step(run, s)) * w.c_stride + unit;
-    return {load(gates, n), load(gates + hidden, n), load(gates + 2 * hidden, n), load(gates + 3 * hidden, n),
-            load(cell + w.c_stride), load(cell)};
+  STABLE_RNN_INLINE const float* cells(int64_t r, const Run& run, int64_t s, int64_t unit) const {   // before the step
+    return states.cells + (r * (w.most_steps + 1) + step(run, s)) * w.c_stride + unit;
+  }
+  STABLE_RNN_INLINE State<Vec> after(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n) const {
+    State<Vec> state{Vec(0.f), Vec(0.f)};
+    if constexpr (Cell::h_after)
+      state.h = s ? load(w.h_prev(run, step(run, s) + 1) + unit, n) : load(states.last + r * w.h_stride + unit);
+    if constexpr (Cell::has_cell) state.c = load(cells(r, run, s, unit) + w.c_stride);
+    return state;
+  }
+  STABLE_RNN_INLINE State<Vec> before(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n) const {
+    State<Vec> state{Vec(0.f), Vec(0.f)};
+    if constexpr (Cell::h_before) state.h = load(w.h_prev(run, step(run, s)) + unit, n);
+    if constexpr (Cell::has_cell) state.c = load(cells(r, run, s, unit));
+    return state;
   }
   STABLE_RNN_INLINE void whole(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     if (w.p.dh) store(w.p.dh + w.row(run, step(run, s)) * w.p.out + unit, dh, n);
   }
-  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int gate, int64_t unit, int64_t n, Vec dz) const {
-    store(w.dz(run, step(run, s)) + gate * w.p.hidden + unit, dz, n);
+  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz, const Vec* d_hidden) const {
+    const int64_t at = w.row(run, step(run, s)) * Cell::gates * w.p.hidden + unit;
+    for (int gate = 0; gate < Cell::gates; ++gate) {
+      store(w.p.dz + at + gate * w.p.hidden, dz[gate], n);
+      if (Cell::hidden_bias >= 0) store(w.p.d_hidden + at + gate * w.p.hidden, d_hidden[gate], n);
+    }
   }
   STABLE_RNN_INLINE void carried(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     if (s == run.steps) store(w.dh0 + (run.id - w.p.first) * w.p.out + unit, dh, n);
@@ -139,21 +164,22 @@ STABLE_RNN_INLINE Run turned(Run run) {
   return run;
 }
 
-template <class T, bool lstm>
-const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes) {
-  using Forward = ForwardTile<T, lstm, Recorder<T, lstm>>;
-  using Backward = BackwardTile<T, lstm, Player<T, lstm>>;
+template <class T, class Cell>
+const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int64_t lanes) {
+  using Forward = ForwardTile<T, Cell, Recorder<T, Cell>>;
+  using Backward = BackwardTile<T, Cell, Player<T, Cell>>;
   const bool projected = p.w_hr != nullptr;
-  Windows<T, lstm> windows(p);
-  const Tiling tiling(p.threads, lanes, 2 * windows.most_steps, p.hidden, Windows<T, lstm>::gates() * p.hidden * p.out);
-  ForwardWeights forward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
-  BackwardWeights backward_weights(p.hidden, p.out, lstm, projected, tiling.panel_threads());
+  Windows<T, Cell> windows(p);
+  const Tiling tiling(p.threads, lanes, 2 * windows.most_steps, p.hidden, Cell::gates * p.hidden * p.out);
+  ForwardWeights forward_weights(p.hidden, p.out, Cell::gates, projected, tiling.panel_threads());
+  BackwardWeights backward_weights(p.hidden, p.out, Cell::gates, projected, tiling.panel_threads());
   const int64_t starts = windows.from_zero();
-  const int64_t cells = lstm ? tiling.rows * (windows.most_steps + 1) * windows.c_stride : 0;
-  const int64_t last = lstm ? 0 : tiling.rows * windows.h_stride;
+  const int64_t cells = Cell::has_cell ? tiling.rows * (windows.most_steps + 1) * windows.c_stride : 0;
+  const int64_t last = Cell::h_after ? tiling.rows * windows.h_stride : 0;
+  const int64_t saved = States<Cell>::own_saved ? tiling.rows * windows.most_steps * Cell::saved * p.hidden : 0;
   const int64_t tile_bytes = Forward::bytes(tiling.rows, p.hidden, p.out, projected) +
                              Backward::bytes(tiling.rows, p.hidden, p.out) + Workspace::bytes<float>(cells) +
-                             Workspace::bytes<float>(last);
+                             Workspace::bytes<float>(last) + Workspace::bytes<float>(saved);
   Workspace memory;
   if (!memory.allocate(forward_weights.bytes() + backward_weights.bytes() + Workspace::bytes<float>(starts * p.out) +
                        Workspace::bytes<float>(starts * p.hidden) + tiling.teams() * tile_bytes))
@@ -165,18 +191,17 @@ const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes)
   char* tile_memory = memory.take<char>(tiling.teams() * tile_bytes);
   Counter counter;
 
-  parallel(tiling.threads, [&](const Team& team) {
+  parallel(tiling.threads, tiling.together, [&](Team& team) {
     forward_weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     backward_weights.pack(team, static_cast<const T*>(p.w_hh), static_cast<const T*>(p.w_hr));
     for (int64_t id = p.first + team.begin(p.last - p.first); id < p.first + team.end(p.last - p.first); ++id)
       windows.clear_missing(id);
     team.sync();
-    for_each_tile(team, tiling, lanes, counter, [&](const Team& own, int64_t first, int64_t n, int64_t slot) {
+    for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
       Workspace piece(tile_memory + slot * tile_bytes);
-      const States states{piece.take<float>(cells), piece.take<float>(last)};
-      Forward forward(forward_weights, Recorder<T, lstm>{windows, states}, p.cell, p.cap, p.xp, p.h0, p.c0, nullptr, nullptr);
-      Backward backward(backward_weights, Player<T, lstm>{windows, states}, p.cell, p.cap, p.hidden, p.out, p.dh_n, p.dc_n,
-                        nullptr, nullptr);
+      const States<Cell> states{piece.take<float>(cells), piece.take<float>(last), piece.take<float>(saved)};
+      Forward forward(forward_weights, Recorder<T, Cell>{windows, states}, cell, p.xp, p.h0, p.c0, p.hidden_bias, nullptr, nullptr);
+      Backward backward(backward_weights, Player<T, Cell>{windows, states}, cell, p.hidden, p.out, p.dh_n, p.dc_n, nullptr, nullptr);
       forward.take(piece, tiling.rows);
       backward.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
@@ -194,6 +219,7 @@ const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes)
     const int64_t rows = (last_time - first_time + 1) * batch;
     for (int64_t i = team.begin(rows); i < team.end(rows); ++i) windows.collect(i % batch, first_time + i / batch);
     for (int64_t b = team.begin(batch); b < team.end(batch); ++b) windows.collect_start(b);
+    team.sync();
   });
   return nullptr;
 }
@@ -201,8 +227,9 @@ const char* run_windowed(const Params& p, const int64_t* entries, int64_t lanes)
 }  // namespace
 
 const char* windowed_backward(const Params& p, const int64_t* entries, int64_t lanes) {
-  if (p.dtype == BF16) return p.cell == LSTM ? run_windowed<bf16, true>(p, entries, lanes) : run_windowed<bf16, false>(p, entries, lanes);
-  return p.cell == LSTM ? run_windowed<float, true>(p, entries, lanes) : run_windowed<float, false>(p, entries, lanes);
+  return dispatch_cell(p.cell, p.cap, [&](auto cell) {
+    return p.dtype == BF16 ? run_windowed<bf16>(p, cell, entries, lanes) : run_windowed<float>(p, cell, entries, lanes);
+  });
 }
 
 }  // namespace STABLE_RNN_NS

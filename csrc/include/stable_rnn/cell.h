@@ -1,9 +1,6 @@
-// One step of each cell and its vector-Jacobian product, for any V: float on a GPU thread, a SIMD vector on a CPU.
+// What cells are made of: their arithmetic, for any V: float on a GPU thread, a SIMD vector on a CPU; and what a cell says of itself.
 // Every product-sum is an explicit fma and no library function is called, so a scalar, a vector and a GPU thread round alike
 // (on machines with fma). V needs + - * /, V(float) and the five functions that float has here, in its own namespace.
-//
-// Formulas: h = tanh(z) or max(z, 0);  LSTM (Hochreiter & Schmidhuber 1997, with forget gates: Gers et al. 2000):
-//   i, f, o = sigmoid(z_i, z_f, z_o),  g = tanh(z_g),  c = min(f, cap) c_prev + i g,  m = o tanh(c),  h = m or W_hr m.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -76,52 +73,35 @@ STABLE_RNN_HD Fraction<V> hyperbolic_tangent(V x) {   // (e^2x - 1) / (e^2x + 1)
   return {minus_one, minus_one + V(2.f)};
 }
 
+// Of one hidden unit. c is zero, and read by nobody, where the cell has none.
 template <class V>
-struct LstmStep {
-  Fraction<V> i, g, o;
-  V f, c, m;   // f after the cap; m = o tanh(c), which is h where there is no projection
+struct State {
+  V h, c;
 };
 
-template <class V>
-STABLE_RNN_HD LstmStep<V> lstm_step(V zi, V zf, V zg, V zo, V c_prev, float cap) {
-  LstmStep<V> s;
-  s.i = sigmoid(zi);
-  s.f = at_most(sigmoid(zf).value(), V(cap));
-  s.g = hyperbolic_tangent(zg);
-  s.o = sigmoid(zo);
-  s.c = fma(s.f, c_prev, (s.i * s.g).value());
-  s.m = (s.o * hyperbolic_tangent(s.c)).value();
-  return s;
-}
-
-template <class V>
-struct LstmAdjoint {
-  V zi, zf, zg, zo, c_prev;
+// What a step leaves to the gates' inputs and to the state before it; h without the part that goes through W_hh.
+template <class V, int gates>
+struct Adjoint {
+  V z[gates];
+  State<V> before;
 };
 
-// From the adjoints of m and c to those of the gates' inputs and of c_prev. Where the cap holds, f is constant.
-template <class V>
-STABLE_RNN_HD LstmAdjoint<V> lstm_vjp(V dm, V dc, V i, V f, V g, V o, V c, V c_prev, float cap) {
-  const V one(1.f), th = hyperbolic_tangent(c).value();
-  LstmAdjoint<V> d;
-  dc = fma(dm * o, fma(V(0.f) - th, th, one), dc);
-  d.zi = dc * g * (i * (one - i));
-  d.zf = dc * c_prev * (f * (one - f));
-  d.zg = dc * i * fma(V(0.f) - g, g, one);
-  d.zo = dm * th * (o * (one - o));
-  d.c_prev = dc * f;
-  if (cap < 1.f) d.zf = select_le(V(cap), f, V(0.f), d.zf);
-  return d;
-}
-
-template <class V>
-STABLE_RNN_HD V rnn_step(V z, bool relu) {
-  return relu ? at_least(z, V(0.f)) : hyperbolic_tangent(z).value();
-}
-
-template <class V>
-STABLE_RNN_HD V rnn_vjp(V dh, V h, bool relu) {
-  return relu ? select_le(h, V(0.f), V(0.f), dh) : dh * fma(V(0.f) - h, h, V(1.f));
-}
+// A cell is a struct (cells/*.h; cells.h lists them). Kernels are templates over it and ask it alone:
+//     gates          columns of xp and of W_hh's product, in units of H
+//     saved          columns of H that the backward pass needs of a step, in the storage type
+//     hidden_bias    the gate whose hidden product has a bias of its own, [H] (that of every other gate is part of xp); -1: none has
+//     has_cell       there is a c beside h
+//     projects       h may be W_hr times what step() returns
+//     h_before       step() reads the unit's own h of the step before, so that vjp() returns an adjoint of it. Not with `projects`
+//     h_after        vjp() reads h after the step
+//     is(code)       the codes by which callers name it
+//     Cell(code, cap)                     the numbers of a run. Backward, the cap is rounded to the storage type, as what was saved is
+//     step(sums, x, bias, before)         sums[gates]: of h W_hh^T, without bias; x[gates]: xp; bias: of `hidden_bias`
+//         -> h (W_hr's factor where there is a projection), c, and save(kept), which fills kept[saved]
+//     vjp(d, kept, after, before) -> Adjoint     d: adjoints of h and c after the step. Its z[gates] are the adjoints of x
+//     hidden(gate, dz, kept)              the adjoint of sums[gate], from that of x[gate]: for W_hh^T's product and W_hh's gradient
+// What a cell does not use is passed as zero and compiles to nothing.
+template <class Cell, class V>
+using Saved = V[Cell::saved ? Cell::saved : 1];
 
 }  // namespace stable_rnn

@@ -15,12 +15,9 @@
 
 namespace stable_rnn {
 
-enum Cell : int { RNN_TANH = 0, RNN_RELU = 1, LSTM = 2 };   // the order of ops/recurrence/problem.py
-// Storage of xp, weights, h and gates; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits (CUDA only,
-// as F16 is).
+// Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
+// (CUDA only, as F16 is).
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
-
-constexpr int gates_of(int cell) { return cell == LSTM ? 4 : 1; }
 
 struct Lanes {
   int64_t steps;          // T: the largest length
@@ -33,8 +30,8 @@ struct Lanes {
   int64_t n_select;
 };
 
-// Forward:  z = h W_hh^T + xp;  RNN: h = tanh(z) or relu(z);
-// LSTM: i, f, g, o = split(z);  c = min(sigmoid(f), cap) * c + sigmoid(i) * tanh(g);  h = sigmoid(o) * tanh(c), then h W_hr^T if w_hr.
+// `cell` is the code of a cell of cells.h, which has the formulas of its step. G: its gates; S: what it saves of a step.
+// Forward:  h, c = step(h W_hh^T, xp, h, c), then h W_hr^T if w_hr.
 // h is rounded to the storage type at each step (what the next step reads is what y holds).
 struct ForwardParams {
   int cell, dtype, threads;
@@ -43,18 +40,19 @@ struct ForwardParams {
   float cap;              // upper bound of the forget gate; 1 = none
   Lanes lanes;
   // inputs
-  const void* xp;         // [N, G*H] input projection with both biases
+  const void* xp;         // [N, G*H] input projection with both biases (but for hidden_bias)
   const void* w_hh;       // [G*H, P]
   const void* w_hr;       // [P, H] or null
   const void* h0;         // [B, P]
-  const void* c0;         // [B, H], LSTM
+  const void* c0;         // [B, H], cells that have c
   const float* h_init;    // [n_select, P] or null: selected lanes start at j*stride from these, with no warm-up
   const float* c_init;    // [n_select, H]
+  const void* hidden_bias;   // [H] or null: of the gate whose hidden product has a bias of its own, where the cell has one
   // outputs; rows that no lane writes are left alone
   void* y;                // [N, P]
   void* h_n;              // [B, P] or null: state after the last time; h0 where length is 0
   void* c_n;              // [B, H] or null
-  void* gates;            // [N, 4H] or null: i, min(f, cap), g, o after their non-linearities
+  void* saved;            // [N, S*H] or null
   float* cells;           // [N, H] or null
   float* h_start;         // [lanes*B, P] or null: each lane's state as it begins to write (indexed by lane id, selected lanes too)
   float* c_start;         // [lanes*B, H]
@@ -73,18 +71,19 @@ struct BackwardParams {
   Lanes lanes;
   // inputs
   const void* dy;         // [N, P]
-  const void* y;          // [N, P] saved output (RNN)
-  const void* gates;      // [N, 4H] saved (LSTM)
-  const float* cells;     // [N, H] saved (LSTM)
+  const void* y;          // [N, P] saved output, cells whose vjp() reads h
+  const void* saved;      // [N, S*H]
+  const float* cells;     // [N, H] saved, cells that have c
   const void* w_hh;       // [G*H, P]
   const void* w_hr;       // [P, H] or null
-  const void* c0;         // [B, H], LSTM
+  const void* c0;         // [B, H], cells that have c
   const void* dh_n;       // [B, P] or null: zeros
   const void* dc_n;       // [B, H] or null: zeros
   const float* dh_init;   // [n_select, P] or null: selected lanes start at their last written time from these, with no warm-up
   const float* dc_init;   // [n_select, H]
+  const void* h0;         // [B, P] or null: zeros; cells whose step() reads its own h
   // outputs
-  void* dz;               // [N, G*H] gradient of z, which is the gradient of xp
+  void* dz;               // [N, G*H] gradient of xp
   void* dh;               // [N, P] or null: the whole adjoint of h (needed for the gradient of w_hr)
   void* dh0;              // [B, P] or null
   void* dc0;              // [B, H] or null; dh_n, dc_n where length is 0
@@ -109,8 +108,10 @@ struct WindowedBackwardParams {
   const void* dy;         // [N, P]
   const void* dh_n;       // [B, P] or null: zeros
   const void* dc_n;       // [B, H] or null: zeros
+  const void* hidden_bias;   // as in ForwardParams
   // workspace, written
   float* dz;              // [(last-first)*k, G*H]
+  float* d_hidden;        // [(last-first)*k, G*H] gradient of the hidden product where the cell has a hidden bias; else it is dz
   float* h_prev;          // [(last-first)*k, P]
   float* dh;              // [(last-first)*k, P] or null: whole adjoint of h      (with w_hr)
   float* m;               // [(last-first)*k, H] or null: o * tanh(c)              (with w_hr)
@@ -139,14 +140,14 @@ struct CellStepParams {
   // inputs
   const void* x;          // [B, I]
   const void* h;          // [B, H] or null: zeros
-  const void* c;          // [B, H] or null: zeros; LSTM
+  const void* c;          // [B, H] or null: zeros; cells that have c
   const void* w_ih;       // [G*H, I]
   const void* w_hh;       // [G*H, H]
   const void* b_ih;       // [G*H] or null
   const void* b_hh;       // [G*H] or null
   // outputs
   void* h_out;            // [B, H]
-  void* c_out;            // [B, H], LSTM
+  void* c_out;            // [B, H], cells that have c
 };
 
 // Each returns null, or a message with static lifetime that says what it cannot do.

@@ -5,16 +5,17 @@ float32 products are exact float32 unless torch's switch for matrix products all
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from ... import _native
+from ...cells import CELLS, of_code
 from ...precision import tf32_allowed
 from . import windows
 from .compiled import DTYPES, TF32, Kernels
-from .problem import CELLS, Problem
+from .problem import Problem
 
 DEVICE = "cuda"
 lib = _native.lib if hasattr(_native.lib, "recurrence_forward_cuda") else None
@@ -38,7 +39,7 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
     if p is None or w_hh is None:
         return True, ""
     for backward in (False, True):
-        message = plan(limits, backward, p.cell, code(x), w_hh.shape[0] // (4 if p.cell == "lstm" else 1), 1)["message"]
+        message = plan(limits, backward, p.cell, code(x), w_hh.shape[0] // p.spec.gates, 1)["message"]
         if message:
             return False, message
     return True, ""
@@ -53,10 +54,10 @@ def device_limits(index: int) -> tuple[tuple[int, ...] | None, str]:
         return None, str(error)
 
 
-@cache
+@lru_cache(maxsize=256)  # one for each length of a batch
 def plan(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> dict:
     """How a shape runs on a device with these limits: the fields of `CudaPlan`."""
-    return lib.recurrence_plan_cuda(backward, CELLS.index(cell), dtype, hidden, hidden, entries, limits)
+    return lib.recurrence_plan_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
 
 
 def describe(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> str:
@@ -87,7 +88,7 @@ def _entry(backward: bool) -> Callable:
         selected, chosen = fields[13:15]
         entries = chosen if selected else -(-steps // stride) * batch
         index = torch.cuda.current_device() if DEVICE == "cuda" else 0
-        need = plan(device_limits(index)[0], backward, CELLS[cell], dtype, hidden, entries)
+        need = plan(device_limits(index)[0], backward, of_code(cell).name, dtype, hidden, entries)
         work = torch.empty(need.get("workspace_bytes", 0), dtype=torch.uint8, device=DEVICE)
         stream = torch._C._cuda_getCurrentRawStream(index) if DEVICE == "cuda" else 0
         kernel = lib.recurrence_backward_cuda if backward else lib.recurrence_forward_cuda

@@ -14,6 +14,7 @@ from . import native, reference, run
 from .problem import Problem, weight_gradients
 
 ops = torch.ops.stable_rnn
+_PLAIN = frozenset((*native.PLAIN, type(None)))
 _NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
@@ -35,17 +36,17 @@ class FusedRecurrence(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.note, ctx.problem = inputs[9], Problem(*inputs[10:])
-        y, _, _, gates, cells, report = output
-        ctx.mark_non_differentiable(gates, cells, report)
-        ctx.save_for_backward(*inputs[:9], y, gates, cells)
+        y, _, _, saved, cells, report = output
+        ctx.mark_non_differentiable(saved, cells, report)
+        ctx.save_for_backward(*inputs[:9], y, saved, cells)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, *state, y, gates, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
+        x, w_ih, bias, *state, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
         needs = ctx.needs_input_grad
-        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, gates, cells), ctx.problem, needs[3:5], ctx.note)
+        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, saved, cells), ctx.problem, needs[3:5], ctx.note)
         return *_input_gradients(dz, x, w_ih, needs), *rest, None, *_NOTHING
 
 
@@ -86,13 +87,14 @@ def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: s
     return project(x, w_ih, bias)
 
 
-def _plain(x: Tensor) -> bool:
+def _plain(*tensors: Tensor | None) -> bool:
     """Nothing watches: no subclass, no dispatch mode, no functional transform."""
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+    return (not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+            and _PLAIN.issuperset(map(type, tensors)))
 
 
 def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
-    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, gates, cells."""
+    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, saved, cells."""
     w_hh, w_hr, h0, c0, base, lengths = state
     dz, dh, dh0, dc0, report = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
     if note is not None:
@@ -127,9 +129,9 @@ def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple
 def setup_op(ctx, inputs, output) -> None:
     xp, *state = inputs[:7]
     ctx.problem = Problem(*inputs[7:-1])
-    y, _, _, gates, cells, report = output
-    ctx.mark_non_differentiable(gates, cells, report)
-    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, gates, cells)))
+    y, _, _, saved, cells, report = output
+    ctx.mark_non_differentiable(saved, cells, report)
+    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, saved, cells)))
 
 
 def backward_op(ctx, dy, dh_n, dc_n, *_):
@@ -159,9 +161,10 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
         function = WindowedRecurrence if p.windowed else FusedRecurrence
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
     else:
-        # outside of graphs and modes the op's own code, without the dispatcher's price at every step of a stream
-        plain = not graph and _plain(x)
-        xp = _project_now(x, w_ih, bias, p.backend, passing=True) if plain else project(x, w_ih, bias)
-        y, h_n, c_n, _, _, report = (run.forward if plain else ops.recurrence)(
-            xp, w_hh, w_hr, h0, c0, base, lengths, *p, gradient and not p.windowed)
+        save = gradient and not p.windowed
+        if not graph and _plain(*tensors):  # the op's own code, without the price of an op at every step of a stream
+            xp = _project_now(x, w_ih, bias, p.backend, passing=True)
+            (y, _, _, h_n, c_n, *_), report = run.outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *p, save)
+        else:
+            y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, save)
     return y, h_n, c_n, report

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ... import _native
-from .compiled import DTYPES, Kernels, at, dense, sizes
-from .problem import CELLS, Problem
+from ...cells import CELLS
+from .compiled import DTYPES, Kernels, at, dense, rows_like, sizes
+from .problem import Problem
 
 _TAKEN = (torch.float32, torch.bfloat16)
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
 _LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
 _scratch = threading.local()
@@ -59,7 +60,7 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
     dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
-    hidden = w_hh.shape[0] // (4 if p.cell == "lstm" else 1)
+    hidden = w_hh.shape[0] // p.spec.gates
     made = partial(_make, xp, True, dtype=torch.float32)
     dxp, dh0, dc0 = made(*xp.shape), made(batch, width), made(batch, hidden)
     dw_hh, dw_hr = made(*w_hh.shape), None if w_hr is None else made(*w_hr.shape)
@@ -72,8 +73,8 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         _native.lib.recurrence_windowed_backward(
             *sizes(p, DTYPES[w_hh.dtype], w_hh, batch), at(base), at(lengths), 0, 0, first, last,
-            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n),
-            at(dz), at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
+            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n), 0,
+            at(dz), 0, at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
             dw_hr.addmm_(projected[0].T, projected[1])
@@ -89,7 +90,8 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
     """Whether the kernel computes xp: float32, and enough rows to pay for packing the weights (in bfloat16 torch's product is faster)."""
     return (_native.lib is not None and backend in ("auto", "cpu") and x.dim() == w_ih.dim() == 2 and x.shape[0] >= _ROWS
             and x.shape[0] * w_ih.numel() >= _WORK and x.shape[1] == w_ih.shape[1] and (bias is None or bias.shape == w_ih.shape[:1])
-            and all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu for t in (x, w_ih, bias) if t is not None))
+            and all(type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
+                    for t in (x, w_ih, bias) if t is not None))
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
@@ -101,31 +103,34 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
 
 
 def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
-    """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype."""
+    """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype, weights that
+    have the shapes of `nn.LSTMCell`'s."""
     if _native.lib is None or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     kind, gradient = x.dtype, torch.is_grad_enabled()
-    if kind not in _TAKEN:
+    inputs, hidden = x.shape[1], h.shape[1]
+    rows = hidden if c is None else 4 * hidden
+    w_ih, w_hh, b_ih, b_hh = weights
+    if kind not in _TAKEN or w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
+        return False
+    if b_ih is None or b_hh is None:
+        if b_ih is not b_hh:
+            return False
+    elif b_ih.shape != (rows,) or b_hh.shape != (rows,):
         return False
     for t in (x, h, c, *weights):
-        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in _PLAIN or gradient and t.requires_grad):
+        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in PLAIN or t.is_neg()
+                              or t.layout is not torch.strided or gradient and t.requires_grad):
             return False
     return True
 
 
 def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh as in `nn.LSTMCell`."""
+    """One step of a cell where it `can_step`: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh."""
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
-    _, _, _, w_ih, w_hh, b_ih, b_hh = tensors
-    (batch, inputs), hidden = x.shape, h.shape[1]
-    rows = hidden * 4 if cell == "lstm" else hidden
-    for name, w, shape in (("weight_ih", w_ih, (rows, inputs)), ("weight_hh", w_hh, (rows, hidden)), ("bias_ih", b_ih, (rows,)),
-                           ("bias_hh", b_hh, (rows,))):
-        if w is not None and w.shape != shape:
-            raise ValueError(f"{name} is {tuple(w.shape)}; expected {shape}")
-    h_out, c_out = torch.empty_like(h), None if c is None else torch.empty_like(c)
-    addresses = [0 if t is None else t.data_ptr() for t in (*tensors, h_out, c_out)]
-    _native.lib.cell_step(CELLS.index(cell), DTYPES[x.dtype], torch.get_num_threads(), batch, inputs, hidden, cap, *addresses)
+    h_out, c_out = rows_like(h), None if c is None else rows_like(c)
+    addresses = [0 if t is None else t.data_ptr() or at(t) for t in (*tensors, h_out, c_out)]
+    _native.lib.cell_step(CELLS[cell].code, DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses)
     return h_out, c_out

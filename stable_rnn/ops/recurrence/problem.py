@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm")  # in the order of `enum Cell`
+from ...cells import CELLS, Cell
+
 CPU = torch.device("cpu")
 LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
 WHOLE, AUTO = 0, -1  # strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
@@ -29,6 +30,10 @@ class Problem(NamedTuple):
     max_passes: int = 1
     cap: float = 1.0  # upper bound of the forget gate; 1: none
     backend: str = "auto"
+
+    @property
+    def spec(self) -> Cell:
+        return CELLS[self.cell]
 
     @property
     def checked(self) -> bool:
@@ -63,8 +68,8 @@ class Output(NamedTuple):
     """What a forward run writes. `*_start`, `*_end` are each lane's state as it begins and ends to write, by lane id."""
 
     y: Tensor  # (N, P)
-    gates: Tensor  # (N, 4H), LSTM and saving; else empty
-    cells: Tensor  # (N, H) in the arithmetic's dtype, LSTM and saving; else empty
+    saved: Tensor  # (N, S*H), what the cell saves of its steps; empty without, or not saving
+    cells: Tensor  # (N, H) in the arithmetic's dtype, cells that have c, and saving; else empty
     h_n: Tensor  # (B, P)
     c_n: Tensor  # (B, H), LSTM; else empty
     h_start: Tensor  # (L*B, P) when borders are asked for; else empty
@@ -112,11 +117,10 @@ def previous_states(y: Tensor, h0: Tensor, base: Tensor | None, lengths: Tensor 
     return torch.cat([previous, previous[:1]]).index_copy(0, first, h0)[:rows]
 
 
-def weight_gradients(need_hh: bool, need_hr: bool, dz: Tensor, dh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, h0: Tensor,
+def weight_gradients(need_hh: bool, need_hr: bool, dz: Tensor, dh: Tensor, y: Tensor, saved: Tensor, cells: Tensor, h0: Tensor,
                 base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, Tensor | None]:
     """dW_hh and dW_hr as products over all times at once, those that are needed."""
-    dw_hh = dz.T @ previous_states(y, h0, base, lengths, p) if need_hh else None
+    dw_hh = p.spec.hidden(dz, saved).T @ previous_states(y, h0, base, lengths, p) if need_hh else None
     if not need_hr:
         return dw_hh, None
-    m = gates.chunk(4, 1)[3].to(cells.dtype) * torch.tanh(cells)  # the output before its projection
-    return dw_hh, dh.T @ m.to(dh.dtype)
+    return dw_hh, dh.T @ p.spec.output(saved, cells).to(dh.dtype)

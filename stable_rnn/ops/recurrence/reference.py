@@ -35,26 +35,13 @@ def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(live[:, None], new, old)
 
 
-def step(z: Tensor, c: Tensor, w_hr: Tensor | None, p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """One time step from the pre-activations z (n, G*H): h (n, P), c (n, H) and the activated gates."""
-    if p.cell != "lstm":
-        return (torch.tanh(z) if p.cell == "rnn_tanh" else torch.relu(z)), c, z
-    i, f, g, o = z.chunk(4, 1)
-    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
-    if p.cap < 1:
-        f = f.clamp(max=p.cap)
-    c = f * c + i * g
-    h = o * torch.tanh(c)
-    return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o], 1)
-
-
 def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
             p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
             c_init: Tensor | None = None, out: Output | None = None) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
-    kind, lstm = arithmetic(xp.dtype), p.cell == "lstm"
-    batch, hidden = h0.shape[0], w_hh.shape[0] // (4 if lstm else 1)
+    kind, cell = arithmetic(xp.dtype), p.spec
+    batch, hidden = h0.shape[0], w_hh.shape[0] // cell.gates
     c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
     weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
     b, first, start, length = _lanes(p, batch, base, lengths, ids, xp.device)
@@ -67,53 +54,55 @@ def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tenso
     else:
         h, c = h_init.to(kind), h0.new_zeros(len(b), hidden).to(kind) if c_init is None else c_init.to(kind)
     h_start, c_start = h, c
-    rows, hs, cs, gs = [], [], [], []
+    rows, hs, cs, kept = [], [], [], []
     skipped = max(0, warmup - (p.lanes() - 1) * p.stride)  # before every lane's time 0
     for s in range(skipped, warmup + p.stride) if xp.shape[0] and len(b) else ():
         t = first - warmup + s
         live = (t >= 0) & (t < length)
         row = torch.where(live, start + t * p.step, 0)
-        h_new, c_new, gate = step(xp[row].to(kind) + h @ weight.T, c, project, p)
+        h_new, c_new, keep = cell.step(xp[row].to(kind), h @ weight.T, h, c, p.cap)
+        h_new = h_new if project is None else h_new @ project.T
         if s == warmup:
             h_start, c_start = h, c
         h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
         if s >= warmup:
             rows.append(torch.where(live, row, xp.shape[0]))
-            hs.append(h), cs.append(c), gs.append(gate)
+            hs.append(h), cs.append(c), kept.append(keep)
 
     n = xp.shape[0]
     y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
     cells = xp.new_zeros(n, hidden, dtype=kind) if out is None or not out.cells.numel() else out.cells
-    gates = xp.new_zeros(n, 4 * hidden) if out is None or not out.gates.numel() else out.gates
+    saved = xp.new_zeros(n, cell.saved * hidden) if out is None or not out.saved.numel() else out.saved
     c_n = c0 if out is None else out.c_n
     if rows:
         where = torch.stack(rows)
         y = _place(hs, where, y)
-        if lstm:
-            cells = _place(cs, where, cells)
-            gates = _place(gs, where, gates) if save else gates
+        cells = _place(cs, where, cells) if cell.has_cell else cells
+        saved = _place(kept, where, saved) if save and cell.saved else saved
     last, used = row_base(p, batch, base, xp.device), row_length(p, batch, lengths, xp.device)
     last, has = torch.where(used > 0, last + (used - 1) * p.step, 0), (used > 0)
     h_n = _mask(has, y[last], h0) if n else h0.clone()
     empty, ends = xp.new_empty(0), [xp.new_empty(0)] * 4
-    if lstm and n:  # the lanes that reach a row's last time
+    if cell.has_cell and n:  # the lanes that reach a row's last time
         ending = (first < length) & (first + p.stride >= length)
         c_n = _place([c], torch.where(ending, b, batch)[None], c_n)
     if borders:
         ends = [h_start, c_start, h, c]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
-    return Output(y, gates if save and lstm else empty, cells if save and lstm else empty, h_n, c_n if lstm else empty, *ends)
+    return Output(y, saved if save and cell.saved else empty, cells if save and cell.has_cell else empty, h_n,
+                  c_n if cell.has_cell else empty, *ends)
 
 
-def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
+def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
              c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False, ids: Tensor | None = None,
              dh_init: Tensor | None = None, dc_init: Tensor | None = None, out: Adjoint | None = None) -> Adjoint:
     """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
     zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
-    kind, lstm = arithmetic(y.dtype), p.cell == "lstm"
+    kind, cell = arithmetic(y.dtype), p.spec
     batch, n, width = dh_n.shape[0], y.shape[0], w_hh.shape[0]
-    hidden = width // 4 if lstm else width
+    hidden = width // cell.gates
+    clamp = p.cap if p.cap == 1 else float(torch.tensor(p.cap, dtype=y.dtype))  # as the saved gate was rounded
     dc_n = dh_n.new_zeros(batch, hidden) if dc_n is None else dc_n
     weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
     b, first, start, length = _lanes(p, batch, base, lengths, ids, y.device)
@@ -134,22 +123,16 @@ def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Te
         if s == warmup:
             dh_start, dc_start = dh, dc
         total = dh + dy[row].to(kind)
-        if lstm:
-            before = cells[torch.where(live & (t > 0), row - p.step, 0)]
-            c_prev = _mask(t > 0, before, c0[b].to(kind))
-            i, f, g, o = gates[row].to(kind).chunk(4, 1)
-            tanh_c = torch.tanh(cells[row])
-            dm = total if project is None else total @ project
-            dc_total = dc + dm * o * (1 - tanh_c * tanh_c)
-            df = dc_total * c_prev * f * (1 - f)
-            if p.cap < 1:  # compared in the storage dtype, in which the clamped gate was rounded
-                df = torch.where(f < torch.tensor(p.cap, dtype=gates.dtype, device=f.device), df, 0.0)
-            dz = torch.cat([dc_total * g * i * (1 - i), df, dc_total * i * (1 - g * g), dm * tanh_c * o * (1 - o)], 1)
-            dc = _mask(live, dc_total * f, dc)
-        else:
-            out_y = y[row].to(kind)
-            dz = total * (1 - out_y * out_y) if p.cell == "rnn_tanh" else torch.where(out_y > 0, total, 0.0)
-        dh = _mask(live, dz @ weight, dh)
+        dm = total if project is None else total @ project
+        h = c = c_before = None
+        if cell.has_cell:
+            c, c_before = cells[row], _mask(t > 0, cells[torch.where(live & (t > 0), row - p.step, 0)], c0[b].to(kind))
+        if cell.h_after:
+            h = y[row].to(kind)
+        kept = saved[row].to(kind) if cell.saved else None
+        dz, dc_new = cell.vjp(dm, dc, kept, h, c, c_before, clamp)
+        dc = _mask(live, dc_new, dc) if cell.has_cell else dc
+        dh = _mask(live, cell.hidden(dz, kept) @ weight, dh)
         if s >= warmup:
             rows.append(torch.where(live, row, n))
             dzs.append(dz), dhs.append(total)
@@ -162,14 +145,13 @@ def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, gates: Te
         zs = _place(dzs, where, zs)
         whole = _place(dhs, where, whole) if w_hr is not None else whole
         opening = torch.where((first == 0) & (length > 0), b, batch)[None]
-        dh0, dc0 = _place([dh], opening, dh0), _place([dc], opening, dc0) if lstm else dc0
+        dh0, dc0 = _place([dh], opening, dh0), _place([dc], opening, dc0) if cell.has_cell else dc0
     empty, ends = y.new_empty(0), [y.new_empty(0)] * 4
     if borders:
         ends = [dh_start, dc_start, dh, dc]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[4:], ends, strict=True)]
-    return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if lstm else empty, *ends)
-
+    return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
 
 
 def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
@@ -212,8 +194,8 @@ def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: T
     if p.checked:
         p = p.whole()
     out = forward(xp, w_hh, w_hr, h0, c0, base, lengths, p)
-    adjoint = backward(dy, dh_n, dc_n, out.y, out.gates, out.cells, w_hh, w_hr, c0, base, lengths, p)
-    weights = weight_gradients(True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.gates, out.cells, h0, base, lengths, p)
+    adjoint = backward(dy, dh_n, dc_n, out.y, out.saved, out.cells, w_hh, w_hr, c0, base, lengths, p)
+    weights = weight_gradients(True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.saved, out.cells, h0, base, lengths, p)
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if c0 is not None else None
 
 

@@ -19,10 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...cells import CELLS, of_code
 from ...precision import tf32_allowed, tf32x3_asked
 from . import windows
 from .compiled import DTYPES, TF32, Kernels
-from .problem import CELLS, Problem
+from .problem import Problem
 
 ALL_STEPS = 2**31 - 1
 TF32X3 = 4  # a dtype of these kernels alone
@@ -114,7 +115,7 @@ def config(backward: bool, cell: str, dtype: int, hidden: int, windows: bool, de
     """The table: no value was tuned on a device yet, all were chosen to fit its memory and registers (`tests/triton`)."""
     units = max(16, 1 << (hidden - 1).bit_length())
     element = 12 if dtype == TF32X3 else 4 if dtype in (DTYPES[torch.float32], TF32) else 2  # bytes; TF32X3: with its two parts
-    weights = (4 if cell == "lstm" else 1) * units**2 * element
+    weights = CELLS[cell].gates * units**2 * element
     if weights <= on_chip(device) and not plain(dtype, device):
         warps = 4 if units <= 32 or device.kind == "hip" else 8 if units <= 128 else 16
         return Config(True, 16, units, units, warps, 2 if weights <= 32 << 10 else 1)
@@ -147,7 +148,7 @@ def on_chip(device: Device) -> int:
 
 
 def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, xp, w_hh, _w_hr,
-             h0, c0, h_init, c_init, y, h_n, c_n, *rest, many: bool = False) -> None:
+             h0, c0, h_init, c_init, _hidden_bias, y, h_n, c_n, *rest, many: bool = False) -> None:
     if y is None or steps == 0:  # no time, or no unit
         for state, given in ((h_n, h0), (c_n, c0)):
             if state is not None:
@@ -158,8 +159,8 @@ def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, strid
     _launch(False, cell, dtype, hidden, tensors, xp, (cap, count, steps, batch, step, stride, warmup), min(steps, stride + warmup), many)
 
 
-def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, dy, y, gates, cells,
-              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
+def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, dy, y, saved, cells,
+              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, _h0, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
     if dz is None or steps == 0:
         for state, given in ((dh0, dh_n), (dc0, dc_n)):
             if state is not None:
@@ -167,7 +168,7 @@ def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stri
         return
     count = -(-steps // stride) * batch if ids is None else chosen
     saved_cap = float(torch.tensor(cap, dtype=dy.dtype)) if cap < 1 else float("inf")  # as the saved forget gates were rounded
-    tensors = (dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids, dz, dh0, dc0, *rest)
+    tensors = (dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids, dz, dh0, dc0, *rest)
     _launch(True, cell, dtype, hidden, tensors, dy, (saved_cap, count, steps, batch, step, stride, warmup),
             min(steps, stride + warmup) + 1, many)
 
@@ -177,20 +178,20 @@ def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, 
     _, count, steps, _, _, stride, _ = numbers
     if not count:
         return
-    cell, device = CELLS[cell], device_of(x)
-    found = config(backward, cell, dtype, hidden, many or stride == 1 < steps, device)
+    cell, device = of_code(cell), device_of(x)
+    found = config(backward, cell.name, dtype, hidden, many or stride == 1 < steps, device)
     kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
     kernel = kernels.backward if backward else kernels.forward
-    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION=PRECISIONS.get(dtype, "ieee"))
+    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee"))
     shape |= options(found, dtype, device)
     tiles = -(-count // found.lanes)
     if found.small:
         kernel[(tiles,)](*tensors, *numbers, **shape)
         return
     members, teams = team(tiles, -(-hidden // found.units), device.programs)
-    width, gates = -(-hidden // 16) * 16, 4 if backward and cell == "lstm" else 1
+    width, gates = -(-hidden // 16) * 16, cell.gates if backward else 1
     planes = x.new_empty(2, teams * found.lanes, gates * width)
-    cells = x.new_empty(2, teams * found.lanes, width, dtype=torch.float32) if cell == "lstm" else None
+    cells = x.new_empty(2, teams * found.lanes, width, dtype=torch.float32) if cell.has_cell else None
     arrivals = torch.zeros(teams, dtype=torch.int32, device=x.device)
     alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
     spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]

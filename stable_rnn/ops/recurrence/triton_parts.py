@@ -1,6 +1,6 @@
 """What the Triton kernels share: the non-linearities, one step of each cell and its adjoint, where a lane's data lie, and the barrier.
 
-The formulas are those of `csrc/include/stable_rnn/cell.h` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
+The formulas are those of `csrc/include/stable_rnn/cells/` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
 """
 import triton
 import triton.language as tl

@@ -29,7 +29,7 @@ def run(backend, tensors: tuple, p: Problem, save: bool) -> tuple[Output, list[f
 
 
 def run_back(backend, tensors: tuple, p: Problem) -> tuple[Adjoint, list[float]]:
-    """Backward. `tensors`: dy, dh_n, dc_n, y, gates, cells, w_hh, w_hr, c0, base, lengths."""
+    """Backward. `tensors`: dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths."""
     out = backend.backward(*tensors, p, borders=True)
     again = lambda ids, h, c, out: backend.backward(*tensors, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
     out, report = _check(out, out._fields.index("dh_start"), again, p, tensors[1].shape[0], tensors[10], ahead=True)

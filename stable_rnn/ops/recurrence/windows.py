@@ -20,7 +20,7 @@ def windowed_backward(backend, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp
     n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
     first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
     windows = p.lanes() * batch
-    width = 2 * xp.shape[1] + w_hh.shape[0] + 3 * w_hh.shape[1]  # xp, gates, dz; y, dy and the cells
+    width = 2 * xp.shape[1] + w_hh.shape[0] + 3 * w_hh.shape[1]  # xp, what is saved, dz; y, dy and the cells
     group = max(1, min(windows, WORKSPACE // (k * max(1, width))))
     f32 = dict(dtype=torch.float32, device=device)
     dxp = torch.zeros(n + 1, xp.shape[1], **f32)  # the last row takes what belongs to no time
@@ -47,13 +47,13 @@ def windowed_backward(backend, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp
         dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
         places = torch.arange(len(ids), device=device) * k
         out = backend.forward(xs, w_hh, w_hr, *begins, places, steps, local)
-        back = backend.backward(dys.flatten(0, 1), *ends, out.y, out.gates, out.cells, w_hh, w_hr, begins[1], places, steps, local)
+        back = backend.backward(dys.flatten(0, 1), *ends, out.y, out.saved, out.cells, w_hh, w_hr, begins[1], places, steps, local)
         dz = back.dz.view(len(ids), k, -1)
         for j in range(k):  # the steps that are j before a window's last: no two windows share their rows
             at = steps - 1 - j
             here = rows.gather(1, at.clamp(min=0)[:, None])[:, 0]
             dxp.index_add_(0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float())
-        found = weight_gradients(True, w_hr is not None, back.dz, back.dh, out.y, out.gates, out.cells, begins[0], places, steps, local)
+        found = weight_gradients(True, w_hr is not None, back.dz, back.dh, out.y, out.saved, out.cells, begins[0], places, steps, local)
         for total, part in zip((dw_hh, dw_hr), found):
             if total is not None:
                 total += part

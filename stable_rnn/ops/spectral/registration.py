@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import requested
+from ..outputs import fresh
 from . import reference
+from .norm import check_writable
 
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
 _MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "native"}
@@ -21,12 +23,24 @@ _warned: set[str] = set()
 def _spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
+    _check(matrices, blocks, bounds, iterations)
     home = _home(matrices)
     with torch.autocast(matrices[0].device.type if matrices else "cpu", enabled=False):
         norms, near = _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
         return norms.to(home), near.to(home)
+
+
+def _check(matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], iterations: int) -> None:
+    """`ValueError` unless a kernel may write what it is given; of the fake too, to which any tensor on the meta device sends the call."""
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
+    if not len(matrices) == len(blocks) == len(bounds):
+        raise ValueError(f"{len(matrices)} matrices need as many blocks and bounds, got {len(blocks)} and {len(bounds)}")
+    for i, (W, X) in enumerate(zip(matrices, blocks)):
+        if W.dim() != 2 or X.dim() != 2 or X.shape[0] != W.shape[1] or X.device != W.device or W.is_meta != matrices[0].is_meta:
+            raise ValueError(f"matrices[{i}] is {tuple(W.shape)} on {W.device}, blocks[{i}] {tuple(X.shape)} on {X.device}; expected "
+                             "(m, n) and (n, k), on one device")
+        check_writable(W, f"matrices[{i}]"), check_writable(X, f"blocks[{i}]")
 
 
 def _home(matrices: list[Tensor]) -> torch.device:
@@ -62,6 +76,7 @@ def _backend(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType:
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
+    _check(matrices, blocks, bounds, iterations)
     return tuple(torch.empty(len(matrices), dtype=dtype, device=_home(matrices)) for dtype in (torch.float64, torch.int64))
 
 
@@ -80,7 +95,7 @@ torch.library.register_fake("stable_rnn::spectral_step_", _spectral_step_fake, l
 
 def _top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(W.device.type, enabled=False):
-        return reference.top_singular(W)
+        return fresh((W,), *reference.top_singular(W))
 
 
 def _top_singular_fake(W):

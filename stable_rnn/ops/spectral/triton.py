@@ -14,7 +14,9 @@ from ..recurrence import triton as recurrence
 from .native import BLOCK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONS = dict(num_warps=8, enable_fp_fusion=True)  # for Triton's compiler
+# For Triton's compiler. Threads that hold the same element must find the same bits, as all of them store it: a sum whose products are fused
+# in one thread's order and not in another's would differ. (tl.dot has its own fma, whatever is said here.)
+OPTIONS = dict(num_warps=8, enable_fp_fusion=False)
 
 
 def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
@@ -83,14 +85,17 @@ def _launch(
         )
 
 
-_captured: list[Tensor] = []  # what CUDA graphs will read: theirs for good
+_captured: dict[tuple, Tensor] = {}  # what CUDA graphs will read: theirs for good, one table for all graphs of the same matrices
 
 
 def _kept(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of numbers on the device; the same ones come at every optimizer step."""
-    found = _constant(tuple(values), dtype, device)
-    if _capturing(device):
-        _captured.append(found)
+    key = tuple(values), dtype, device
+    found = _captured.get(key)
+    if found is None:
+        found = _constant(*key)
+        if _capturing(device):
+            _captured[key] = found
     return found
 
 

@@ -1,0 +1,36 @@
+// How warps divide the work of a cell: what the kernels, the packed weights and the plan have to agree on. It follows from the cell's
+// gates, so that a new cell needs nothing here.
+//
+// Forward, a warp's sums are rows of W_hh, 16 of them to a block: of an even number of gates, two gates of the same 8 units, else one gate
+// of 16 units; so a thread ends up with all gates of its units. Backward they are columns of W_hh, 16 units, and run over the rows of all
+// gates: four gates, or two, are shared out to as many warps; a single warp sums over any other number, one gate after the other.
+#pragma once
+#include "stable_rnn/cells.h"
+
+namespace stable_rnn {
+
+struct WarpLayout {
+  int gates;       // of the cell
+  int units;       // of a group
+  int warps;       // that share a group
+  int blocks;      // of 16 rows of weights, of a warp
+  int own_gates;   // whose k a warp sums over; forward there is only one k, that of h
+  int parts;       // of a lane's state: the k of all gates lie side by side
+};
+
+template <class Cell>
+constexpr WarpLayout warp_layout(bool backward) {
+  constexpr int gates = Cell::gates, units = gates % 2 ? 16 : 8, warps = gates % 4 == 0 ? 4 : gates % 2 ? 1 : 2;
+  return backward ? WarpLayout{gates, 16, warps, 1, gates / warps, gates} : WarpLayout{gates, units, 1, gates * units / 16, 1, 1};
+}
+
+inline WarpLayout warp_layout(bool backward, int cell) {
+  return dispatch_cell(cell, 1.f, [&](auto of) { return warp_layout<decltype(of)>(backward); });
+}
+
+// The most warps of a block, so that registers suffice: what a kernel is compiled for.
+constexpr int most_warps(WarpLayout layout, int octets, bool held) {
+  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? 12 : 16;
+}
+
+}  // namespace stable_rnn

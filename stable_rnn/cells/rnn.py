@@ -1,0 +1,28 @@
+"""The Elman cell: h' = tanh(x + q) or max(x + q, 0) (Elman 1990)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import Cell
+
+
+class Tanh(Cell):
+    name, mode, code = "rnn_tanh", "RNN_TANH", 0
+    gates, saved, has_cell, h_after, projects, forgets = 1, 0, False, True, False, None
+
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.tanh(x + q), c, x[:, :0]
+
+    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+        return dh * (1 - h * h), dc
+
+
+class Relu(Tanh):
+    name, mode, code = "rnn_relu", "RNN_RELU", 1
+
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.relu(x + q), c, x[:, :0]
+
+    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+        return torch.where(h > 0, dh, 0.0), dc
