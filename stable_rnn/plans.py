@@ -25,7 +25,7 @@ from .ops.recurrence.problem import AUTO, WHOLE
 from .ops.recurrence.reference import arithmetic
 from .precision import products_eps
 
-M = TypeVar("M", bound=nn.Module)
+_M = TypeVar("_M", bound=nn.Module)
 _LONGEST = 2**62  # sequences are shorter, and the ops take 64-bit integers
 
 
@@ -170,7 +170,7 @@ def check_plan(plan: object) -> Plan:
 
 
 @contextmanager
-def use_plan(model: M, plan: Plan) -> Iterator[M]:
+def use_plan(model: _M, plan: Plan) -> Iterator[_M]:
     """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
 
     The plan is the module's, for all threads. Raises `TypeError` for something that is no plan or model, `ValueError` for a model without
