@@ -87,7 +87,7 @@ class Bookkeeping(nn.Module):
         raise RuntimeError(f"torch.jit.script cannot compile {type(self).__name__}; give it the plain module, module.to_torch(), or "
                            "the whole model, unstabilize(model)")
 
-    def _leaf(self, *args: Any) -> Proxy:
+    def _leaf(self, *args: Any, **named: Any) -> Proxy:
         """The call of this module as one node of a torch.fx graph: torch.fx does so for torch's own modules, and goes into others."""
         tracer = next(arg for arg in args if isinstance(arg, Proxy)).tracer
         path = tracer.path_of_module(self) if isinstance(tracer, Tracer) else ""
@@ -97,7 +97,7 @@ class Bookkeeping(nn.Module):
                                "whose is_leaf_module is true for it, or trace unstabilize(model)")
         while args and args[-1] is None:
             args = args[:-1]
-        return tracer.create_proxy("call_module", path, args, {})
+        return tracer.create_proxy("call_module", path, args, {name: value for name, value in named.items() if value is not None})
 
 
 def _clamp(cap: float) -> str:

@@ -248,7 +248,7 @@ class StableRNN(StableRNNBase):
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
-    `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
+    `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
     lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
     the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
     """
@@ -264,9 +264,9 @@ class StableRNN(StableRNNBase):
         super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
                          device=device, dtype=dtype, stability=stability, plan=plan, backend=backend, **kwargs)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None):
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None):
         if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths)
+            return self._leaf(input, hx, lengths=lengths)
         if hx is not None and not isinstance(hx, Tensor):
             raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
         if not isinstance(input, PackedSequence):
@@ -289,7 +289,7 @@ class StableLSTM(StableRNNBase):
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
-    `forward(input, hx=None, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
+    `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
     of shapes (L*D, B, P) and (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past
     a length are zero, final states and the reverse direction are those of each sequence's own end. Returns output (T, B, D*P) and
     (h_n, c_n).
@@ -305,9 +305,10 @@ class StableLSTM(StableRNNBase):
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
-    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None):
+    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
+                lengths: Tensor | None = None):
         if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths)
+            return self._leaf(input, hx, lengths=lengths)
         packed = isinstance(input, PackedSequence)
         if not packed and input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")

@@ -465,3 +465,10 @@ def test_passes_without_end():
     m = StableLSTM(4, 6, plan=plan)
     torch.testing.assert_close(m(x)[0], m.to_torch()(x)[0])
     assert plan.max_passes == 10**40
+
+
+def test_lengths_are_named():
+    """A third positional argument is no lengths: nn.LSTM takes two, and clients hand on what they have by position."""
+    for module in (StableRNN(3, 4), StableLSTM(3, 4)):
+        with pytest.raises(TypeError, match="positional"):
+            module(torch.zeros(5, 2, 3), None, torch.tensor([5, 2]))
