@@ -15,6 +15,7 @@ class Cell:
     name: str
     mode: str
     code: int
+    family: str  # of cells that share their files, of the name: here, in csrc's cells/ and in stability/
     gates: int  # G: columns of x, q and dz, in units of H
     saved: int  # columns that the backward pass needs beside y and c, in units of H; 0: y is enough
     has_cell: bool  # a second state c
