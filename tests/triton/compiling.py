@@ -24,7 +24,7 @@ ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
 BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
 WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
-LSTM = ("c0", "c_n", "gates", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
+LSTM = ("c0", "c_n", "saved", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
         "dc_planes")
 
 
