@@ -20,6 +20,7 @@ class Cell:
     saved: int  # columns that the backward pass needs beside y and c, in units of H; 0: y is enough
     has_cell: bool  # a second state c
     h_after: bool  # vjp() reads h
+    carries: bool = False  # the h before a step gets a part of dh beside the product with W_hh; no cell with a c does
     projects: bool  # may have W_hr
     forgets: int | None  # the gate that a clamp bounds; None: no gate forgets
 

@@ -27,18 +27,21 @@ class OfCell:
 GATES = tl.constexpr(OfCell(tuple((cell.name, cell.gates) for cell in CELLS.values())))
 SAVED = tl.constexpr(OfCell(tuple((cell.name, cell.saved) for cell in CELLS.values())))
 HAS_CELL = tl.constexpr(OfCell(tuple((cell.name, cell.has_cell) for cell in CELLS.values())))
+CARRIES = tl.constexpr(OfCell(tuple((cell.name, cell.carries) for cell in CELLS.values())))
 
 
 @triton.jit
-def sums(x, CELL: tl.constexpr):
-    """What the sums of the hidden product start from, gate by gate: x, where a cell needs no more than x + q."""
+def sums(x, hidden_bias, unit, mask, CELL: tl.constexpr):
+    """What the sums of the hidden product q start from, gate by gate: x, where a cell needs no more than x + q. hidden_bias (H,) is None
+    but for cells with one."""
     gates: tl.constexpr = GATES(CELL)
     return cast(x, tl.float32, gates)
 
 
 @triton.jit
 def step(z, x, h, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr, CELL: tl.constexpr):
-    """The new h and c, from the sums z that started as `sums` says. What is saved is stored on the way, where `mask` says."""
+    """The new h and c, from the sums z that started as `sums` says, x in the storage type, and h and c before. What is saved is stored on
+    the way, where `mask` says."""
     if CELL == "lstm":
         h, c = lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H)
     else:
@@ -47,11 +50,12 @@ def step(z, x, h, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr, CELL
 
 
 @triton.jit
-def vjp(dh, dc, cap, y, saved, cells, c0, at, at_cell, at_prev, at_c0, live, opens, H: tl.constexpr, CELL: tl.constexpr):
-    """From the adjoints of h and c to dz, the gradient of x, to what h before the step gets of it beside the product with W_hh, and to the
-    adjoint of the c before, which comes from c0 where the step `opens` a row."""
+def vjp(dh, dc, cap, y, saved, cells, h0, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr, CELL: tl.constexpr):
+    """From the adjoints of h and c to dz, the gradient of x; to what the h before the step gets of dh beside the product with W_hh; and to
+    the adjoint of the c before. h and c before the step lie at `at_prev` in y and cells, or at `at_start` in h0 and c0 where the step
+    `opens` a row; h0 is None but for cells that read it."""
     if CELL == "lstm":
-        dz, dc = lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_c0, live, opens, H)
+        dz, dc = lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H)
     else:
         dz = rnn_vjp(dh, y, at_cell, live, CELL)
     return dz, tl.zeros_like(dh), dc
@@ -99,7 +103,7 @@ def lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr):
 
 
 @triton.jit
-def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_c0, live, opens, H: tl.constexpr):
+def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr):
     """From `cap` on f is constant."""
     t = tanh(load(cells + at_cell, live))
     o = load(saved + at + 3 * H, live)
@@ -108,6 +112,6 @@ def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_c0, live, o
     i, g = load(saved + at, live), load(saved + at + 2 * H, live)
     zi, zg = dc * g * (i * (1.0 - i)), dc * i * tl.fma(-g, g, 1.0)
     f = load(saved + at + H, live)
-    c_prev = load(cells + at_prev, live & ~opens) + load(c0 + at_c0, live & opens)
+    c_prev = load(cells + at_prev, live & ~opens) + load(c0 + at_start, live & opens)
     zf = tl.where(f >= cap, 0.0, dc * c_prev * (f * (1.0 - f)))
     return (zi, zf, zg, zo), dc * f

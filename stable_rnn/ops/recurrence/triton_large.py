@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from . import triton_small
-from .triton_cells import GATES, HAS_CELL, SAVED, hidden, sums, vjp
+from .triton_cells import CARRIES, GATES, HAS_CELL, SAVED, hidden, sums, vjp
 from .triton_cells import step as cell_step
-from .triton_parts import backward_run, columns, forward_run, keep, load, meet, products, start, store_columns
+from .triton_parts import backward_run, columns, forward_run, keep, load, meet, start, store_columns, streamed_products
 
 NUMBERS = (*triton_small.NUMBERS, "members", "begin", "end")
 
@@ -28,7 +28,7 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
             h_planes, c_planes, arrivals,
             cap, count, steps, batch, step, stride, warmup, members, begin, end,
             H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-            PRECISION: tl.constexpr, ALONE: tl.constexpr):
+            PRECISION: tl.constexpr, ALONE: tl.constexpr, hidden_bias=None):
     gates: tl.constexpr = GATES(CELL)
     has_cell: tl.constexpr = HAS_CELL(CELL)
     kept: tl.constexpr = SAVED(CELL)
@@ -69,12 +69,12 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
                     c = tl.load(c_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(c_start, id * H + unit, c, begins)
                 x = columns(xp + row * (gates * H) + unit, H, live, gates)
-                z = sums(x, CELL)
+                z = sums(x, hidden_bias, unit, unit < H, CELL)
                 for k0 in range(0, H, INNER):
                     k = k0 + tl.arange(0, INNER)
                     h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
-                    w = columns(w_hh + unit * H + k[:, None], H * H, (unit < H) & (k[:, None] < H), gates)
-                    z = products(h, w, z, PRECISION, gates)
+                    w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
+                    z = streamed_products(h, w, H * H, square, z, PRECISION, gates)
                 before = tl.load(h_planes + now + unit, mask=unit < WIDTH, other=0.0).to(tl.float32)  # read by cells that need it
                 h, c = cell_step(z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL)
                 if has_cell:
@@ -95,10 +95,11 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
              dz_planes, dc_planes, arrivals,
              cap, count, steps, batch, step, stride, warmup, members, begin, end,
              H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-             PRECISION: tl.constexpr, ALONE: tl.constexpr):
+             PRECISION: tl.constexpr, ALONE: tl.constexpr, h0=None):
     gates: tl.constexpr = GATES(CELL)
     has_cell: tl.constexpr = HAS_CELL(CELL)
     kept: tl.constexpr = SAVED(CELL)
+    carries: tl.constexpr = CARRIES(CELL)  # in the planes that other cells have for dc
     team, rank, teams = tl.program_id(0) // members, tl.program_id(0) % members, tl.num_programs(0) // members
     lane = tl.arange(0, LANES).to(tl.int64)[:, None]
     place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
@@ -125,7 +126,10 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                 there = (unit < H) & (entry < count)
                 live, ends = there & (s < n), there & (s == n)
                 begins, writes = live & (s == warm), live & (s >= warm)
-                dh = tl.zeros((LANES, UNITS), tl.float32)
+                if carries:
+                    dh = tl.load(dc_planes + now + unit, mask=(unit < WIDTH) & (s > 0), other=0.0)
+                else:
+                    dh = tl.zeros((LANES, UNITS), tl.float32)
                 for k0 in range(0, tl.minimum(s, 1) * H, INNER):  # nothing is carried to step 0
                     k = k0 + tl.arange(0, INNER)
                     z, w = dz_planes + gates * now + k[None, :], w_hh + k[:, None] * H + unit
@@ -145,8 +149,10 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                     keep(dc_end, id * H + unit, dc, ends & (n > 0))
                     keep(dc0, b * H + unit, dc, ends & last)
                 at, at_cell = row * (kept * H) + unit, row * H + unit
-                dz_new, _, dc = vjp(total, dc, cap, y, saved, cells, c0, at, at_cell, (row - step) * H + unit, b * H + unit, live,
-                                    last & (s == n - 1), H, CELL)
+                dz_new, carried, dc = vjp(total, dc, cap, y, saved, cells, h0, c0, at, at_cell, (row - step) * H + unit, b * H + unit, live,
+                                          last & (s == n - 1), H, CELL)
+                if carries:
+                    tl.store(dc_planes + next + unit, carried, mask=unit < WIDTH)
                 if has_cell:
                     tl.store(dc_planes + next + unit, dc, mask=unit < WIDTH)
                 dq = hidden(dz_new, saved, at, live, H, CELL)

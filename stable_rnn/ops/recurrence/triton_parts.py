@@ -83,6 +83,15 @@ def products(a, tiles, sums, PRECISION: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def streamed_products(a, at, gap, mask, sums, PRECISION: tl.constexpr, COUNT: tl.constexpr):
+    """The same of tiles `gap` elements apart, each loaded for its product only: all at once would cost registers."""
+    made = (tl.dot(a, tl.load(at, mask=mask, other=0.0), sums[0], input_precision=PRECISION),)
+    for gate in tl.static_range(1, COUNT):
+        made = made + (tl.dot(a, tl.load(at + gate * gap, mask=mask, other=0.0), sums[gate], input_precision=PRECISION),)
+    return made
+
+
+@triton.jit
 def keep(tensor, offsets, values, mask):
     """Stores, where there is a tensor to store in."""
     if tensor is not None:
