@@ -31,7 +31,7 @@ class Reach(NamedTuple):
 
 
 class CellStability:
-    """One cell. To add one: a subclass in a file of its name's family (`Cell.family`), which lists it in `CELLS`."""
+    """One cell. To add one: a subclass in the file of its family (`Cell.family`), which lists it in `CELLS`."""
 
     apart = 2.0  # two reachable states differ by at most this times their bound
     assumed: str  # what the certificate of a state dict takes for granted, since names and shapes don't tell

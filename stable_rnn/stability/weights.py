@@ -49,15 +49,20 @@ class Names:
 class LayerWeights:
     """One layer and direction in float64: what `W_ih x + W_hh h + b` and W_hr are in exact arithmetic, but for the one rounding of b.
 
-    cell is a name in `stable_rnn.cells`, with G gates. w_ih (G*H, I), w_hh (G*H, P), bias (G*H,), w_hr (P, H) or None.
+    cell is a name in `stable_rnn.cells`, with G gates. w_ih (G*H, I), w_hh (G*H, P), bias_ih and bias_hh (G*H,), w_hr (P, H) or None.
     """
 
     cell: str
     tag: str
     w_ih: Tensor
     w_hh: Tensor
-    bias: Tensor
+    bias_ih: Tensor
     w_hr: Tensor | None
+    bias_hh: Tensor | None = None  # None: 0
+
+    @cached_property
+    def bias(self) -> Tensor:
+        return self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh
 
     @cached_property
     def abs_ih(self) -> Tensor:
@@ -160,9 +165,10 @@ def read(get: Callable[[str], Tensor | None], names: Names, cell: str) -> LayerW
 
     w_ih, w_hh = matrix("weight_ih"), matrix("weight_hh")
     assert w_ih is not None and w_hh is not None
-    biases = [b for b in (matrix("bias_ih"), matrix("bias_hh")) if b is not None]
-    bias = sum(biases, torch.zeros(w_hh.shape[0], dtype=torch.float64))
-    return LayerWeights(cell, names.tag, w_ih, w_hh, bias, matrix("weight_hr"))
+    bias_ih, bias_hh = matrix("bias_ih"), matrix("bias_hh")
+    if bias_ih is None:
+        bias_ih = torch.zeros(w_hh.shape[0], dtype=torch.float64)
+    return LayerWeights(cell, names.tag, w_ih, w_hh, bias_ih, matrix("weight_hr"), bias_hh)
 
 
 def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
