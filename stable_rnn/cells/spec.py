@@ -2,8 +2,10 @@
 same to the compiled kernels.
 
 A step reads the input projection x (n, G*H), with its biases, the hidden product q = h W_hh^T (n, G*H), and the state, h (n, P) and,
-where the cell has one, c (n, H); arithmetic is float32 or float64. To add a cell: one file here and its place in `__init__.py`, one header there
-and its place in `cells.h`, its functions in `ops/recurrence/triton_cells.py`, one file in `stability/`."""
+where the cell has one, c (n, H); arithmetic is float32 or float64.
+
+To add a cell: one file here and its place in `__init__.py`, one header there and its place in `cells.h`, its functions in
+`ops/recurrence/triton_cells.py`, one file in `stability/`."""
 from __future__ import annotations
 
 from torch import Tensor
