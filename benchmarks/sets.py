@@ -22,7 +22,8 @@ from torch.nn import functional
 from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableRNN
 from stable_rnn._errors import UserError
 from stable_rnn.ops.spectral import row_project_, spectral_norm_bound
-from stable_rnn.stability import projection
+from stable_rnn.stability.cells import STABILITY
+from stable_rnn.stability.weights import layer_names
 
 from .jsonl import Log
 
@@ -52,8 +53,8 @@ class Metric(Certified):
             return super().project_(module)
         with torch.no_grad():
             weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
-            names = projection.layer_names(module)[0][0]
-            ((w, scales, bound),) = projection._balls(weights, names, self, "lstm", 0.0)
+            names = layer_names(module)[0][0]
+            ((w, scales, bound),) = STABILITY["lstm"].balls(weights, names, self, 0.0)
             rows = scales.float().repeat_interleave(module.hidden_size)[:, None]
             e = torch.ones(module.hidden_size) if self.e is None else balance(rows * w, self.e.expand(module.hidden_size))
             rows, true, w = rows * e.repeat(4)[:, None], w, w / e
@@ -76,7 +77,7 @@ class Metric(Certified):
 
     def rows(self, weights: dict[str, Tensor], names) -> None:
         x = torch.full((weights[names["weight_ih"]].shape[1],), self.input_bound, dtype=torch.float64)
-        projection._into_rows(weights, names, self, "lstm", 0.0, x)
+        STABILITY["lstm"].bring_in(weights, names, self, 0.0, x, torch.float64)
 
 
 class NearestRows(Metric):

@@ -13,9 +13,11 @@ from stable_rnn import (
     StableRNN,
     certificate,
 )
-from stable_rnn.stability.bounds import LstmBounds, drive_of_bound, lstm_bounds, rnn_bounds
-from stable_rnn.stability.contraction import forget_slope, joint, lstm_contractions, lstm_step, lstm_two_at, norm2
+from stable_rnn.stability.bounds import drive_of_bound
+from stable_rnn.stability.contraction import norm2
+from stable_rnn.stability.lstm import LstmBounds, forget_slope, joint, lstm_bounds, lstm_contractions, lstm_step, lstm_two_at
 from stable_rnn.stability.radius import SHORT, proven, radius, weighing
+from stable_rnn.stability.rnn import rnn_bounds
 from stable_rnn.stability.weights import LayerWeights, read_module
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
-from stable_rnn.stability import Stability, check_stability, contraction
+from stable_rnn.stability import Stability, check_stability
 from stable_rnn.stability.nearest import Directions, into_ball, step_into_ball
 from stable_rnn.stability.radius import into_radius, radius
 
@@ -153,7 +153,7 @@ def test_radius_accepts_norms_above_one():
 
 
 def test_radius_holds_for_more_units_than_a_certificate_searches(monkeypatch):
-    monkeypatch.setattr(contraction, "LARGEST", 20)
+    monkeypatch.setattr("stable_rnn.stability.rnn.LARGEST", 20)
     torch.manual_seed(0)
     rnn = StableRNN(4, 24, stability=Certified(0.7, norm="radius"))
     assert rnn.certificate().rate <= 0.7 < torch.linalg.matrix_norm(rnn.weight_hh_l0.detach(), 2)
@@ -423,7 +423,7 @@ def test_weights_as_large_as_the_dtype_holds(make, dtype, scale):
 def test_a_projection_that_fails_writes_nothing(monkeypatch):
     module = huge(StableLSTM(3, 4), 10.0)
     before = snapshot(module)
-    monkeypatch.setattr("stable_rnn.stability.projection._lower_forget", lambda *a: None)
+    monkeypatch.setattr("stable_rnn.stability.lstm.lower_forget", lambda *a: None)
     with pytest.raises(RuntimeError, match=r"weight_hh_l0 does not reach the set: .*forget gate may reach .*allowed: 0.55"):
         module.project_()
     assert unchanged(module, before)

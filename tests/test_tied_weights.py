@@ -10,7 +10,7 @@ from torch import nn
 from stable_rnn import Certified, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, project_after_step
 from stable_rnn.functional import row_project_, spectral_norm_bound, spectral_project_
 from stable_rnn.ops.spectral.memory import first_overlap, overlaps_itself
-from stable_rnn.stability import project_all_, projection
+from stable_rnn.stability import project_all_, projection, together
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 SETS = [Certified(), Certified(0.9, "inf"), Certified(0.95, "auto"), Certified(0.9, "radius"), Certified(0.8, "inf", clamp=True)]
@@ -157,7 +157,7 @@ def test_modules_that_share_weights_are_projected_until_both_rest():
 
 
 def test_modules_that_never_rest_are_named(monkeypatch):
-    monkeypatch.setattr(projection, "ROUNDS", 1)
+    monkeypatch.setattr(together, "ROUNDS", 1)
     with pytest.raises(ValueError, match=r"modules that share weights don't come to rest in their sets \(Certified\(rate=0.99.*rate=0.95"):
         project_all_(list(two_modules()), certify=True)
 

@@ -11,6 +11,7 @@ from .spec import Cell
 
 class Lstm(Cell):
     name, mode, code = "lstm", "LSTM", 2
+    family = "lstm"
     gates, saved, has_cell, h_after, projects, forgets = 4, 4, True, False, True, 1
 
     def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:

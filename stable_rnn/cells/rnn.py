@@ -9,6 +9,7 @@ from .spec import Cell
 
 class Tanh(Cell):
     name, mode, code = "rnn_tanh", "RNN_TANH", 0
+    family = "rnn"
     gates, saved, has_cell, h_after, projects, forgets = 1, 0, False, True, False, None
 
     def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,10 @@
 same to the compiled kernels.
 
 A step reads the input projection x (n, G*H), with its biases, the hidden product q = h W_hh^T (n, G*H), and the state, h (n, P) and,
-where the cell has one, c (n, H); arithmetic is float32 or float64. To add a cell: one file here, one header there, one file of Triton
-functions (`ops/recurrence/triton_cells.py` holds those of today), one file of bounds in `stability/`."""
+where the cell has one, c (n, H); arithmetic is float32 or float64.
+
+To add a cell: one file here and its place in `__init__.py`, one header there and its place in `cells.h`, its functions in
+`ops/recurrence/triton_cells.py`, one file in `stability/`."""
 from __future__ import annotations
 
 from torch import Tensor
@@ -15,10 +17,12 @@ class Cell:
     name: str
     mode: str
     code: int
+    family: str  # of cells that share their files, of the name: here, in csrc's cells/ and in stability/
     gates: int  # G: columns of x, q and dz, in units of H
     saved: int  # columns that the backward pass needs beside y and c, in units of H; 0: y is enough
     has_cell: bool  # a second state c
     h_after: bool  # vjp() reads h
+    carries: bool = False  # the h before a step gets a part of dh beside the product with W_hh; no cell with a c does
     projects: bool  # may have W_hr
     forgets: int | None  # the gate that a clamp bounds; None: no gate forgets
 

@@ -1,9 +1,8 @@
-"""How large the gates, the cell and the state of a layer can get: intervals in float64, rounded outwards. See README.md."""
+"""What the inputs of a layer can do, and sums in float64, rounded outwards. See README.md."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .weights import LayerWeights
 
-ROUNDS = 8  # of sharpening the state's bound by itself
+ROUNDS = 8  # of sharpening a state's bound by itself
 GATE = 1 + 2.0**-45  # covers the rounding of one sigmoid or tanh in float64
 
 
@@ -22,36 +21,6 @@ class Drive:
     low: Tensor
     high: Tensor
     norm: float
-
-
-@dataclass(frozen=True)
-class RnnBounds:
-    """`drive` (H,) >= |W_ih x + b|; `norm` the same in the 2-norm; `h` (H,) >= |h| or infinite where nothing is known."""
-
-    drive: Tensor
-    norm: float
-    h: Tensor
-
-
-@dataclass(frozen=True)
-class LstmBounds:
-    """Upper bounds per unit, all (H,) but `h` (P,).
-
-    i, f, o, z: the gates and |tanh| of the candidate;  si, sf, so: the slopes of the gates' sigmoids;  c >= |c|, t >= |tanh c|,
-    m >= |o tanh c|, h >= |h|.
-    """
-
-    i: Tensor
-    f: Tensor
-    o: Tensor
-    z: Tensor
-    si: Tensor
-    sf: Tensor
-    so: Tensor
-    c: Tensor
-    t: Tensor
-    m: Tensor
-    h: Tensor
 
 
 def up(x: Tensor, terms: int) -> Tensor:
@@ -91,39 +60,3 @@ def drive_of_data(w: LayerWeights, data: Tensor) -> Drive:
         norm = max(norm, float(torch.linalg.vector_norm(u, dim=1).max()))
     pad = (times(w.abs_ih, data.abs().amax(0)) + w.bias.abs()) * ((data.shape[1] + 8) * 2.0**-51)
     return Drive(low - pad, high + pad, (norm + length(pad)) * (1 + 2.0**-40))
-
-
-def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
-    """Of a tanh layer from |h| <= tanh(drive + |W_hh| |h|), started at 1; of a relu layer the state's bound needs its rate."""
-    largest = torch.maximum(-drive.low, drive.high)
-    h = torch.full_like(largest, 1.0 if w.cell == "rnn_tanh" else math.inf)
-    if w.cell == "rnn_tanh":
-        for _ in range(ROUNDS):
-            h = torch.minimum(h, torch.tanh(largest + times(w.abs_hh, h)) * GATE)
-    return RnnBounds(largest, drive.norm, h)
-
-
-def lstm_bounds(w: LayerWeights, drive: Drive, cap: float) -> LstmBounds:
-    """Each round is valid for all times, since it starts from a bound of |h| that is (at first |o tanh c| <= 1), and sharpens it."""
-    abs_hr = w.abs_hr
-    project: Callable[[Tensor], Tensor] = (lambda m: m) if abs_hr is None else (lambda m: times(abs_hr, m))
-    h = project(torch.ones(w.hidden, dtype=torch.float64))
-    for _ in range(ROUNDS):
-        reach = times(w.abs_hh, h)
-        pad = (torch.maximum(-drive.low, drive.high) + reach) * 2.0**-50
-        low, high = (drive.low - reach - pad).chunk(4), (drive.high + reach + pad).chunk(4)
-        i, f, o = (torch.sigmoid(high[gate]) * GATE for gate in (0, 1, 3))
-        i, f, o = i.clamp(max=1.0), f.clamp(max=cap), o.clamp(max=1.0)
-        z = torch.tanh(torch.maximum(-low[2], high[2])).mul(GATE).clamp(max=1.0)
-        c = i * z / (1 - f) * (1 + 2.0**-50)
-        t = torch.tanh(c).mul(GATE).clamp(max=1.0)
-        m = o * t * (1 + 2.0**-50)
-        h = torch.minimum(h, project(m))
-    si, sf, so = (_slope(low[gate], high[gate]) for gate in (0, 1, 3))
-    return LstmBounds(i, f, o, z, si, sf, so, c, t, m, h)
-
-
-def _slope(low: Tensor, high: Tensor) -> Tensor:
-    """The largest slope of the sigmoid between low and high: 1/4 where 0 lies between, else that at the nearer end."""
-    nearest = torch.maximum(low, -high).clamp(min=0)
-    return torch.sigmoid(nearest) * torch.sigmoid(-nearest) * (1 + 2.0**-40)

@@ -13,39 +13,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._numbers import to_float, to_int
 from ..layout import check_lengths
-from .bounds import drive_of_bound, drive_of_data, length, lstm_bounds, rnn_bounds
-from .contraction import Contraction, lstm_contractions, norm2, power, relu_bound, rnn_contractions, series
+from .bounds import length
+from .cells import STABILITY
+from .contraction import Contraction, power, series
+from .layer import LayerCertificate, layer_certificate
 from .rounding import local_error
 from .weights import LayerWeights, on_cpu, read_module, read_state_dict
 
 MAX_WINDOW = 2**40
-
-
-@dataclass(frozen=True)
-class LayerCertificate:
-    """One layer and direction.
-
-    name     "l0", "l0_reverse", ... as in the weights' names ("" for a cell)
-    rate     V(after) <= rate * V(before) for two states under the same inputs, in a norm V of the kind `norm`, "2" or "inf"
-    forget   largest forget gate there can be (LSTM), else None
-    bound    largest |h| there can be;  bound2 the largest ||h||_2
-    """
-
-    name: str
-    cell: str
-    rate: float
-    norm: str
-    forget: float | None
-    bound: float
-    bound2: float
-    contractions: tuple[Contraction, ...] = field(repr=False)
-    sizes: tuple[int, int] = field(repr=False)  # of the input and of h
-    cell_bound: float = field(repr=False)  # largest |c|
-
-    @property
-    def apart(self) -> float:
-        """Two reachable states differ by at most this times their bound: outputs of relu have one sign."""
-        return 1.0 if self.cell == "rnn_relu" else 2.0
 
 
 @dataclass(frozen=True)
@@ -225,8 +200,7 @@ def judge_state_dict(state_dict: Mapping[str, Tensor], input_bound: float) -> tu
     found = {}
     for prefix, levels in stacks.items():
         made = certify(levels, bound)
-        taken = "tanh cells" if levels[0][0].cell == "rnn_tanh" else "no clamp of the forget gate"
-        found[prefix] = replace(made, inputs=f"{made.inputs}, {taken}")
+        found[prefix] = replace(made, inputs=f"{made.inputs}, {STABILITY[levels[0][0].cell].assumed}")
     return found, faults
 
 
@@ -247,29 +221,6 @@ def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None 
     if math.isinf(bound) and data is None:
         inputs = "inputs of any size"
     return Certificate(worst.rate < 1, worst.rate, worst.norm, inputs, tuple(found))
-
-
-def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: tuple[float, float] | None,
-                      norms: tuple[str, ...] = ("2", "radius", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
-    """One layer and direction, and the bound of |h| per unit (P,)."""
-    gain = norm2(w.w_ih) if data is None or upper else 0.0
-    drive = drive_of_bound(w, x, x2, gain) if data is None else drive_of_data(w, data)
-    if w.cell == "lstm":
-        b = lstm_bounds(w, drive, cap)
-        found = lstm_contractions(w, b, norms, upper, target)
-        h, forget, cell_bound = b.h, float(b.f.max()), float(b.c.max())
-        h2 = length(h)
-    else:
-        of_rnn = rnn_bounds(w, drive)
-        found = rnn_contractions(w, of_rnn, norms, gain, target)
-        h, forget, cell_bound = of_rnn.h, None, 0.0
-        if w.cell == "rnn_relu":
-            h = relu_bound(found, w.hidden)
-        h2 = min(length(h), *(c.start * c.out[1] for c in found))
-    best = min(found, key=lambda c: c.rate)
-    sizes = w.w_ih.shape[1], w.w_hh.shape[1]
-    layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, forget, float(h.abs().max()), h2, tuple(found), sizes, cell_bound)
-    return layer, h
 
 
 def _checked_bound(bound: float) -> float:

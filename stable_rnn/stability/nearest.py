@@ -109,3 +109,8 @@ def _less(Y: Tensor, squares: Tensor, scales: Tensor, bound: float) -> Tensor:
 
 def _rows(scales: Tensor, W: Tensor) -> Tensor:
     return scales.repeat_interleave(len(W) // len(scales))[:, None]
+
+
+def computable(w: Tensor, least: torch.dtype) -> Tensor:
+    """In `least` or a wider dtype, and on the CPU if w is on a device without eigenvectors."""
+    return w.to("cpu" if w.device.type == "mps" else w.device).to(torch.promote_types(w.dtype, least))

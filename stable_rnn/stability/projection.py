@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.spectral import SpectralState, row_project_, spectral_project_
+from ..cells import CELLS
+from ..ops.spectral import SpectralState, spectral_project_
 from ..ops.spectral.memory import first_overlap
 from ..ops.spectral.norm import check_writable
-from .bounds import LstmBounds, length, times
-from .certificate import layer_certificate
-from .contraction import gate_scales
-from .nearest import Directions, into_ball, step_into_ball
-from .radius import into_radius
+from .bounds import length
+from .cell import Ball
+from .cells import STABILITY
+from .layer import layer_certificate
+from .limits import Limits
+from .nearest import Directions, computable, into_ball, step_into_ball
+from .rows import state_bound, wide
 from .sharded import GATHER, check_kept, is_sharded, store, whole
-from .weights import KINDS, Names, check_finite, check_values, layer_names, named_weights, on_cpu, read, recurrent
+from .weights import Names, check_finite, check_values, layer_names, named_weights, on_cpu, once, read, recurrent
 
-if TYPE_CHECKING:
-    from .sets import Certified, Stability
-
-CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
-INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
 FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 ROUNDS = 50  # through layers or modules that share weights; two or three are what it takes
 
@@ -44,7 +41,7 @@ _warm: WeakKeyDictionary[nn.Module, _Warm] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def project_(module: nn.Module, stability: Certified, certify: bool = True) -> None:
+def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None:
     """Move the weights of an RNN or LSTM (module or cell) into the set, all layers and directions, in place.
 
     certify=True: afterwards every layer is certified at `stability.rate`; layers that were so before are left bitwise untouched.
@@ -65,8 +62,8 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     `fully_shard` lends for a pass; a set that doesn't fit the module. TypeError for weights that are not real floating point.
     """
     module, cell = recurrent(module)
-    stability.check(cell)
-    if cell == "lstm" and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
+    STABILITY[cell].check(stability)
+    if CELLS[cell].forgets is not None and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
         raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
                          "here doesn't")
     names = projected_names(module, stability)
@@ -77,7 +74,7 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
     if certify:
         copies = {id(w): w.clone() for w in weights.values()}
         _certified({name: copies[id(w)] for name, w in weights.items()}, levels, stability, cell)
-        for w in _once(weights.values()):
+        for w in once(weights.values()):
             if not torch.equal(w, copies[id(w)]):
                 w.copy_(copies[id(w)])
     else:
@@ -87,36 +84,10 @@ def project_(module: nn.Module, stability: Certified, certify: bool = True) -> N
             store(w, weights[name])
 
 
-def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
-    """Each module into its own set. With certify=True those that share weights come in turn until none of them moves: ValueError if that
-    takes too long, or if a module has no set."""
-    sets = [(module, _set_of(module)) for module in modules]
-    owners = defaultdict(list)
-    for module in modules if certify else ():
-        for w in module.parameters(recurse=False):
-            owners[_identity(w)].append(w)
-    shared = [ws[0] for ws in owners.values() if len(ws) > 1]
-    for _ in range(ROUNDS):
-        before = [whole(w.detach()).clone() for w in shared]
-        for module, stability in sets:
-            stability.project_(module, certify=certify)
-        if all(torch.equal(whole(w.detach()), old) for w, old in zip(shared, before)):
-            return
-    named = ", ".join(dict.fromkeys(str(stability) for _, stability in sets))
-    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({named}); give them weights of their own")
-
-
-def _set_of(module: nn.Module) -> Stability:
-    stability: Stability | None = getattr(module, "stability", None)
-    if stability is None:
-        raise ValueError(f"project_: this {type(module).__name__} has no stable set; give it one first, module.stability = Certified()")
-    return stability
-
-
-def projected_names(module: nn.Module, stability: Certified) -> list[str]:
+def projected_names(module: nn.Module, stability: Limits) -> list[str]:
     """The names of the weights that `project_` may write. ValueError if one of them cannot be written, as `project_` says."""
     module, cell = recurrent(module)
-    kinds = KINDS if cell == "lstm" and stability.cap == 1 else ("weight_hh", "weight_hr")
+    kinds = STABILITY[cell].written(stability)
     wanted = [names[kind] for level in layer_names(module) for names in level for kind in kinds]
     found = {name: w for name in wanted if (w := getattr(module, name, None)) is not None}
     for name in found:
@@ -132,11 +103,7 @@ def projected_names(module: nn.Module, stability: Certified) -> list[str]:
     return list(found)
 
 
-def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return list({id(w): w for w in tensors}.values())
-
-
-def _identity(w: Tensor) -> Hashable:
+def identity(w: Tensor) -> Hashable:
     """Equal for weights that are one: the same object, or the same entries in the same memory."""
     if is_sharded(w) or w.is_meta or not w.numel():
         return id(w)
@@ -154,7 +121,7 @@ def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
     one: dict[Hashable, Tensor] = {}
     found = {}
     for name, w in held.items():
-        key = _identity(w)
+        key = identity(w)
         if key not in one:
             one[key] = whole(w.detach())
         found[name] = one[key]
@@ -173,15 +140,15 @@ def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @on_cpu
-def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> None:
-    tied = len(_once(weights.values())) < len(weights)
+def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str) -> None:
+    tied = len(once(weights.values())) < len(weights)
     for _ in range(ROUNDS):
         if not _project_layers(weights, levels, stability, cell) or not tied:
             return
     raise ValueError(f"project_: layers that share weights don't come to rest in the set {stability}; give them weights of their own")
 
 
-def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str) -> bool:
+def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str) -> bool:
     """Brings each layer that is not certified into the set; whether there was one."""
     moved = False
     norms = {"auto": ("2", "inf"), "radius": ("2", "radius")}.get(stability.norm, (stability.norm,))
@@ -196,9 +163,8 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
                 if layer.rate <= stability.rate:
                     break
                 margin, moved = FIRST_MARGIN * 8**attempt, True
-                _into_balls(_balls(weights, names, stability, cell, margin))
-                _into_radius(weights, names, stability, cell, margin, torch.float64)
-                _into_rows(weights, names, stability, cell, margin, x)
+                _into_balls(STABILITY[cell].balls(weights, names, stability, margin))
+                STABILITY[cell].bring_in(weights, names, stability, margin, x, torch.float64)
             else:
                 forget = "" if layer.forget is None else f", its forget gate may reach {layer.forget:.6g} (allowed: {stability.forget:g})"
                 raise RuntimeError(f"project_: {names['weight_hh']} does not reach the set: rate {layer.rate:.6g}{forget}")
@@ -209,41 +175,18 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
 
 
 @on_cpu
-def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Certified, cell: str, warm: _Warm) -> None:
-    balls = [ball for level in levels for names in level for ball in _balls(weights, names, stability, cell, FIRST_MARGIN)]
+def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str, warm: _Warm) -> None:
+    balls = [ball for level in levels for names in level for ball in STABILITY[cell].balls(weights, names, stability, FIRST_MARGIN)]
     _step_into_balls(list({id(ball[0]): ball for ball in balls}.values()), warm)  # one weight has the same ball in every layer
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:
-                x = torch.full_like(_wide(weights[names["weight_ih"]][0]), stability.input_bound)
-            _into_radius(weights, names, stability, cell, FIRST_MARGIN, torch.float32)
-            _into_rows(weights, names, stability, cell, FIRST_MARGIN, x)
-        x = torch.cat([_state_bound(weights, names) for names in level])
+                x = torch.full_like(wide(weights[names["weight_ih"]][0]), stability.input_bound)
+            STABILITY[cell].bring_in(weights, names, stability, FIRST_MARGIN, x, torch.float32)
+        x = torch.cat([state_bound(weights, names) for names in level])
 
 
 # ---- the 2-norm
-
-
-Ball = tuple[Tensor, Tensor | None, float]  # (W, d, bound): ||diag(d) W||_2 <= bound, d (4,) <= 1 by gate (on the CPU), or None for 1
-
-
-def _balls(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float) -> list[Ball]:
-    """What the weights have to obey. None for the max-norm set, nor for an RNN's numerical radius."""
-    if stability.norm == "inf":
-        return []
-    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
-    if cell != "lstm":
-        return [] if stability.norm == "radius" else [(w_hh, None, stability.rate)]
-    scales = gate_scales(_any_gates(1, stability.forget), *stability.target)
-    most = float(scales.max())  # divided out, so that no product with a large weight overflows
-    balls: list[Ball] = [(w_hh, scales / most, stability.rate * (1 - margin) / most)]
-    return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
-
-
-def _any_gates(hidden: int, forget: float) -> LstmBounds:
-    """Bounds whatever W_ih and the biases are, but that forget gates are <= forget."""
-    one = torch.ones(hidden, dtype=torch.float64)
-    return LstmBounds(i=one, f=forget * one, o=one, z=one, si=one / 4, sf=one / 4, so=one / 4, c=one / (1 - forget), t=one, m=one, h=one)
 
 
 def _into_balls(balls: list[Ball]) -> None:
@@ -254,7 +197,7 @@ def _into_balls(balls: list[Ball]) -> None:
         if scales is None:
             matrices.append(w)
             continue
-        wide = _computable(w, torch.float64)
+        wide = computable(w, torch.float64)
         near = into_ball(wide, scales.to(wide), bound)
         rows = scales.to(wide).repeat_interleave(len(w) // len(scales))[:, None]
         matrices.append((rows * near).contiguous())
@@ -272,85 +215,7 @@ def _step_into_balls(balls: list[Ball], warm: _Warm) -> None:
         spectral_project_([w for w, _ in others], [bound for _, bound in others], certify=False, state=warm.spectral)
     for number, (w, scales, bound) in enumerate(balls):
         if scales is not None:
-            wide = _computable(w, torch.float32)
+            wide = computable(w, torch.float32)
             near = step_into_ball(wide, scales.to(wide), bound, warm.directions[number])
             if near is not wide:
                 w.copy_(near)
-
-
-def _computable(w: Tensor, least: torch.dtype) -> Tensor:
-    """In `least` or a wider dtype, and on the CPU if w is on a device without eigenvectors."""
-    return w.to("cpu" if w.device.type == "mps" else w.device).to(torch.promote_types(w.dtype, least))
-
-
-def _into_radius(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float, least: torch.dtype) -> None:
-    w = weights[names["weight_hh"]]
-    if stability.norm == "radius" and cell != "lstm":
-        before = _computable(w, least)
-        near = into_radius(before, stability.rate * (1 - margin))
-        if near is not before:
-            w.copy_(near)
-
-
-# ---- rows: the max-norm, and the forget gate's bound
-
-
-def _into_rows(weights: dict[str, Tensor], names: Names, stability: Certified, cell: str, margin: float, x: Tensor) -> None:
-    """x (I,) >= |inputs of the layer|."""
-    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
-    rate = stability.rate * (1 - margin)
-    if stability.norm == "inf" and cell != "lstm":
-        row_project_(w_hh, rate)
-    elif stability.norm == "inf":
-        room, share = (rate - stability.forget) * CELL_WEIGHT, stability.target[1]
-        rest = (1 - share) * room
-        limits = (4 * math.sin(INPUT_ANGLE) * rest, 4 * (1 - stability.forget) * share * room, math.cos(INPUT_ANGLE) * rest,
-                  4 * rate * math.sqrt(1 - CELL_WEIGHT**2))
-        for gate, limit in zip(w_hh.chunk(4), limits):
-            row_project_(gate, limit)
-        if w_hr is not None:
-            row_project_(w_hr, 1 - margin)
-    if cell == "lstm" and stability.cap == 1:
-        _lower_forget(weights, names, stability.forget, margin, x)
-
-
-def _lower_forget(weights: dict[str, Tensor], names: Names, forget: float, margin: float, x: Tensor) -> None:
-    """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate. A negative bias is kept and counts.
-
-    What is stored is rounded towards zero (weights) and down (biases), since next to a large bias any other rounding is no small part of
-    the limit; `spare` is for that of the sums in float64, here and in the certificate."""
-    matrices = [weights[names[kind]] for kind in ("weight_ih", "weight_hh")]
-    biases = [weights[names[kind]] for kind in ("bias_ih", "bias_hh") if names[kind] in weights]
-    w_ih, w_hh = (w.chunk(4)[1] for w in matrices)
-    rows = times(_wide(w_ih).abs(), x.to(_wide(w_ih))) + times(_wide(w_hh).abs(), _state_bound(weights, names))
-    bias = sum((_wide(b.chunk(4)[1]) for b in biases), torch.zeros_like(rows))
-    limit = math.log(forget / (1 - forget)) * (1 - margin)
-    spare = (w_ih.shape[1] + w_hh.shape[1] + 32) * torch.finfo(rows.dtype).eps * 4
-    scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias * (1 - spare)) / rows)
-    over = scale < 1
-    if not over.any():
-        return
-    for w in (w.chunk(4)[1] for w in _once(matrices)):
-        w[over] = _least(_wide(w[over]) * scale[over, None], w.dtype, 0.0)
-    over &= bias > 0
-    for b in (b.chunk(4)[1] for b in _once(biases)):
-        b[over] = _least(_wide(b[over]) * scale[over], b.dtype, -math.inf)
-
-
-def _least(value: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
-    """The value in another dtype, rounded towards 0 or -inf; one more place than needed where it is exact."""
-    stored = value.to(dtype)
-    return torch.nextafter(stored, torch.full_like(stored, towards))
-
-
-def _state_bound(weights: dict[str, Tensor], names: Names) -> Tensor:
-    """|h| (P,) of an LSTM layer whatever its weights but W_hr."""
-    w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
-    if w_hr is None:
-        return torch.ones_like(_wide(w_hh[0]))
-    return times(_wide(w_hr).abs(), torch.ones_like(_wide(w_hr[0])))
-
-
-def _wide(w: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return w.detach().to(torch.float32 if w.device.type == "mps" else torch.float64)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .certificate import LayerCertificate
+from .cells import STABILITY
+from .layer import LayerCertificate
 
 
 def local_error(layer: LayerCertificate, dtype: torch.dtype) -> tuple[float, float]:
@@ -21,7 +20,4 @@ def local_error(layer: LayerCertificate, dtype: torch.dtype) -> tuple[float, flo
     accumulate = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     inputs, outputs = layer.sizes
     drive = unit + math.sqrt(inputs + outputs) / 2 * accumulate
-    if layer.cell != "lstm":
-        return 0.0, (drive + unit) * max(1.0, layer.bound)
-    dc = drive * (layer.cell_bound / 4 + 1.25) + unit * (2 * layer.cell_bound + 1)
-    return dc, dc + drive / 4 + unit
+    return STABILITY[layer.cell].step_error(drive, unit, layer.bound, layer.cell_bound)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from .._numbers import to_float
+from ..cells import CELLS
+from .cells import STABILITY
+from .limits import Limits
 from .projection import project_, projected_names
 
 NORMS = ("2", "inf", "auto", "radius")
@@ -38,7 +41,7 @@ class Stability:
         return 1.0
 
     def check(self, cell: str) -> None:
-        """ValueError if the set makes no sense for the cell: "lstm", "rnn_tanh" or "rnn_relu"."""
+        """ValueError if the set makes no sense for the cell, a name in `stable_rnn.cells`."""
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         """Move the module's weights into the set, in place. certify=False: a cheap step for training loops, which may stop short."""
@@ -76,12 +79,12 @@ class ForgetCap(Stability):
         return self.forget
 
     def check(self, cell: str) -> None:
-        if cell != "lstm":
+        if CELLS[cell].forgets is None:
             raise ValueError(f"ForgetCap is for the LSTM; {cell} has no forget gate to clamp (stability={self})")
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class Certified(Stability):
+class Certified(Limits, Stability):  # type: ignore[misc]  # `target` is read-only, as all of a frozen set is
     """Weights for which `certificate(module).rate <= rate` is proven.
 
     rate         0 < rate < 1, of every layer and direction
@@ -96,12 +99,6 @@ class Certified(Stability):
     input_bound, whatever `clamp` is. Only the LSTM's hold for inputs of any size with clamp=True. The old spelling `cap=` warns. Formulas:
     stability/README.md, after Miller & Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
     """
-
-    rate: float
-    norm: str
-    forget: float
-    input_bound: float
-    clamp: bool
 
     def __init__(self, rate: float = 0.99, norm: str = "2", forget: float | None = None, input_bound: float = 1.0,
                  clamp: bool = False, *, cap: bool | None = None) -> None:
@@ -126,21 +123,8 @@ class Certified(Stability):
         for name, value in zip(("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)):
             object.__setattr__(self, name, value)
 
-    @property
-    def cap(self) -> float:
-        return self.forget if self.clamp else 1.0
-
-    @property
-    def target(self) -> tuple[float, float]:  # type: ignore[override]  # read-only, as all of a frozen set is
-        # measured on one text (README.md); where the weights bound the forget gate, its recurrent part is small anyway
-        return self.rate, 0.3 if self.clamp else 0.05
-
-    def input_limit(self, cell: str) -> float:
-        return math.inf if self.clamp and cell == "lstm" else self.input_bound
-
     def check(self, cell: str) -> None:
-        if cell == "lstm" and not self.forget < self.rate:
-            raise ValueError(f"Certified: an LSTM's rate must be above 1/2, or pass clamp=True; got {self.rate}")
+        STABILITY[cell].check(self)
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         project_(module, self, certify)

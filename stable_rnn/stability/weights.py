@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import ParamSpec, TypeVar
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import printable
+from ..cells import CELLS, MODES
 from .sharded import GATHER, whole
 
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
 HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL)
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 LARGE = 2**24  # values; an expanded tensor may look larger than any memory
-CELLS = {"LSTM": "lstm", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,15 +49,20 @@ class Names:
 class LayerWeights:
     """One layer and direction in float64: what `W_ih x + W_hh h + b` and W_hr are in exact arithmetic, but for the one rounding of b.
 
-    w_ih (G*H, I), w_hh (G*H, P), bias (G*H,), w_hr (P, H) or None; G = 4 (i, f, g, o) for "lstm", 1 for "rnn_tanh", "rnn_relu".
+    cell is a name in `stable_rnn.cells`, with G gates. w_ih (G*H, I), w_hh (G*H, P), bias_ih and bias_hh (G*H,), w_hr (P, H) or None.
     """
 
     cell: str
     tag: str
     w_ih: Tensor
     w_hh: Tensor
-    bias: Tensor
+    bias_ih: Tensor
     w_hr: Tensor | None
+    bias_hh: Tensor | None = None  # None: 0
+
+    @cached_property
+    def bias(self) -> Tensor:
+        return self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh
 
     @cached_property
     def abs_ih(self) -> Tensor:
@@ -73,20 +78,23 @@ class LayerWeights:
 
     @property
     def hidden(self) -> int:
-        return self.w_hh.shape[0] // (4 if self.cell == "lstm" else 1)
+        return self.w_hh.shape[0] // CELLS[self.cell].gates
 
 
 def recurrent(module: nn.Module) -> tuple[nn.RNNBase | nn.RNNCellBase, str]:
-    """The module, and its cell: "lstm", "rnn_tanh" or "rnn_relu". TypeError for what has no certificate."""
-    if isinstance(module, nn.LSTMCell):
-        return module, "lstm"
-    if isinstance(module, nn.RNNCell):
-        return module, "rnn_" + module.nonlinearity
+    """The module, and its cell's name in `stable_rnn.cells`. TypeError for what has no certificate."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        cell = CELLS.get(getattr(module, "mode", ""))
+        cell = MODES.get(_mode(module))
         if cell is not None:
-            return module, cell
+            return module, cell.name
     raise TypeError(f"a certificate needs an RNN or LSTM (module or cell), got {type(module).__name__}")
+
+
+def _mode(module: nn.RNNBase | nn.RNNCellBase) -> str:
+    """As `nn.RNNBase.mode`, which torch's cells don't have."""
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity}".upper()
+    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else getattr(module, "mode", "")
 
 
 def layer_names(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Names]]:
@@ -101,7 +109,7 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """All weights and biases of a module as it holds them. ValueError for one of another shape than the module's sizes ask for."""
     module, cell = recurrent(module)
     hidden, inputs = module.hidden_size, module.input_size
-    rows, out, found = (4 if cell == "lstm" else 1) * hidden, getattr(module, "proj_size", 0) or hidden, {}
+    rows, out, found = CELLS[cell].gates * hidden, getattr(module, "proj_size", 0) or hidden, {}
     for level in layer_names(module):
         shapes = dict(zip(KINDS, ((rows, inputs), (rows, out), (out, hidden), (rows,), (rows,))))
         for names in level:
@@ -122,6 +130,10 @@ def read_module(module: nn.Module) -> list[list[LayerWeights]]:
     module, cell = recurrent(module)
     weights = named_weights(module)
     return [[read(weights.get, names, cell) for names in level] for level in layer_names(module)]
+
+
+def once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(w): w for w in tensors}.values())
 
 
 def check_values(name: str, w: Tensor) -> None:
@@ -153,9 +165,10 @@ def read(get: Callable[[str], Tensor | None], names: Names, cell: str) -> LayerW
 
     w_ih, w_hh = matrix("weight_ih"), matrix("weight_hh")
     assert w_ih is not None and w_hh is not None
-    biases = [b for b in (matrix("bias_ih"), matrix("bias_hh")) if b is not None]
-    bias = sum(biases, torch.zeros(w_hh.shape[0], dtype=torch.float64))
-    return LayerWeights(cell, names.tag, w_ih, w_hh, bias, matrix("weight_hr"))
+    bias_ih, bias_hh = matrix("bias_ih"), matrix("bias_hh")
+    if bias_ih is None:
+        bias_ih = torch.zeros(w_hh.shape[0], dtype=torch.float64)
+    return LayerWeights(cell, names.tag, w_ih, w_hh, bias_ih, matrix("weight_hr"), bias_hh)
 
 
 def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
@@ -235,13 +248,15 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
     rows, out = shapes["weight_hh"]
     hidden = shapes["weight_hr"][1] if "weight_hr" in shapes else out
     gates, rest = divmod(rows, hidden) if hidden else (0, 1)
-    if gates == 3 and not rest:
+    of_gates = {cell.gates: cell.name for cell in reversed(CELLS.values())}  # tanh before relu
+    if gates == 3 and gates not in of_gates and not rest:
         raise LookupError("looks like a GRU, which has no certificate here")
-    if rest or gates not in (1, 4):
-        raise LookupError(f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM (1 or 4 gates)")
+    if rest or gates not in of_gates:
+        known = " or ".join(map(str, sorted(of_gates)))
+        raise LookupError(f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM ({known} gates)")
     check("weight_ih", shapes["weight_ih"][0] == rows, f"{rows} rows are needed")
     for kind in ("bias_ih", "bias_hh"):
         check(kind, shapes.get(kind, (rows,)) == (rows,), f"({rows},) is needed")
     if "weight_hr" in shapes:
         check("weight_hr", shapes["weight_hr"][0] == out, f"{out} rows are needed")
-    return "lstm" if gates == 4 else "rnn_tanh"
+    return of_gates[gates]

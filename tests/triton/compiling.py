@@ -21,10 +21,11 @@ KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "tf32x3": backend.TF32X
 TYPES = {"float32": "fp32", "tf32": "fp32", "tf32x3": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
 ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
+NEVER = {(False, "hidden_bias"), (True, "h0")}  # of cells that are not here
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
 BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
 WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
-LSTM = ("c0", "c_n", "gates", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
+LSTM = ("c0", "c_n", "saved", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
         "dc_planes")
 
 
@@ -50,7 +51,7 @@ def recurrence(arch, backward: bool, cell: str, kind: str, hidden: int, windows:
     kernel = kernels.backward if backward else kernels.forward
     fixed = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION=backend.PRECISIONS.get(KINDS[kind], "ieee"),
                  INNER=found.inner, WIDTH=-(-hidden // 16) * 16, ALONE=alone)
-    missing = {*absent, *(() if cell == "lstm" else LSTM)}
+    missing = {*absent, *(() if cell == "lstm" else LSTM), *(name for of_backward, name in NEVER if of_backward == backward)}
     kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

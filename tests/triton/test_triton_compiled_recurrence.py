@@ -39,7 +39,7 @@ CASES = [
 @pytest.mark.parametrize("arch, cell, kind, hidden, windows", CASES)
 def test_memory_and_registers(arch, cell, kind, hidden, windows, backward):
     alone = windows or hidden <= 256  # else by teams
-    absent = (*STARTS, *BORDERS, *(() if backward else ("gates", "cells"))) if windows else ()
+    absent = (*STARTS, *BORDERS, *(() if backward else ("saved", "cells"))) if windows else ()
     small, use = recurrence(arch, backward, cell, kind, hidden, windows, alone, absent)
     assert use.shared <= SHARED[arch] << 10
     assert use.spilled <= (SMALL if small else LARGE)

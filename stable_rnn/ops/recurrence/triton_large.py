@@ -15,18 +15,23 @@ import triton
 import triton.language as tl
 
 from . import triton_small
-from .triton_parts import backward_run, forward_run, keep, load, lstm_step, lstm_vjp, meet, rnn_step, rnn_vjp, start
+from .triton_cells import CARRIES, GATES, HAS_CELL, SAVED, hidden, sums, vjp
+from .triton_cells import step as cell_step
+from .triton_parts import backward_run, columns, forward_run, keep, load, meet, start, store_columns, streamed_products
 
 NUMBERS = (*triton_small.NUMBERS, "members", "begin", "end")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
-            y, h_n, c_n, gates, cells, h_start, c_start, h_end, c_end,
+            y, h_n, c_n, saved, cells, h_start, c_start, h_end, c_end,
             h_planes, c_planes, arrivals,
             cap, count, steps, batch, step, stride, warmup, members, begin, end,
             H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-            PRECISION: tl.constexpr, ALONE: tl.constexpr):
+            PRECISION: tl.constexpr, ALONE: tl.constexpr, hidden_bias=None):
+    gates: tl.constexpr = GATES(CELL)
+    has_cell: tl.constexpr = HAS_CELL(CELL)
+    kept: tl.constexpr = SAVED(CELL)
     team, rank, teams = tl.program_id(0) // members, tl.program_id(0) % members, tl.num_programs(0) // members
     lane = tl.arange(0, LANES).to(tl.int64)[:, None]
     place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
@@ -43,7 +48,7 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
                 h = start(h0, h_init, b * H + unit, entry * H + unit, given, there)
                 tl.store(h_planes + turn % 2 * plane + place + unit, h, mask=unit < WIDTH)
                 keep(h_n, b * H + unit, h, there & last & (n == 0))
-                if CELL == "lstm":
+                if has_cell:
                     c = start(c0, c_init, b * H + unit, entry * H + unit, given, there)
                     tl.store(c_planes + turn % 2 * plane + place + unit, c, mask=unit < WIDTH)
                     keep(c_n, b * H + unit, c, there & last & (n == 0))
@@ -59,31 +64,23 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
                 begins, writes, ends = live & (s == warm), live & (s >= warm), live & (s == n - 1)
                 if h_start is not None:
                     keep(h_start, id * H + unit, tl.load(h_planes + now + unit, mask=begins, other=0.0), begins)
-                if CELL == "lstm":
-                    at = row * (4 * H) + unit
+                c = 0.0
+                if has_cell:
                     c = tl.load(c_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(c_start, id * H + unit, c, begins)
-                    zi, zf, zg, zo = load(xp + at, live), load(xp + at + H, live), load(xp + at + 2 * H, live), load(xp + at + 3 * H, live)
-                    for k0 in range(0, H, INNER):
-                        k = k0 + tl.arange(0, INNER)
-                        h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
-                        w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
-                        zi = tl.dot(h, tl.load(w, mask=square, other=0.0), zi, input_precision=PRECISION)
-                        zf = tl.dot(h, tl.load(w + H * H, mask=square, other=0.0), zf, input_precision=PRECISION)
-                        zg = tl.dot(h, tl.load(w + 2 * H * H, mask=square, other=0.0), zg, input_precision=PRECISION)
-                        zo = tl.dot(h, tl.load(w + 3 * H * H, mask=square, other=0.0), zo, input_precision=PRECISION)
-                    c, h = lstm_step(zi, zf, zg, zo, c, cap, gates, cells, at, row * H + unit, writes, H)
+                x = columns(xp + row * (gates * H) + unit, H, live, gates)
+                z = sums(x, hidden_bias, unit, unit < H, CELL)
+                for k0 in range(0, H, INNER):
+                    k = k0 + tl.arange(0, INNER)
+                    h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
+                    w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
+                    z = streamed_products(h, w, H * H, square, z, PRECISION, gates)
+                before = tl.load(h_planes + now + unit, mask=unit < WIDTH, other=0.0).to(tl.float32)  # read by cells that need it
+                h, c = cell_step(z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL)
+                if has_cell:
                     tl.store(c_planes + next + unit, c, mask=unit < WIDTH)
                     keep(c_end, id * H + unit, c, ends)
                     keep(c_n, b * H + unit, c, ends & last)
-                else:
-                    z = load(xp + row * H + unit, live)
-                    for k0 in range(0, H, INNER):
-                        k = k0 + tl.arange(0, INNER)
-                        h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
-                        w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
-                        z = tl.dot(h, tl.load(w, mask=square, other=0.0), z, input_precision=PRECISION)
-                    h = rnn_step(z, CELL)
                 h = h.to(w_hh.dtype.element_ty)
                 tl.store(h_planes + next + unit, h, mask=unit < WIDTH)
                 keep(y, row * H + unit, h, writes)
@@ -93,13 +90,16 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids,
+def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids,
              dz, dh0, dc0, dh_start, dc_start, dh_end, dc_end,
              dz_planes, dc_planes, arrivals,
              cap, count, steps, batch, step, stride, warmup, members, begin, end,
              H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-             PRECISION: tl.constexpr, ALONE: tl.constexpr):
-    GATES: tl.constexpr = 4 if CELL == "lstm" else 1
+             PRECISION: tl.constexpr, ALONE: tl.constexpr, h0=None):
+    gates: tl.constexpr = GATES(CELL)
+    has_cell: tl.constexpr = HAS_CELL(CELL)
+    kept: tl.constexpr = SAVED(CELL)
+    carries: tl.constexpr = CARRIES(CELL)  # in the planes that other cells have for dc
     team, rank, teams = tl.program_id(0) // members, tl.program_id(0) % members, tl.num_programs(0) // members
     lane = tl.arange(0, LANES).to(tl.int64)[:, None]
     place, plane = (team * LANES + lane) * WIDTH, (teams * LANES).to(tl.int64) * WIDTH
@@ -109,7 +109,7 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
             tl.debug_barrier()  # the plane that the tile begins in was written by the last step of the one before
         entry = tile * LANES + lane
         id, b, first, n, warm, given, last = backward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init)
-        if CELL == "lstm":
+        if has_cell:
             if begin < 0:
                 for block in range(rank, tl.cdiv(H, UNITS), members):
                     unit = block * UNITS + tl.arange(0, UNITS)[None, :]
@@ -126,12 +126,15 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                 there = (unit < H) & (entry < count)
                 live, ends = there & (s < n), there & (s == n)
                 begins, writes = live & (s == warm), live & (s >= warm)
-                dh = tl.zeros((LANES, UNITS), tl.float32)
+                if carries:
+                    dh = tl.load(dc_planes + now + unit, mask=(unit < WIDTH) & (s > 0), other=0.0)
+                else:
+                    dh = tl.zeros((LANES, UNITS), tl.float32)
                 for k0 in range(0, tl.minimum(s, 1) * H, INNER):  # nothing is carried to step 0
                     k = k0 + tl.arange(0, INNER)
-                    z, w = dz_planes + GATES * now + k[None, :], w_hh + k[:, None] * H + unit
+                    z, w = dz_planes + gates * now + k[None, :], w_hh + k[:, None] * H + unit
                     inside, square = k[None, :] < WIDTH, (k[:, None] < H) & (unit < H)
-                    for gate in tl.static_range(GATES):
+                    for gate in tl.static_range(gates):
                         dh = tl.dot(tl.load(z + gate * WIDTH, mask=inside, other=0.0), tl.load(w + gate * (H * H), mask=square, other=0.0),
                                     dh, input_precision=PRECISION)
                 dh += start(dh_n, dh_init, b * H + unit, entry * H + unit, given, there & (s == 0))
@@ -139,26 +142,20 @@ def backward(dy, y, gates, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                 keep(dh_end, id * H + unit, dh, ends & (n > 0))
                 keep(dh0, b * H + unit, dh, ends & last)
                 total = dh + load(dy + row * H + unit, live)
-                if CELL == "lstm":
+                dc = 0.0
+                if has_cell:
                     dc = tl.load(dc_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(dc_start, id * H + unit, dc, begins)
                     keep(dc_end, id * H + unit, dc, ends & (n > 0))
                     keep(dc0, b * H + unit, dc, ends & last)
-                    at = row * (4 * H) + unit
-                    zi, zf, zg, zo, dc = lstm_vjp(total, dc, cap, gates, cells, c0, at, row * H + unit, (row - step) * H + unit,
-                                                  b * H + unit, live, last & (s == n - 1), H)
+                at, at_cell = row * (kept * H) + unit, row * H + unit
+                dz_new, carried, dc = vjp(total, dc, cap, y, saved, cells, h0, c0, at, at_cell, (row - step) * H + unit, b * H + unit, live,
+                                          last & (s == n - 1), H, CELL)
+                if carries:
+                    tl.store(dc_planes + next + unit, carried, mask=unit < WIDTH)
+                if has_cell:
                     tl.store(dc_planes + next + unit, dc, mask=unit < WIDTH)
-                    carry = dz_planes + GATES * next + unit
-                    tl.store(carry, zi, mask=unit < WIDTH)
-                    tl.store(carry + WIDTH, zf, mask=unit < WIDTH)
-                    tl.store(carry + 2 * WIDTH, zg, mask=unit < WIDTH)
-                    tl.store(carry + 3 * WIDTH, zo, mask=unit < WIDTH)
-                    keep(dz, at, zi, writes)
-                    keep(dz, at + H, zf, writes)
-                    keep(dz, at + 2 * H, zg, writes)
-                    keep(dz, at + 3 * H, zo, writes)
-                else:
-                    z = rnn_vjp(total, load(y + row * H + unit, live), CELL)
-                    tl.store(dz_planes + next + unit, z, mask=unit < WIDTH)
-                    keep(dz, row * H + unit, z, writes)
+                dq = hidden(dz_new, saved, at, live, H, CELL)
+                store_columns(dz_planes, gates * next + unit, WIDTH, dq, unit < WIDTH, gates)
+                store_columns(dz, row * (gates * H) + unit, H, dz_new, writes, gates)
             turn += 1

@@ -1,6 +1,6 @@
-"""What the Triton kernels share: the non-linearities, one step of each cell and its adjoint, where a lane's data lie, and the barrier.
+"""What the Triton kernels share: the non-linearities, tuples of tiles, where a lane's data lie, and the barrier.
 
-The formulas are those of `csrc/include/stable_rnn/cells/` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
+The formulas are those of `csrc/include/stable_rnn/cell.h` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
 """
 import triton
 import triton.language as tl
@@ -51,61 +51,51 @@ def load(at, mask):
 
 
 @triton.jit
+def columns(at, gap, mask, COUNT: tl.constexpr):
+    """A tuple of COUNT tiles in the storage type, each `gap` elements after the one before: of a row's gates, or of their weights."""
+    tiles = (tl.load(at, mask=mask, other=0.0),)
+    for gate in tl.static_range(1, COUNT):
+        tiles = tiles + (tl.load(at + gate * gap, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def store_columns(tensor, at, gap, tiles, mask, COUNT: tl.constexpr):
+    for gate in tl.static_range(COUNT):
+        keep(tensor, at + gate * gap, tiles[gate], mask)
+
+
+@triton.jit
+def cast(tiles, DTYPE: tl.constexpr, COUNT: tl.constexpr):
+    made = (tiles[0].to(DTYPE),)
+    for gate in tl.static_range(1, COUNT):
+        made = made + (tiles[gate].to(DTYPE),)
+    return made
+
+
+@triton.jit
+def products(a, tiles, sums, PRECISION: tl.constexpr, COUNT: tl.constexpr):
+    """a @ tile + sum, for each tile."""
+    made = (tl.dot(a, tiles[0], sums[0], input_precision=PRECISION),)
+    for gate in tl.static_range(1, COUNT):
+        made = made + (tl.dot(a, tiles[gate], sums[gate], input_precision=PRECISION),)
+    return made
+
+
+@triton.jit
+def streamed_products(a, at, gap, mask, sums, PRECISION: tl.constexpr, COUNT: tl.constexpr):
+    """The same of tiles `gap` elements apart, each loaded for its product only: all at once would cost registers."""
+    made = (tl.dot(a, tl.load(at, mask=mask, other=0.0), sums[0], input_precision=PRECISION),)
+    for gate in tl.static_range(1, COUNT):
+        made = made + (tl.dot(a, tl.load(at + gate * gap, mask=mask, other=0.0), sums[gate], input_precision=PRECISION),)
+    return made
+
+
+@triton.jit
 def keep(tensor, offsets, values, mask):
     """Stores, where there is a tensor to store in."""
     if tensor is not None:
         tl.store(tensor + offsets, values, mask=mask)
-
-
-@triton.jit
-def rnn_step(z, CELL: tl.constexpr):
-    if CELL == "rnn_relu":
-        h = tl.where(z < 0, 0.0, z)
-    else:
-        h = tanh(z)
-    return h
-
-
-@triton.jit
-def rnn_vjp(dh, h, CELL: tl.constexpr):
-    if CELL == "rnn_relu":
-        dz = tl.where(h <= 0, 0.0, dh)
-    else:
-        dz = dh * tl.fma(-h, h, 1.0)
-    return dz
-
-
-# The LSTM's step and its adjoint take up and give away one gate after the other: all at once would not fit in registers.
-@triton.jit
-def lstm_step(zi, zf, zg, zo, c, cap, gates, cells, at, at_cell, mask, H: tl.constexpr):
-    """The new c and h. Gates and cells are stored on the way, the gates from `at` on."""
-    i = sigmoid(zi)
-    keep(gates, at, i, mask)
-    g = tanh(zg)
-    keep(gates, at + 2 * H, g, mask)
-    f = sigmoid(zf)
-    f = tl.where(f > cap, cap, f)
-    keep(gates, at + H, f, mask)
-    c = tl.fma(f, c, i * g)
-    keep(cells, at_cell, c, mask)
-    o = sigmoid(zo)
-    keep(gates, at + 3 * H, o, mask)
-    return c, o * tanh(c)
-
-
-@triton.jit
-def lstm_vjp(dh, dc, cap, gates, cells, c0, at, at_cell, at_prev, at_c0, live, opens, H: tl.constexpr):
-    """Adjoints of the gates' inputs and of c_prev, which comes from c0 where the step `opens` a row. From `cap` on f is constant."""
-    t = tanh(load(cells + at_cell, live))
-    o = load(gates + at + 3 * H, live)
-    dc = tl.fma(dh * o, tl.fma(-t, t, 1.0), dc)
-    zo = dh * t * (o * (1.0 - o))
-    i, g = load(gates + at, live), load(gates + at + 2 * H, live)
-    zi, zg = dc * g * (i * (1.0 - i)), dc * i * tl.fma(-g, g, 1.0)
-    f = load(gates + at + H, live)
-    c_prev = load(cells + at_prev, live & ~opens) + load(c0 + at_c0, live & opens)
-    zf = tl.where(f >= cap, 0.0, dc * c_prev * (f * (1.0 - f)))
-    return zi, zf, zg, zo, dc * f
 
 
 @triton.jit

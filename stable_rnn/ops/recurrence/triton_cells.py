@@ -1,0 +1,117 @@
+"""The cells in Triton: all that the kernels of `triton_small.py` and `triton_large.py` know of one. The formulas are those of
+`csrc/include/stable_rnn/cells/`.
+
+Each of the four functions below is one list of the cells. z, x and dz are tuples of one tile a gate, in float32; h and dh are those of
+the same units; c and dc are only looked at where the cell has a c. What backward needs is stored and loaded here, tile by tile, from
+`saved` (SAVED * H columns a row, from `at` on) and `cells` (H a row, from `at_cell` on): all of it at once would not fit in registers.
+"""
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from ...cells import CELLS
+from .triton_parts import cast, keep, load, sigmoid, tanh
+
+
+@dataclass(frozen=True)
+class OfCell:
+    """A constant of each cell, `GATES(CELL)` in a kernel. Triton hashes it, and puts its text into the names of compiled kernels."""
+
+    values: tuple[tuple[str, int], ...]
+
+    def __call__(self, cell):
+        return dict(self.values)[getattr(cell, "value", cell)]
+
+
+GATES = tl.constexpr(OfCell(tuple((cell.name, cell.gates) for cell in CELLS.values())))
+SAVED = tl.constexpr(OfCell(tuple((cell.name, cell.saved) for cell in CELLS.values())))
+HAS_CELL = tl.constexpr(OfCell(tuple((cell.name, cell.has_cell) for cell in CELLS.values())))
+CARRIES = tl.constexpr(OfCell(tuple((cell.name, cell.carries) for cell in CELLS.values())))
+
+
+@triton.jit
+def sums(x, hidden_bias, unit, mask, CELL: tl.constexpr):
+    """What the sums of the hidden product q start from, gate by gate: x, where a cell needs no more than x + q. hidden_bias (H,) is None
+    but for cells with one."""
+    gates: tl.constexpr = GATES(CELL)
+    return cast(x, tl.float32, gates)
+
+
+@triton.jit
+def step(z, x, h, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr, CELL: tl.constexpr):
+    """The new h and c, from the sums z that started as `sums` says, x in the storage type, and h and c before. What is saved is stored on
+    the way, where `mask` says."""
+    if CELL == "lstm":
+        h, c = lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H)
+    else:
+        h = rnn_step(z, CELL)
+    return h, c
+
+
+@triton.jit
+def vjp(dh, dc, cap, y, saved, cells, h0, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr, CELL: tl.constexpr):
+    """From the adjoints of h and c to dz, the gradient of x; to what the h before the step gets of dh beside the product with W_hh; and to
+    the adjoint of the c before. h and c before the step lie at `at_prev` in y and cells, or at `at_start` in h0 and c0 where the step
+    `opens` a row; h0 is None but for cells that read it."""
+    if CELL == "lstm":
+        dz, dc = lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H)
+    else:
+        dz = rnn_vjp(dh, y, at_cell, live, CELL)
+    return dz, tl.zeros_like(dh), dc
+
+
+@triton.jit
+def hidden(dz, saved, at, live, H: tl.constexpr, CELL: tl.constexpr):
+    """The gradient of the hidden product q: dz, where x and q only meet in a sum."""
+    return dz
+
+
+@triton.jit
+def rnn_step(z, CELL: tl.constexpr):
+    if CELL == "rnn_relu":
+        h = tl.where(z[0] < 0, 0.0, z[0])
+    else:
+        h = tanh(z[0])
+    return h
+
+
+@triton.jit
+def rnn_vjp(dh, y, at, live, CELL: tl.constexpr):
+    h = load(y + at, live)
+    if CELL == "rnn_relu":
+        dz = tl.where(h <= 0, 0.0, dh)
+    else:
+        dz = dh * tl.fma(-h, h, 1.0)
+    return (dz,)
+
+
+@triton.jit
+def lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr):
+    i = sigmoid(z[0])
+    keep(saved, at, i, mask)
+    g = tanh(z[2])
+    keep(saved, at + 2 * H, g, mask)
+    f = sigmoid(z[1])
+    f = tl.where(f > cap, cap, f)
+    keep(saved, at + H, f, mask)
+    c = tl.fma(f, c, i * g)
+    keep(cells, at_cell, c, mask)
+    o = sigmoid(z[3])
+    keep(saved, at + 3 * H, o, mask)
+    return o * tanh(c), c
+
+
+@triton.jit
+def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr):
+    """From `cap` on f is constant."""
+    t = tanh(load(cells + at_cell, live))
+    o = load(saved + at + 3 * H, live)
+    dc = tl.fma(dh * o, tl.fma(-t, t, 1.0), dc)
+    zo = dh * t * (o * (1.0 - o))
+    i, g = load(saved + at, live), load(saved + at + 2 * H, live)
+    zi, zg = dc * g * (i * (1.0 - i)), dc * i * tl.fma(-g, g, 1.0)
+    f = load(saved + at + H, live)
+    c_prev = load(cells + at_prev, live & ~opens) + load(c0 + at_start, live & opens)
+    zf = tl.where(f >= cap, 0.0, dc * c_prev * (f * (1.0 - f)))
+    return (zi, zf, zg, zo), dc * f

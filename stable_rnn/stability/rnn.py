@@ -1,0 +1,123 @@
+"""The tanh and relu RNN: how large its state gets, its contractions, and its weights' way into a stable set. See README.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.spectral import row_project_
+from .bounds import GATE, ROUNDS, Drive, length, times
+from .cell import Ball, CellStability, Reach
+from .contraction import Contraction, norm2, perron, piled_up, upwards
+from .limits import Limits
+from .nearest import computable
+from .radius import SHORT, into_radius, proven, radius, weighing
+from .weights import LayerWeights, Names
+
+LARGEST = 512  # units for which a numerical radius is looked for: it takes seconds there; a given rate is tried for any number
+
+
+class Tanh(CellStability):
+    assumed = "tanh cells"
+
+    def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
+              target: tuple[float, float] | None) -> Reach:
+        b = rnn_bounds(w, drive)
+        found = rnn_contractions(w, b, norms, gain, target)
+        h = self.bound(b, found)
+        return Reach(found, h, min(length(h), *(c.start * c.out[1] for c in found)), 0.0, None)
+
+    def bound(self, b: RnnBounds, found: list[Contraction]) -> Tensor:
+        return b.h
+
+    def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
+        return 0.0, (drive + unit) * max(1.0, h)
+
+    def balls(self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float) -> list[Ball]:
+        """Without a margin: the spectral projection proves its bound."""
+        return [] if limits.norm in ("inf", "radius") else [(weights[names["weight_hh"]], None, limits.rate)]
+
+    def bring_in(self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype) -> None:
+        w, rate = weights[names["weight_hh"]], limits.rate * (1 - margin)
+        if limits.norm == "inf":
+            row_project_(w, rate)
+        if limits.norm == "radius":
+            before = computable(w, least)
+            near = into_radius(before, rate)
+            if near is not before:
+                w.copy_(near)
+
+
+class Relu(Tanh):
+    apart = 1.0  # outputs have one sign
+
+    def bound(self, b: RnnBounds, found: list[Contraction]) -> Tensor:
+        """`start` of each contraction is what its inputs can build up from zero."""
+        return torch.full_like(b.h, min(c.start * c.out[0] for c in found))
+
+
+CELLS = {"rnn_tanh": Tanh(), "rnn_relu": Relu()}
+
+
+@dataclass(frozen=True)
+class RnnBounds:
+    """`drive` (H,) >= |W_ih x + b|; `norm` the same in the 2-norm; `h` (H,) >= |h| or infinite where nothing is known."""
+
+    drive: Tensor
+    norm: float
+    h: Tensor
+
+
+def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
+    """Of a tanh layer from |h| <= tanh(drive + |W_hh| |h|), started at 1; of a relu layer the state's bound needs its rate."""
+    largest = torch.maximum(-drive.low, drive.high)
+    h = torch.full_like(largest, 1.0 if w.cell == "rnn_tanh" else math.inf)
+    if w.cell == "rnn_tanh":
+        for _ in range(ROUNDS):
+            h = torch.minimum(h, torch.tanh(largest + times(w.abs_hh, h)) * GATE)
+    return RnnBounds(largest, drive.norm, h)
+
+
+def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float,
+                     target: tuple[float, float] | None) -> list[Contraction]:
+    """In the 2-norm ||W_hh||_2, and for "radius" near its numerical radius; in the max-norm absolute row sums, plain and with weights v
+    near the Perron vector of |W_hh|.
+
+    gain >= ||W_ih||_2. `target`: a rate (and a share) worth trying."""
+    found = []
+    if "2" in norms:
+        rate = norm2(w.w_hh)
+        start = min(length(b.h), upwards(piled_up(b.norm, rate)))
+        found.append(Contraction("2", rate, gain, start, (1.0, 1.0), (0.0, math.sqrt(w.hidden)), (0.0, 1.0)))
+    if "radius" in norms:
+        found += _rnn_radius(w, b, gain, norm2(w.w_hh), target)
+    if "inf" in norms:
+        ones, drive = torch.ones_like(b.drive), times(w.abs_ih, torch.ones_like(w.w_ih[0]))
+        for v in (ones, perron(lambda v: times(w.abs_hh, v), ones)):
+            rate = upwards(float((times(w.abs_hh, v) / v).max()))
+            start = upwards(min(float((b.h / v).max()), piled_up(float((b.drive / v).max()), rate)))
+            per_unit = 0.0, upwards(float((1 / v).max()))
+            gain_inf, out = upwards(float((drive / v).max())), (float(v.max()), length(v))
+            found.append(Contraction("inf", rate, gain_inf, start, out, per_unit, per_unit))
+    return found
+
+
+def _rnn_radius(w: LayerWeights, b: RnnBounds, gain: float, most: float, target: tuple[float, float] | None) -> Iterator[Contraction]:
+    """V^2 = dh^T P dh, at a rate just above the numerical radius of W_hh and at the target, where these are below `most` >= ||W_hh||_2."""
+    if not 0 < most < 2:  # the radius is at least half of the norm
+        return
+    rates = [] if w.hidden > LARGEST else [SHORT * radius(w.w_hh)]
+    for rate in rates if target is None else [*rates, target[0]]:
+        P = weighing(w.w_hh, rate) if rate < most else None
+        if P is None:
+            continue
+        P = (P + P.mT) / 2
+        off = norm2(P - torch.eye(w.hidden, dtype=P.dtype))  # P lies between 1 - off and 1 + off
+        if off < 1 and proven(w.w_hh, P, rate):
+            small, large = (1 - off) ** -0.5 * (1 + 2.0**-45), upwards((1 + off) ** 0.5)
+            start = upwards(min(large * length(b.h), piled_up(small * b.norm, rate)))
+            yield Contraction("2", rate, upwards(small * gain), start, (small, small), (0.0, large * math.sqrt(w.hidden)), (0.0, large))
