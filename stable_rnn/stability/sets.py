@@ -126,6 +126,10 @@ class Certified(Stability):
         for name, value in zip(("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)):
             object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: dict) -> None:
+        """Pickles may be from when `clamp` was called `clamped`."""
+        vars(self).update({"clamp" if name == "clamped" else name: value for name, value in state.items()})
+
     @property
     def cap(self) -> float:
         return self.forget if self.clamp else 1.0
