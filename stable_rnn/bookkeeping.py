@@ -11,6 +11,7 @@ from . import watch
 from .dispatch import check_name
 from .plans import check_plan
 from .stability import Stability, check_stability
+from .stability.weights import CLAMP, clamp_text, saved_clamp
 
 
 class Bookkeeping(nn.Module):
@@ -43,18 +44,19 @@ class Bookkeeping(nn.Module):
             watch.leaves_training(self)
         return super().train(mode)
 
-    # ---- state dicts: torch's keys; the clamp is in the metadata, since weights trained under one mean another function without it
+    # ---- state dicts: torch's keys, and the clamp in the metadata
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata.setdefault(prefix[:-1], {})["forget_clamp"] = self._cap
+            destination._metadata.setdefault(prefix[:-1], {})[CLAMP] = self._cap
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
-        saved = local_metadata.get("forget_clamp", self._cap)
+        saved = saved_clamp(local_metadata, self._cap)
         if saved != self._cap and any(key.startswith(prefix) for key in state_dict):
-            warnings.warn(f"load_state_dict: {prefix[:-1] or 'this ' + type(self).__name__} computes another function with these weights: "
-                          f"its cell has {_clamp(self._cap)} (stability={self.stability}), theirs had {_clamp(saved)}", stacklevel=2)
+            name = prefix[:-1] or f"this {type(self).__name__}"
+            warnings.warn(f"load_state_dict: {name} computes another function with these weights: its cell has {clamp_text(self._cap)} "
+                          f"(stability={self.stability}), theirs had {clamp_text(saved)}", stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         watch.settled(self)
 
@@ -98,7 +100,3 @@ class Bookkeeping(nn.Module):
         while args and args[-1] is None:
             args = args[:-1]
         return tracer.create_proxy("call_module", path, args, {name: value for name, value in named.items() if value is not None})
-
-
-def _clamp(cap: float) -> str:
-    return f"a forget gate clamped at {cap}" if cap < 1 else "no clamp of the forget gate"

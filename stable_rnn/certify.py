@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
@@ -49,7 +50,7 @@ def certify(options: argparse.Namespace) -> int:
 
 def state_dicts(value: object) -> Iterator[dict[str, Tensor]]:
     """The tensors of every mapping that holds recurrent weights, inside of nested mappings, lists and tuples, by the keys that lead to
-    them. What lies in several places is found in the first."""
+    them, with torch's metadata. What lies in several places is found in the first."""
     waiting, seen = [("", value)], set()
     while waiting:
         start, value = waiting.pop()
@@ -59,7 +60,11 @@ def state_dicts(value: object) -> Iterator[dict[str, Tensor]]:
         items = list(value.items() if isinstance(value, Mapping) else enumerate(value))
         tensors = {key: item for key, item in items if isinstance(key, str) and isinstance(item, Tensor)}
         if any("weight_hh" in key for key in tensors):
-            yield {f"{start}{key}": item for key, item in tensors.items()}
+            found = OrderedDict((f"{start}{key}", item) for key, item in tensors.items())
+            of_modules = getattr(value, "_metadata", None)
+            if isinstance(of_modules, Mapping):
+                found._metadata = {f"{start}{key}".removesuffix("."): item for key, item in of_modules.items()}  # type: ignore[attr-defined]
+            yield found
         waiting += [(f"{start}{_short(key)}.", item) for key, item in reversed(items)]
 
 

@@ -55,6 +55,7 @@ def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan =
         elif type(m) in forms:
             targets[name] = m
     if not targets:
+        left |= {name or "the model": f"a {type(m).__name__} already" for name, m in model.named_modules() if isinstance(m, Bookkeeping)}
         akin = "; ".join(f"{name} is {why}" for name, why in left.items())
         akin = f" that can be swapped: {akin}" if akin else ""
         raise ValueError(f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}")
@@ -110,8 +111,7 @@ def _check_model(function: str, model: object) -> None:
 
 def _revert(m: Bookkeeping) -> None:
     for name in m._adopted:
-        if name != "mode" or isinstance(m, StableCellBase):
-            delattr(m, name)
+        delattr(m, name)
     m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]  # from here on it is no Bookkeeping
 
 
@@ -137,6 +137,9 @@ def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) 
         return _derived(m)
     if "forward" in vars(m):
         return f"an nn.{name} with a forward of its own, which would go on running (del module.forward, stabilize, and wrap it again)"
+    taken = [a for a in forms[type(m)]._adopted if hasattr(m, a)]
+    if taken:
+        return f"an nn.{name} with attributes of its own named {', '.join(taken)}, which a stable module needs (rename them)"
     computed = [w for w in (m._flat_weights_names if isinstance(m, nn.RNNBase) else ("weight_ih", "weight_hh")) if w not in m._parameters]
     if computed:
         return f"an nn.{name} with computed weights: {', '.join(computed)} (stabilize before weight norm, pruning or FSDP)"

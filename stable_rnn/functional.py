@@ -17,6 +17,7 @@ from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .ops.spectral import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
 from .plans import Plan, Recurrent, check_plan
+from .validate import describe, suits
 
 __all__ = ["SpectralState", "lstm", "rnn", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"]
 
@@ -70,6 +71,8 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
     if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
         raise ValueError(f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
                          f"{tuple(w_hh.shape)}")
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        raise ValueError(f"{name}: input must be dense and of a real floating dtype, got {describe(x)}")
     batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
     if steps == 0:
         raise RuntimeError(f"{name}: expected a sequence of at least one step, got input {tuple(x.shape)}")
@@ -78,6 +81,7 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
     hidden = rows // gates
     expected = dict(w_ih=(rows, x.shape[2]), w_hh=(gates * hidden, hidden if w_hr is None else out), b_ih=(rows,), b_hh=(rows,),
                     w_hr=(out, hidden), h0=(batch, out), c0=(batch, hidden))
+    kind = autocast_dtype(x)
     for key, shape in expected.items():
         t = given[key]
         if t is None:
@@ -85,9 +89,8 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
         if tuple(t.shape) != shape:
             raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, "
                              f"w_hh {tuple(w_hh.shape)})")
-        if t.device != x.device or autocast_dtype(x) is None and t.dtype != x.dtype:
-            raise ValueError(f"{name}: {key} must be {x.dtype} on {x.device} as the input is, got {t.dtype} on {t.device}")
-    kind = autocast_dtype(x)
+        if not suits(t, x, kind is not None):
+            raise ValueError(f"{name}: {key} must be dense, {x.dtype} on {x.device} as the input is, got {describe(t)}")
     if kind is not None:
         x, w_ih, w_hh = x.to(kind), w_ih.to(kind), w_hh.to(kind)
         b_ih, b_hh, w_hr, h0, c0 = (None if t is None else t.to(kind) for t in (b_ih, b_hh, w_hr, h0, c0))

@@ -69,11 +69,10 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         """One step: x (B, I), h (B, H), c (B, H) or None."""
         if self.training:
             watch.trains(self)
-        cap = 1.0 if self.stability is None or c is None else self.stability.cap
         w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         backend = dispatch.requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
-            return native.cell_step(self._cell, x, h, c, weights, cap)
+            return native.cell_step(self._cell, x, h, c, weights, self._cap)
         kind = autocast_dtype(x)
         self._check_tensors(x, h, c, kind is not None)
         if kind is not None:  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
@@ -84,7 +83,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             return h.to(out), None if c is None else c.to(out)
         if backend == "torch":  # which has no such op; its cell is the reference's
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
-        p = Problem(self._cell, 1, x.shape[0], cap=cap, backend=backend)
+        p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
         _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
         return h, c
 

@@ -20,11 +20,16 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def suits(t: Tensor, x: Tensor, cast: bool) -> bool:
+    """Dense, on x's device, and of x's dtype or, with `cast`, of one that autocast converts."""
+    return (t.device == x.device and t.layout is torch.strided
+            and (t.dtype is x.dtype or cast and t.is_floating_point() and t.dtype is not torch.float64))
+
+
 def check_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor, cast: bool) -> None:
-    """`RuntimeError` that names the weight, unless it is dense, of this shape, on x's device and of x's dtype, or, with `cast`, of one
-    that autocast converts. Nothing else would tell: sums and products broadcast, promote, and take memory that holds no values."""
-    if (getattr(w, "shape", None) == shape and w.device == x.device and w.layout is torch.strided
-            and (w.dtype is x.dtype or cast and w.is_floating_point() and w.dtype is not torch.float64)):
+    """`RuntimeError` that names the weight, unless it has this shape and suits x. Nothing else would tell: sums and products broadcast,
+    promote, and take memory that holds no values."""
+    if getattr(w, "shape", None) == shape and suits(w, x, cast):
         return
     if not isinstance(w, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(w)}")
@@ -33,7 +38,7 @@ def check_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor, cast: 
 
 def check_state(name: str, h: Tensor, x: Tensor) -> None:
     """`RuntimeError` unless the state is a dense tensor of x's dtype on x's device."""
-    if h.dtype != x.dtype or h.device != x.device or h.layout is not torch.strided:
+    if not suits(h, x, cast=False):
         raise RuntimeError(f"Input and hidden tensors are not the same dtype or not at the same device: input is {describe(x)}, "
                            f"{name} is {describe(h)}")
 

@@ -1,8 +1,9 @@
 """Notices a module that promises a certified set of weights and is trained without being projected into it.
 
 The first forward pass in training mode notes the versions of the weights; a projection, or weights that are loaded, forget them again.
-Versions that have moved when the module leaves training mode are the optimizer's. Nothing is read from a device, and the notes are no
-part of the module: state dicts, copies and pickles don't hold them."""
+Versions that have moved when the module leaves training mode are the optimizer's; fused and compiled optimizers move weights and not
+their versions, and are not seen. Nothing is read from a device, and the notes are no part of the module: state dicts, copies and pickles
+don't hold them."""
 from __future__ import annotations
 
 import warnings

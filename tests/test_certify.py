@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from stable_rnn import StableLSTM
+from stable_rnn import Certified, StableLSTM
 from stable_rnn.cli import main
+from stable_rnn.stability import certificate_from_state_dict
 
 
 @pytest.fixture
@@ -207,6 +208,23 @@ def test_other_archives(certify, tmp_path):
     with zipfile.ZipFile(tmp_path / "letter.docx", "w") as archive:
         archive.writestr("letter.xml", "hello")
     assert "is a zip archive, but not one that torch.save wrote" in refused(certify(tmp_path / "letter.docx"))
+
+
+def test_a_clamp_is_read_from_the_metadata(certify):
+    net = nn.Sequential(StableLSTM(2, 4, stability=Certified(clamp=True)))
+    with torch.no_grad():
+        net[0].weight_ih_l0.mul_(9)  # with a clamp these do not count
+    state = net.state_dict()
+    assert not certificate_from_state_dict(dict(state))["0"].stable
+    for value, name in ((state, "0"), ({"step": 3, "model": state}, "model.0"), (net[0].state_dict(), "the model")):
+        code, out, _ = certify(value)
+        assert code == 0 and f"--- {name} ---\nstable: rate 0." in out and ", a forget gate clamped at 0.6, " in out
+    for odd in ("x", 0.0, float("nan"), True, [0.5], {}):  # whatever a file holds there
+        state._metadata["0"]["forget_clamp"] = odd
+        code, out, _ = certify(state)
+        assert code == 0 and "NOT certified" in out and ", no clamp of the forget gate, " in out
+    state._metadata = {"0": 7}
+    assert "no clamp" in certify(state)[1]
 
 
 def test_files_made_to_be_endless(certify):

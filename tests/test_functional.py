@@ -67,8 +67,13 @@ def test_one_bias_is_enough_and_autocast_is_followed():
     (dict(w_ih=torch.zeros(4 * H, I + 1)), ValueError, "w_ih must have shape"),
     (dict(b_ih=torch.zeros(H)), ValueError, "b_ih must have shape"),
     (dict(h0=torch.zeros(1, B, H)), ValueError, "h0 must have shape"),
-    (dict(c0=torch.zeros(B, H, dtype=torch.float64)), ValueError, "c0 must be torch.float32"),
+    (dict(c0=torch.zeros(B, H, dtype=torch.float64)), ValueError, "c0 must be dense, torch.float32"),
     (dict(w_hr=torch.zeros(H, 2)), ValueError, "w_hr must have shape"),
+    (dict(w_hh=torch.zeros(4 * H, H).to_sparse()), ValueError, "w_hh must be dense, .*got .*sparse"),
+    (dict(input=torch.zeros(T, B, I).to_sparse()), ValueError, "input must be dense"),
+    (dict(input=torch.zeros(T, B, I).int(), w_ih=torch.zeros(4 * H, I).int(), w_hh=torch.zeros(4 * H, H).int()), ValueError,
+     "input must be dense and of a real floating dtype, got .*int32"),
+    (dict(input=torch.zeros(T, B, I, dtype=torch.cfloat)), ValueError, "real floating dtype, got .*complex64"),
     (dict(input=torch.zeros(T, I)), ValueError, "3 dimensions"),
     (dict(input=torch.zeros(0, B, I)), RuntimeError, "at least one step"),
     (dict(input=[1.0]), TypeError, "input must be a Tensor"),
@@ -82,6 +87,14 @@ def test_bad_input_is_named(change, error, text):
     good = dict(input=torch.zeros(T, B, I), w_ih=torch.zeros(4 * H, I), w_hh=torch.zeros(4 * H, H))
     with pytest.raises(error, match=text):
         F.lstm(**(good | change))
+
+
+def test_autocast_converts_what_it_does_for_modules():
+    x, w_ih, w_hh = torch.zeros(T, B, I), torch.zeros(4 * H, I), torch.zeros(4 * H, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        F.lstm(x, w_ih.half(), w_hh)
+        with pytest.raises(ValueError, match="w_hh must be dense, torch.float32 .*got .*float64"):
+            F.lstm(x, w_ih, w_hh.double())
 
 
 def test_unknown_nonlinearity():

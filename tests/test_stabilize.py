@@ -259,6 +259,11 @@ class LSTM(nn.LSTM):
     pass
 
 
+def with_a_name(m, name):
+    setattr(m, name, "mine")
+    return m
+
+
 def with_a_forward(m):
     m.forward = torch.compile(m.forward, backend="eager")
     return m
@@ -272,6 +277,7 @@ def with_a_forward(m):
     (lambda: nn.RNNCell(6, 6), r"an nn.RNNCell \(cells=True makes it a StableRNNCell\)"),
     (lambda: nn.GRUCell(6, 6), "an nn.GRUCell, which has no stable form"),
     (lambda: with_a_forward(nn.LSTM(6, 6)), r"an nn.LSTM with a forward of its own.*del module\.forward"),
+    (lambda: with_a_name(nn.LSTM(6, 6), "plan"), r"an nn.LSTM with attributes of its own named plan, .*\(rename them\)"),
     (lambda: torch.jit.script(nn.LSTM(6, 6)), "a TorchScript LSTM, compiled already"),
     (lambda: torch.jit.trace(nn.LSTM(6, 6), X), "a TorchScript LSTM, compiled already"),
     (lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(6, 6), "weight_hh_l0"), "a parametrized nn.LSTM .*remove_parametrizations"),
@@ -291,6 +297,11 @@ def test_left_alone_by_name(make, text):
         warnings.simplefilter("error")
         stabilize(net)
     assert type(net[0]) is nn.LSTM
+
+
+def test_a_second_time():
+    with pytest.raises(ValueError, match="that can be swapped: lstm is a StableLSTM already"):
+        stabilize(stabilize(Plain()))
 
 
 def test_a_model_that_is_a_script():

@@ -1,6 +1,7 @@
 """The way back to torch's own classes, and what knows only these: quantization, TorchScript, torch.fx, ONNX."""
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -156,3 +157,13 @@ def test_pickles_of_what_was_swapped():
     torch.save(net, file)
     file.seek(0)
     torch.testing.assert_close(torch.load(file, weights_only=False)(X), net(X))
+
+
+def test_pickles_with_old_names():
+    """Of whole models: the modules of one step stood in stable_rnn.cells, `clamp` was called clamped."""
+    for cls in (StableLSTMCell, StableRNNCell):
+        assert pickle.loads(b"cstable_rnn.cells\n%s\n." % cls.__name__.encode()) is cls
+    for stability in (Certified(), Certified(0.9, clamp=True)):
+        now = pickle.dumps(stability, protocol=0)
+        old = now.replace(b"Vclamp\n", b"Vclamped\n")
+        assert old != now and pickle.loads(old) == pickle.loads(now) == stability

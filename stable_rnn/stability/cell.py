@@ -34,7 +34,7 @@ class CellStability:
     """One cell. To add one: a subclass in the file of its family (`Cell.family`), which lists it in `CELLS`."""
 
     apart = 2.0  # two reachable states differ by at most this times their bound
-    assumed: str  # what the certificate of a state dict takes for granted, since names and shapes don't tell
+    assumed = ""  # what the certificate of a state dict takes for granted, since names and shapes don't tell, beside the clamp
 
     def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
               target: tuple[float, float] | None) -> Reach:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._numbers import to_float, to_int
+from ..cells import CELLS
 from ..layout import check_lengths
 from .bounds import length
 from .cells import STABILITY
 from .contraction import Contraction, power, series
 from .layer import LayerCertificate, layer_certificate
 from .rounding import local_error
-from .weights import LayerWeights, on_cpu, read_module, read_state_dict
+from .weights import LayerWeights, clamp_text, on_cpu, read_module, read_state_dict, saved_clamp
 
 MAX_WINDOW = 2**40
 
@@ -180,10 +181,10 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
 def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: float = 1.0) -> dict[str, Certificate]:
     """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
 
-    A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. Nor does it know of a clamped forget gate.
-    What has no certificate (GRU layers, weights that are missing or computed, layers that don't chain) is skipped with a warning that says
-    why. ValueError names a weight with NaN or infinite entries or of a shape that doesn't fit the others, TypeError one that is not a dense
-    tensor of a real floating dtype."""
+    A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. A clamp of the forget gate is known where the state
+    dict has torch's metadata, and stands among what the certificate assumes. What has no certificate (GRU layers, weights that are missing
+    or computed, layers that don't chain) is skipped with a warning that says why. ValueError names a weight with NaN or infinite entries or
+    of a shape that doesn't fit the others, TypeError one that is not a dense tensor of a real floating dtype."""
     found, faults = judge_state_dict(state_dict, input_bound)
     for fault in faults.values():
         if not isinstance(fault, LookupError):
@@ -197,10 +198,14 @@ def judge_state_dict(state_dict: Mapping[str, Tensor], input_bound: float) -> tu
     """The certificates of a state dict's stacks, and why the others have none (`read_state_dict`), by their prefixes."""
     bound = _checked_bound(input_bound)
     stacks, faults = read_state_dict(state_dict)
+    metadata = getattr(state_dict, "_metadata", None)
+    of_modules = metadata if isinstance(metadata, Mapping) else {}
     found = {}
     for prefix, levels in stacks.items():
-        made = certify(levels, bound)
-        found[prefix] = replace(made, inputs=f"{made.inputs}, {STABILITY[levels[0][0].cell].assumed}")
+        cap, cell = saved_clamp(of_modules.get(prefix), 1.0), levels[0][0].cell
+        made = certify(levels, bound, cap=cap)
+        taken = STABILITY[cell].assumed if CELLS[cell].forgets is None else clamp_text(cap)
+        found[prefix] = replace(made, inputs=f"{made.inputs}, {taken}")
     return found, faults
 
 

@@ -23,7 +23,6 @@ INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their roo
 
 
 class Lstm(CellStability):
-    assumed = "no clamp of the forget gate"
 
     def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
               target: tuple[float, float] | None) -> Reach:

@@ -123,6 +123,10 @@ class Certified(Limits, Stability):  # type: ignore[misc]  # `target` is read-on
         for name, value in zip(("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)):
             object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: dict) -> None:
+        """Pickles may be from when `clamp` was called `clamped`."""
+        vars(self).update({"clamp" if name == "clamped" else name: value for name, value in state.items()})
+
     def check(self, cell: str) -> None:
         STABILITY[cell].check(self)
 

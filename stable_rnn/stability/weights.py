@@ -20,6 +20,8 @@ HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 LARGE = 2**24  # values; an expanded tensor may look larger than any memory
 
+CLAMP = "forget_clamp"  # in the metadata of a state dict: weights trained under a clamp mean another function without it
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -169,6 +171,17 @@ def read(get: Callable[[str], Tensor | None], names: Names, cell: str) -> LayerW
     if bias_ih is None:
         bias_ih = torch.zeros(w_hh.shape[0], dtype=torch.float64)
     return LayerWeights(cell, names.tag, w_ih, w_hh, bias_ih, matrix("weight_hr"), bias_hh)
+
+
+def saved_clamp(metadata: object, default: float) -> float:
+    """What a module's metadata in a state dict says of its clamp, 1.0 for none; `default` where it says nothing. Files may hold anything
+    there."""
+    cap = metadata.get(CLAMP) if isinstance(metadata, Mapping) else None
+    return cap if isinstance(cap, float) and 0 < cap <= 1 else default
+
+
+def clamp_text(cap: float) -> str:
+    return f"a forget gate clamped at {cap}" if cap < 1 else "no clamp of the forget gate"
 
 
 def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
