@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import Proxy, Tracer
 
 from . import watch
+from .cells import MODES
 from .dispatch import check_name
 from .plans import check_plan
 from .stability import Stability, check_stability
@@ -35,7 +36,7 @@ class Bookkeeping(nn.Module):
     @property
     def _cap(self) -> float:
         """What the cell clamps its forget gate at; 1.0 means no clamp."""
-        return 1.0 if self.stability is None or self.mode != "LSTM" else self.stability.cap
+        return 1.0 if self.stability is None or MODES[self.mode].forgets is None else self.stability.cap
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`. On the way to eval mode, a module that promises a certified set and was trained without a projection

@@ -26,7 +26,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
     def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
                  backend: str) -> None:
         self._adopt(mode, stability, backend)
-        super().__init__(input_size, hidden_size, bias, 4 if mode == "LSTM" else 1, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, MODES[mode].gates, device=device, dtype=dtype)
 
     _adopted = ("mode", "_cell", "stability", "backend")
 

@@ -1,5 +1,5 @@
 // Every cell that kernels are compiled for. A new one joins the list and the message, with a code that no other has: its
-// place in CELLS of ops/recurrence/problem.py.
+// `code` in stable_rnn/cells.
 #pragma once
 #include "stable_rnn/cells/lstm.h"
 #include "stable_rnn/cells/rnn.h"
