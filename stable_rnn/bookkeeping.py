@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Proxy, Tracer
 
 from . import watch
-from .dispatch import check_name
+from .ops.backends import check_name
 from .plans import check_plan
 from .stability import Stability, check_stability
 
