@@ -8,13 +8,18 @@ A fake checks its arguments as the op does, but for the values: the dispatcher s
 """
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from .ops.outputs import fresh
 from .ops.recurrence import run
 from .ops.recurrence.batching import fold_rule, loop_rule
 from .ops.recurrence.checks import check
 from .ops.recurrence.function import backward_op, setup_op
-from .ops.recurrence.problem import Problem
+from .ops.recurrence.problem import BackwardInputs, Inputs, Problem, WindowedInputs, unpack
 from .ops.recurrence.reference import arithmetic
 from .ops.spectral import registration as _spectral  # noqa: F401  registers the spectral ops
 
@@ -23,55 +28,56 @@ _PROBLEM = "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, f
 _ROWS = "Tensor? base, Tensor? lengths"
 
 
-def _register(schema: str, implementation, fake) -> None:
+def _register(schema: str, kind: type, implementation: Callable, fake: Callable) -> None:
     name = schema.split("(")[0]
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"stable_rnn::{name}", fake, lib=_library)
+
+    def run_fresh(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs, *rest = unpack(kind, arguments)
+        return fresh(inputs, *implementation(inputs, *rest))
+
+    _library.impl(name, run_fresh, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"stable_rnn::{name}", lambda *arguments: fake(*unpack(kind, arguments)), lib=_library)
 
 
-def _forward_fake(xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
+def _forward_fake(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError("torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)")
-    p = Problem(*numbers[:-1])
-    check(p, xp, h0, base, lengths, values=False, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0)
-    save, cell = numbers[-1], p.spec
-    n, hidden, empty = xp.shape[0], w_hh.shape[0] // cell.gates, xp.new_empty
-    return (empty(n, w_hh.shape[1]), empty(h0.shape), empty(0 if c0 is None else c0.shape),
+    check(p, inputs, values=False)
+    xp, w_hh, c0, cell, empty = inputs.xp, inputs.w_hh, inputs.c0, p.spec, inputs.xp.new_empty
+    n, hidden = xp.shape[0], w_hh.shape[0] // cell.gates
+    return (empty(n, w_hh.shape[1]), empty(inputs.h0.shape), empty(0 if c0 is None else c0.shape),
             empty(n, cell.saved * hidden) if save and cell.saved else empty(0),
             empty(n, hidden, dtype=arithmetic(xp.dtype)) if save and cell.has_cell else empty(0), run.report([0.0] * 4 * p.checked))
 
 
 _register(f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
-          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)", run.forward, _forward_fake)
+          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)", Inputs, run.forward, _forward_fake)
 
 
-def _backward_fake(dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, *numbers):
-    p, empty = Problem(*numbers), dy.new_empty
-    kept = {} if c0 is None else dict(saved=saved, cells=cells, dc_n=dc_n)
-    check(p, dy, dh_n, base, lengths, values=False, w_hh=w_hh, w_hr=w_hr, dy=dy, y=y, dh_n=dh_n, c0=c0, **kept)
-    return (empty(dy.shape[0], w_hh.shape[0]), empty(0 if w_hr is None else dy.shape), empty(dh_n.shape),
+def _backward_fake(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
+    check(p, inputs, values=False)
+    dy, c0, empty = inputs.dy, inputs.c0, inputs.dy.new_empty
+    return (empty(dy.shape[0], inputs.w_hh.shape[0]), empty(0 if inputs.w_hr is None else dy.shape), empty(inputs.dh_n.shape),
             empty(0 if c0 is None else c0.shape), run.report([0.0] * 4 * p.checked))
 
 
 _register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
           f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
-          run.backward, _backward_fake)
+          BackwardInputs, run.backward, _backward_fake)
 
 
-def _windowed_backward_fake(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, *numbers):
-    check(Problem(*numbers), xp, h0, base, lengths, values=False, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n,
-          dc_n=None if c0 is None else dc_n)
-    return tuple(xp.new_empty(0 if t is None else t.shape) for t in (xp, w_hh, w_hr, h0, c0))
+def _windowed_backward_fake(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
+    check(p, inputs, values=False)
+    return tuple(inputs.xp.new_empty(0 if t is None else t.shape) for t in (inputs.xp, inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0))
 
 
 _register(f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS},"
           f" {_PROBLEM}) -> (Tensor dxp, Tensor dw_hh, Tensor dw_hr, Tensor dh0, Tensor dc0)",
-          run.windowed_backward, _windowed_backward_fake)
+          WindowedInputs, run.windowed_backward, _windowed_backward_fake)
 
 _OPS = torch.ops.stable_rnn
 torch.library.register_autograd("stable_rnn::recurrence", backward_op, setup_context=setup_op, lib=_library)
-torch.library.register_vmap("stable_rnn::recurrence", fold_rule(_OPS.recurrence, (1, 2), rows=0, state=3, base=5), lib=_library)
-torch.library.register_vmap(
-    "stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, (6, 7), rows=0, state=1, base=9), lib=_library)
+torch.library.register_vmap("stable_rnn::recurrence", fold_rule(_OPS.recurrence, Inputs), lib=_library)
+torch.library.register_vmap("stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, BackwardInputs), lib=_library)
 torch.library.register_vmap("stable_rnn::windowed_backward", loop_rule(_OPS.windowed_backward), lib=_library)

@@ -9,7 +9,7 @@ from torch.fx import Proxy, Tracer
 
 from . import watch
 from .cells import MODES
-from .dispatch import check_name
+from .ops.backends import check_name
 from .plans import check_plan
 from .stability import Stability, check_stability
 from .stability.weights import CLAMP, clamp_text, saved_clamp

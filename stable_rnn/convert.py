@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import dispatch
 from .bookkeeping import Bookkeeping
 from .modules import StableLSTM, StableRNN, StableRNNBase
+from .ops.backends import check_name
 from .plans import Plan, Recurrent, check_plan
 from .stability import Stability, check_stability, project_all_
 from .step_cells import StableCellBase, StableLSTMCell, StableRNNCell
@@ -42,7 +42,7 @@ def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan =
     Raises `ValueError` if `model` holds nothing to swap, `stability` does not fit a module found, weights cannot be projected, or there is
     no set to project into; `TypeError` for a wrong plan or model. Nothing has changed then."""
     _check_model("stabilize", model)
-    check_plan(plan), dispatch.check_name(backend)
+    check_plan(plan), check_name(backend)
     if project and stability is None:
         raise ValueError("stabilize: project=True needs a set to project into, stability=Certified()")
     forms = _MODULES | _CELLS if cells else _MODULES

@@ -16,8 +16,11 @@ from rich.text import Text
 from . import _native
 from ._errors import printable
 from ._version import __version__
-from .dispatch import NAMES, backends
+from .ops import cuda_device
+from .ops.backends import NAMES
+from .ops.kernel_args import DTYPES, TF32
 from .ops.recurrence import cuda
+from .ops.recurrence.backends import backends
 from .precision import tf32_allowed
 
 EXPLAIN = {
@@ -65,16 +68,16 @@ def doctor(options: argparse.Namespace) -> None:
 
 def _print_shapes(console: Console, shapes: list[Shape]) -> None:
     """Which CUDA kernel each shape gets, on this machine's GPU or, without one, on an H100."""
-    limits, reason = (None, "") if cuda.lib is None else cuda.device_limits(0)
+    limits, reason = (None, "") if cuda_device.lib is None else cuda_device.limits(0)
     where = "an H100, for there is no GPU here" if limits is None else printable(torch.cuda.get_device_name())
-    said = f"\nCUDA kernels on {where}:" if cuda.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
+    said = f"\nCUDA kernels on {where}:" if cuda_device.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
     console.print(said, soft_wrap=True, markup=False)
-    if cuda.lib is None:
+    if cuda_device.lib is None:
         return
     table = Table("cell, H, lanes, dtype", "", "team and tile")
     for cell, hidden, lanes, dtype in shapes:
-        kind = cuda.DTYPES.get(getattr(torch, dtype))
-        kind = cuda.TF32 if dtype == "float32" and tf32_allowed() else kind
+        kind = DTYPES.get(getattr(torch, dtype))
+        kind = TF32 if dtype == "float32" and tf32_allowed() else kind
         for backward in (False, True):
             said = f"torch or the reference: no kernel takes {dtype}"
             if kind is not None:
@@ -91,7 +94,7 @@ def _facts() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "cuda": f"{'kernels built in' if cuda.lib else 'kernels not built in'}; {_gpu()}",
+        "cuda": f"{'kernels built in' if cuda_device.lib else 'kernels not built in'}; {_gpu()}",
         "STABLE_RNN_BACKEND": _forced(),
     }
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, layout
+from . import layout
 from .cells import CELLS
 from .common import autocast_dtype
+from .ops.backends import check_name
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .ops.spectral import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
@@ -67,7 +68,7 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
         needed = key in ("input", "w_ih", "w_hh")
         if not isinstance(t, Tensor) and (needed or t is not None):
             raise TypeError(f"{name}: {key} must be a Tensor{'' if needed else ' or None'}, got {type(t).__name__}")
-    check_plan(plan), dispatch.check_name(backend)
+    check_plan(plan), check_name(backend)
     if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
         raise ValueError(f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
                          f"{tuple(w_hh.shape)}")

@@ -8,10 +8,12 @@ from torch import _VF, Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, layout, watch
+from . import layout, watch
 from .bookkeeping import Bookkeeping
 from .cells import MODES
 from .common import autocast_dtype, has_values
+from .ops.backends import check_name, requested
+from .ops.recurrence.backends import leave_to_torch
 from .ops.recurrence.function import Note, layer
 from .ops.recurrence.problem import Problem
 from .plans import Plan, Recurrent, Report, Verified, check_plan
@@ -29,7 +31,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     backend: str
 
     def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
-        check_plan(plan), dispatch.check_name(backend), check_stability(stability, mode)
+        check_plan(plan), check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self._adopt(stability, plan, backend)
         self._project_fresh()
@@ -142,14 +144,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return True, ""
 
     def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
-        name = dispatch.requested(self.backend)
+        name = requested(self.backend)
         if name not in ("auto", "torch"):
             return False
         able, reason = self._torch_serves(x, lengths)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
-        return able and (name == "torch" or recorded or dispatch.leave_to_torch(x))
+        return able and (name == "torch" or recorded or leave_to_torch(x))
 
     def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""

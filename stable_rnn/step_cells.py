@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import dispatch, watch
+from . import watch
 from .bookkeeping import Bookkeeping
 from .cells import MODES
 from .common import autocast_dtype, has_values
+from .ops.backends import requested
 from .ops.recurrence import native
 from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
@@ -70,7 +71,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         if self.training:
             watch.trains(self)
         w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        backend = dispatch.requested(self.backend)
+        backend = requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
             return native.cell_step(self._cell, x, h, c, weights, self._cap)
         kind = autocast_dtype(x)

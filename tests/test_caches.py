@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import stable_rnn
+from stable_rnn.ops import cuda_device
 from stable_rnn.ops.recurrence import cuda
 from stable_rnn.ops.spectral import triton as spectral
 
@@ -27,13 +28,13 @@ def caches():
 
 def test_a_cache_without_a_limit_knows_devices_at_most():
     found = dict(caches())
-    assert {"stable_rnn.ops.recurrence.cuda.plan", "stable_rnn.ops.recurrence.cuda.device_limits"} <= found.keys()
+    assert {"stable_rnn.ops.recurrence.cuda.tiling", "stable_rnn.ops.cuda_device.limits"} <= found.keys()
     for where, function in found.items():
         if function.cache_parameters()["maxsize"] is None:
             assert list(inspect.signature(function).parameters) in ([], ["index"]), where
 
 
-def test_plans_of_all_lengths_are_not_kept(monkeypatch):
+def test_tilings_of_all_lengths_are_not_kept(monkeypatch):
     class Lib:
         asked = []
 
@@ -41,14 +42,14 @@ def test_plans_of_all_lengths_are_not_kept(monkeypatch):
             self.asked.append(shape)
             return {"message": None, "workspace_bytes": 0}
 
-    monkeypatch.setattr(cuda, "lib", Lib())
-    cuda.plan.cache_clear()
+    monkeypatch.setattr(cuda_device, "lib", Lib())
+    cuda.tiling.cache_clear()
     for length in range(1, 2000):
-        cuda.plan((90, 132, 232448, 16), False, "lstm", 0, 256, length)
-        cuda.plan((90, 132, 232448, 16), True, "lstm", 0, 256, 1)
-    assert len(Lib.asked) == 2000  # a plan in use is kept
-    assert cuda.plan.cache_info().currsize <= 256
-    cuda.plan.cache_clear()
+        cuda.tiling((90, 132, 232448, 16), False, "lstm", 0, 256, length)
+        cuda.tiling((90, 132, 232448, 16), True, "lstm", 0, 256, 1)
+    assert len(Lib.asked) == 2000  # a tiling in use is kept
+    assert cuda.tiling.cache_info().currsize <= 256
+    cuda.tiling.cache_clear()
 
 
 @pytest.fixture

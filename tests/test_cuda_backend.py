@@ -7,9 +7,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import stable_rnn
 from stable_rnn import Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Windowed
+from stable_rnn.ops import cuda_device
 from stable_rnn.ops.recurrence import cuda
 
-GPU = torch.cuda.is_available() and cuda.lib is not None
+GPU = torch.cuda.is_available() and cuda_device.lib is not None
 pytestmark = pytest.mark.skipif(not GPU and bool(build.missing()), reason=build.missing() or "-")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -19,13 +20,11 @@ def device(monkeypatch):
     if GPU:
         yield "cuda"
         return
-    monkeypatch.setattr(cuda, "lib", build.module())
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    cuda.device_limits.cache_clear()
-    cuda.plan.cache_clear()
+    build.on_cpu_tensors(monkeypatch)
+    cuda.tiling.cache_clear()
     yield "cpu"
-    cuda.device_limits.cache_clear()
-    cuda.plan.cache_clear()
+    cuda_device.limits.cache_clear()
+    cuda.tiling.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,6 +104,6 @@ def test_cuda_graph_capture(plan, device):
 
 
 def test_the_table_of_backends_says_why(monkeypatch):
-    monkeypatch.setattr(cuda, "lib", None)
+    monkeypatch.setattr(cuda_device, "lib", None)
     row = next(b for b in stable_rnn.backends() if b.name == "cuda")
     assert not row.available and ("no CUDA kernels" in row.reason or "missing" in row.reason)

@@ -17,7 +17,7 @@ import torch
 
 from stable_rnn._errors import UserError
 from stable_rnn.cli import Parser, positive
-from stable_rnn.dispatch import NAMES
+from stable_rnn.ops.backends import NAMES
 
 from .. import jsonl
 from . import cases, contestants, measure, models, results

@@ -121,6 +121,16 @@ def module() -> ModuleType:
     return load(build_module())
 
 
+def on_cpu_tensors(patch) -> None:
+    """`module()` stands for the CUDA kernels, and CPU tensors for a GPU's, as long as the MonkeyPatch `patch` lasts."""
+    from stable_rnn.ops import cuda_device
+
+    patch.setattr(cuda_device, "lib", module())
+    patch.setattr(cuda_device, "on_gpu", lambda t: t.device.type == "cpu")
+    patch.setattr(cuda_device, "stream", lambda index: 0)
+    cuda_device.limits.cache_clear()
+
+
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("stable_rnn_executor._C", path)
     loaded = importlib.util.module_from_spec(spec)

@@ -12,12 +12,12 @@ from executor import build
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
 from stable_rnn.functional import SpectralState, spectral_norm_bound, spectral_project_
-from stable_rnn.ops.recurrence import cuda as recurrence_cuda
+from stable_rnn.ops import cuda_device
 from stable_rnn.ops.spectral import certified, cuda, later
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
 
-GPU = torch.cuda.is_available() and cuda.lib is not None
+GPU = torch.cuda.is_available() and cuda_device.lib is not None
 DEVICE = "cuda" if GPU else "cpu"
 BOUND = 0.99
 
@@ -25,14 +25,11 @@ BOUND = 0.99
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     if not GPU:
-        monkeypatch.setattr(recurrence_cuda, "lib", build.module())
-        monkeypatch.setattr(cuda, "lib", build.module())
-        monkeypatch.setattr(cuda, "DEVICE", "cpu")
-        monkeypatch.setattr(later, "KINDS", {"cpu"})
+        build.on_cpu_tensors(monkeypatch)
         monkeypatch.setenv("STABLE_RNN_BACKEND", "cuda")
-    recurrence_cuda.device_limits.cache_clear()
+    cuda_device.limits.cache_clear()
     yield
-    recurrence_cuda.device_limits.cache_clear()
+    cuda_device.limits.cache_clear()
 
 
 @contextmanager
@@ -208,20 +205,23 @@ def test_certified_in_float64_has_no_kernel(looks, monkeypatch):
 
 def test_which_backend_runs_on_a_gpu(monkeypatch):
     """cuda, then triton, then the reference with the reasons of both; a backend that is asked for runs or says why not."""
-    from stable_rnn.ops.spectral import registration, triton
+    from stable_rnn.ops.spectral import reference, registration, triton
+
+    choose = registration.PROJECTION.choose
 
     monkeypatch.setenv("STABLE_RNN_BACKEND", "auto")
     W = SimpleNamespace(device=torch.device("cuda"))
     for able, want in (((True, True), cuda), ((False, True), triton), ((False, False), None)):
         for backend, yes in zip((cuda, triton), able):
             monkeypatch.setattr(backend, "can_run", lambda *_, yes=yes, name=backend.__name__: (yes, "" if yes else f"not {name[-4:]}"))
-        found, reason = registration.kernel([W], [W])
+        found, reason = registration.PROJECTION.find("auto", W.device, [W], [W])
+        assert registration.kernel([W], [W]) is found
         assert found is want and (found is not None or reason == "not cuda; not iton")
     with pytest.warns(RuntimeWarning, match="slow reference projection: not cuda; not iton"):
-        registration._backend([W], [W])
+        assert choose("auto", W.device, [W], [W]) is reference
     for name in ("cuda", "triton"):
         monkeypatch.setenv("STABLE_RNN_BACKEND", name)
         with pytest.raises(ValueError, match=f"backend '{name}' cannot run this projection: not {name[-4:]}"):
-            registration._backend([W], [W])
+            choose(name, W.device, [W], [W])
     monkeypatch.setenv("STABLE_RNN_BACKEND", "reference")
-    assert registration.kernel([W], [W]) == (None, "")
+    assert registration.kernel([W], [W]) is None and choose("reference", W.device, [W], [W]) is reference

@@ -11,12 +11,12 @@ from executor import build
 from spectra import norm, projected, with_spectrum
 
 from stable_rnn import _native
-from stable_rnn.ops.recurrence import cuda as recurrence_cuda
+from stable_rnn.ops import cuda_device
 from stable_rnn.ops.spectral import cuda, native, reference
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
 
-GPU = torch.cuda.is_available() and cuda.lib is not None
+GPU = torch.cuda.is_available() and cuda_device.lib is not None
 SHAPES = ((1, 1), (2, 2), (1, 9), (9, 1), (5, 3), (31, 33), (63, 127), (200, 16), (16, 200), (130, 150), (0, 4), (4, 0))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 2.0**-24  # unit roundoff of float32
@@ -32,9 +32,9 @@ class Machine:
         """In place, as `reference.spectral_step`; returns norms and near on the CPU."""
         with ExitStack() as stack:
             if self.device == "cpu":
-                stack.enter_context(build.schedule(cuda.lib, self.descending))
-                stack.enter_context(build.limits(cuda.lib, *self.limits))
-                recurrence_cuda.device_limits.cache_clear()
+                stack.enter_context(build.schedule(cuda_device.lib, self.descending))
+                stack.enter_context(build.limits(cuda_device.lib, *self.limits))
+                cuda_device.limits.cache_clear()
             assert cuda.can_run(matrices, blocks) == (True, "")
             return tuple(t.cpu() for t in cuda.spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed))
 
@@ -49,11 +49,9 @@ def on_cpu_tensors(monkeypatch):
     """The backend runs the executor's module on CPU tensors where there is no GPU. Workspaces hold NaN."""
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     if not GPU:
-        monkeypatch.setattr(recurrence_cuda, "lib", build.module())
-        monkeypatch.setattr(cuda, "lib", build.module())
-        monkeypatch.setattr(cuda, "DEVICE", "cpu")
+        build.on_cpu_tensors(monkeypatch)
     yield
-    recurrence_cuda.device_limits.cache_clear()
+    cuda_device.limits.cache_clear()
 
 
 @pytest.fixture(params=["gpu"] if GPU else ["ascending", "descending"])
@@ -187,8 +185,8 @@ def test_the_smallest_layout():
     while cuda._workspace([W], [block(W)], (80, 1, needed, 1)) >= 0:
         needed -= 64
     assert needed > 28 * 1024
-    with build.limits(cuda.lib, 80, 1, needed, 1):
-        recurrence_cuda.device_limits.cache_clear()
+    with build.limits(cuda_device.lib, 80, 1, needed, 1):
+        cuda_device.limits.cache_clear()
         able, reason = cuda.can_run([W], [block(W)])
         assert not able and "110 columns" in reason
         with pytest.raises(RuntimeError, match="too many columns"):
@@ -200,9 +198,10 @@ def test_the_smallest_layout():
 
 
 def machine_step_unchecked(W):
-    table, limit = native.table([W], [block(W)], cuda.DTYPES), torch.tensor([1.0], dtype=torch.float64)
+    table, limit = native.table([W], [block(W)]), torch.tensor([1.0], dtype=torch.float64)
     out = torch.empty(1, dtype=torch.float64), torch.empty(1, dtype=torch.int64)
-    cuda.lib.spectral_step_cuda(0, False, 2, 2, 0, 1, table.data_ptr(), limit.data_ptr(), out[0].data_ptr(), out[1].data_ptr(), 0, 0, 0, 0)
+    places = (t.data_ptr() for t in (table, limit, *out))
+    cuda_device.lib.spectral_step_cuda(0, False, 2, 2, 0, 1, *places, 0, 0, 0, 0)
 
 
 def test_a_workspace_too_small_is_refused():
@@ -344,9 +343,9 @@ def test_can_run_says_why_not(monkeypatch):
                                    (W.to("meta"), X, "on meta"), (W, X.mT.contiguous().mT, "contiguous")):
         able, reason = cuda.can_run([W, matrix], [X, vectors])
         assert not able and words in reason
-    monkeypatch.setattr(cuda, "device_limits", lambda index: (None, "no driver"))
+    monkeypatch.setattr(cuda_device, "limits", lambda index: (None, "no driver"))
     assert cuda.can_run([W], [X]) == (False, "no driver")
-    monkeypatch.setattr(cuda, "lib", None)
+    monkeypatch.setattr(cuda_device, "lib", None)
     assert cuda.can_run([W], [X])[1].startswith("the compiled module")
 
 
@@ -366,7 +365,7 @@ for number, limits in enumerate({limits}):
         with build.limits(library, *limits), build.schedule(library, number % 2 == 1):
             Ws = [torch.randn(*shape).to(dtype) for shape in ((70, 45), (1, 1), (5, 3), (33, 130), (190, 175))]
             blocks = [torch.randn(W.shape[1], min(16, *W.shape)) for W in Ws]
-            table, bounds = native.table(Ws, blocks, cuda.DTYPES), torch.full((5,), 0.5, dtype=torch.float64)
+            table, bounds = native.table(Ws, blocks), torch.full((5,), 0.5, dtype=torch.float64)
             norms, near = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
             work = torch.empty(library.entry_workspace(wide(5), wide(table.data_ptr())), dtype=torch.uint8)
             for scale in (0, 1):

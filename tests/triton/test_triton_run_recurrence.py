@@ -9,6 +9,7 @@ from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
 from stable_rnn.ops.recurrence import triton as backend
+from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
@@ -218,14 +219,14 @@ def test_verified(cell, way):
     made = case.draw()
     made["w_hh"] *= 0.1  # forgets fast
     on = {name: to_device(made[name]) for name in ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")}
-    tensors = (on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case))
+    tensors = Inputs(on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case))
     checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
     whole = backend.forward(*tensors, problem(case))
     found, report = verified.run(backend, tensors, checked, save=True)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
-    tensors = (on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case))
+    tensors = BackwardInputs(on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case))
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(back.dz, backend.backward(*tensors, problem(case)).dz)

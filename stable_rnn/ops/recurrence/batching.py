@@ -5,31 +5,31 @@ With mapped weights, and for the backward pass of windows (whose weight gradient
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .problem import Problem, row_base
+from .problem import BackwardInputs, Inputs, row_base, unpack
 
 
-def fold_rule(op: Callable, weights: tuple[int, ...], rows: int, state: int, base: int) -> Callable:
-    """The vmap rule of an op; positions of its weights, of a tensor of buffer rows, of one of states, and of base."""
+def fold_rule(op: Callable, kind: type[Inputs] | type[BackwardInputs]) -> Callable:
+    """The vmap rule of an op over tensors of this kind."""
 
-    def rule(info, in_dims, *args):
-        if any(in_dims[i] is not None for i in weights):
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        tensors, p, *rest = unpack(kind, args)
+        dims, samples = kind(*in_dims[: len(tensors)]), info.batch_size
+        if dims.w_hh is not None or dims.w_hr is not None:
             return loop_rule(op)(info, in_dims, *args)
-        count, samples = base + 2, info.batch_size
-        numbers = args[count:]
-        p = Problem(*numbers[: len(Problem._fields)])
-        full = [_spread(x, d, samples) for x, d in zip(args[:count], in_dims, strict=False)]
-        n, batch = full[rows].shape[1], full[state].shape[1]
-        first = row_base(p, batch, args[base], full[rows].device) if in_dims[base] is None else full[base]
-        full[base] = first + n * torch.arange(samples, device=first.device)[:, None]
-        for i in weights:
-            full[i] = args[i]
-        outputs = op(*(x if x is None or i in weights or _void(x) else x.flatten(0, 1) for i, x in enumerate(full)), *numbers)
-        dims = tuple(None if x.dim() < 2 else 0 for x in outputs)
-        return tuple(x if d is None else x.unflatten(0, (samples, -1)) for x, d in zip(outputs, dims, strict=True)), dims
+        full = kind(*map(partial(_spread, samples=samples), tensors, dims))._replace(w_hh=None, w_hr=None)  # all samples share these
+        n, batch, device = full.rows.shape[1], full.state.shape[1], full.rows.device
+        first = row_base(p, batch, tensors.base, device) if dims.base is None else full.base
+        flat = kind(*(x if x is None or _void(x) else x.flatten(0, 1) for x in full))._replace(
+            w_hh=tensors.w_hh, w_hr=tensors.w_hr, base=(first + n * torch.arange(samples, device=device)[:, None]).flatten())
+        outputs = op(*flat, *p, *rest)
+        out_dims = tuple(None if x.dim() < 2 else 0 for x in outputs)
+        return tuple(x if d is None else x.unflatten(0, (samples, -1)) for x, d in zip(outputs, out_dims, strict=True)), out_dims
 
     return rule
 
@@ -37,7 +37,7 @@ def fold_rule(op: Callable, weights: tuple[int, ...], rows: int, state: int, bas
 def loop_rule(op: Callable) -> Callable:
     """The vmap rule that runs one sample after the other."""
 
-    def rule(info, in_dims, *args):
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         results = [op(*(a if d is None else a.select(d, v) for a, d in zip(args, in_dims, strict=True))) for v in range(info.batch_size)]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 

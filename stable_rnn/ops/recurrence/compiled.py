@@ -1,40 +1,26 @@
-"""What the kernels share: the fields of `params.h`, taken from tensors, and fresh outputs."""
+"""A backend's `forward` and `backward` over kernels that take the fields of `params.h`, and fresh outputs."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernel_args import DTYPES, TF32, dense, rows_like
+from .fields import Backward, Forward
 from .problem import Adjoint, Output, Problem
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum DType`; TF32 is asked for by number
-TF32 = 3
+__all__ = ["DTYPES", "TF32", "Kernels", "shared"]
 
 
-def at(t: Tensor | None) -> int:
-    """The address of a tensor's values; 0, which kernels take for an absent tensor, for None alone and for tensors without elements."""
-    address = 0 if t is None else t.data_ptr()
-    if not address and t is not None and t.numel():
-        raise RuntimeError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP does between uses")
-    return address
-
-
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Row by row in memory, with the values that are read there (a negative view of torch's holds the others)."""
-    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
-
-
-def rows_like(t: Tensor) -> Tensor:
-    """Memory for what a kernel writes row by row. (`empty_like` alone keeps the strides of a transposed tensor.)"""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def sizes(p: Problem, dtype: int, w_hh: Tensor, batch: int) -> tuple:
-    """The numbers that every kernel begins with, up to the schedule."""
-    return (p.spec.code, dtype, torch.get_num_threads(), w_hh.shape[0] // p.spec.gates, w_hh.shape[1], p.cap, p.steps, batch, p.step,
-            p.stride, p.warmup)
+def shared(p: Problem, dtype: int, w_hh: Tensor, batch: int, base: Tensor | None, lengths: Tensor | None,
+           ids: Tensor | None = None) -> dict[str, Any]:
+    """The fields that every struct begins with."""
+    return dict(cell=p.spec.code, dtype=dtype, threads=torch.get_num_threads(), hidden=w_hh.shape[0] // p.spec.gates, out=w_hh.shape[1],
+                cap=p.cap, steps=p.steps, batch=batch, step=p.step, stride=p.stride, warmup=p.warmup, base=base, length=lengths, select=ids,
+                n_select=0 if ids is None else len(ids))
 
 
 def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> list[Tensor]:
@@ -44,13 +30,19 @@ def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> lis
 
 
 class Kernels:
-    """A backend's `forward` and `backward` over two entry points that take the fields of `ForwardParams` and `BackwardParams`.
+    """What the backends with kernels share; each says how it calls them."""
 
-    `dtype` gives the `DType` of a tensor, `make(like, zero, *shape, dtype=)` a fresh output, `at` what stands for a tensor in a field."""
+    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, Any]:
+        """The kernel, what it takes, and what has to live until it is launched."""
+        raise NotImplementedError
 
-    def __init__(self, forward: Callable, backward: Callable, dtype: Callable[[Tensor], int], make: Callable[..., Tensor],
-                 at: Callable = at):
-        self._forward, self._backward, self._dtype, self._make, self._at = forward, backward, dtype, make, at
+    def dtype(self, x: Tensor) -> int:
+        """The `DType` of a tensor."""
+        return DTYPES[x.dtype]
+
+    def make(self, like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A fresh output."""
+        return like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(shape, dtype=dtype)
 
     def forward(self, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None,
                 lengths: Tensor | None, p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None,
@@ -61,16 +53,15 @@ class Kernels:
         cell, hidden = p.spec, w_hh.shape[0] // p.spec.gates
         if out is None:
             empty = xp.new_empty(0)
-            make = partial(self._make, xp, lengths is not None)  # rows past a length are zero
+            make = partial(self.make, xp, lengths is not None)  # rows past a length are zero
             saved = make(n, cell.saved * hidden) if save and cell.saved else empty
             cells = make(n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
             out = Output(make(n, width), saved, cells, rows_like(h0), rows_like(c0) if cell.has_cell else empty, *ends)
-        at = self._at
-        self._forward(
-            *sizes(p, self._dtype(xp), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
-            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(h_init), at(c_init), at(None),
-            at(out.y), at(out.h_n), at(out.c_n), at(out.saved), at(out.cells), *map(at, out[5:]))
+        kernel, values, _held = self.call(Forward(
+            **shared(p, self.dtype(xp), w_hh, batch, base, lengths, ids),
+            xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, h_init=h_init, c_init=c_init, **out._asdict()))
+        kernel(*values)
         return out
 
     def backward(self, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Tensor, cells: Tensor, w_hh: Tensor,
@@ -84,13 +75,13 @@ class Kernels:
         cell, hidden = p.spec, w_hh.shape[0] // p.spec.gates
         if out is None:
             empty = y.new_empty(0)
-            make = partial(self._make, y, lengths is not None)
+            make = partial(self.make, y, lengths is not None)
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
             out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), rows_like(dh_n),
                           rows_like(c0) if cell.has_cell else empty, *ends)
-        at = self._at
-        self._backward(
-            *sizes(p, self._dtype(dy), w_hh, batch), at(base), at(lengths), at(ids), 0 if ids is None else len(ids),
-            at(dy), at(y), at(saved), at(cells), at(w_hh), at(w_hr), at(c0), at(dh_n), at(dc_n), at(dh_init), at(dc_init), at(None),
-            *map(at, out))
+        kernel, values, _held = self.call(Backward(
+            **shared(p, self.dtype(dy), w_hh, batch, base, lengths, ids),
+            dy=dy, y=y, saved=saved, cells=cells, w_hh=w_hh, w_hr=w_hr, c0=c0, dh_n=dh_n, dc_n=dc_n, dh_init=dh_init, dc_init=dc_init,
+            **out._asdict()))
+        kernel(*values)
         return out

@@ -5,17 +5,19 @@ is not kept for the backward pass; the gradients of all weights are GEMMs over a
 """
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..outputs import fresh
 from . import native, reference, run
-from .problem import Problem, weight_gradients
+from .problem import BackwardInputs, Inputs, Problem, WindowedInputs, unpack, weight_gradients
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
-_NOTHING = (None,) * (2 + len(Problem._fields))  # base, lengths and the numbers have no gradient
 
 
 class Note:
@@ -24,30 +26,62 @@ class Note:
     report: Tensor | None = None
 
 
+class Layer(NamedTuple):
+    """The arguments of the Functions below, and their gradients: autograd finds tensors in a flat list only."""
+
+    x: Tensor  # (N, I), or without w_ih xp
+    w_ih: Tensor | None
+    bias: Tensor | None
+    w_hh: Tensor
+    w_hr: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    base: Tensor | None
+    lengths: Tensor | None
+    note: Note | None
+    p: Problem
+
+    def inputs(self, xp: Tensor | None = None) -> Inputs:
+        """The op's; xp is not kept for every backward pass."""
+        return Inputs(xp, self.w_hh, self.w_hr, self.h0, self.c0, self.base, self.lengths)
+
+    def gradients(self, found: Inputs, needs: Layer) -> Layer:
+        """Those in all arguments, from those in the op's."""
+        dz, x, w_ih = found.xp, self.x, self.w_ih
+        dx, dw_ih, dbias = dz, None, None
+        if w_ih is not None:
+            dx, dw_ih = dz @ w_ih if needs.x else None, dz.T @ x if needs.w_ih else None
+            dbias = dz.sum(0) if needs.bias else None
+        return Layer(dx, dw_ih, dbias, *found[1:], note=None, p=None)
+
+
 class FusedRecurrence(torch.autograd.Function):
     """Recurrent, chunked and verified runs: saves the states, goes back by the adjoint recursion on the same lanes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
-        return ops.recurrence(_project_now(x, w_ih, bias, numbers[-1]), w_hh, w_hr, h0, c0, base, lengths, *numbers, True)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        given = Layer(*arguments)
+        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        run_forward = run.forward if _plain(*inputs) else _op
+        return fresh(inputs, *run_forward(inputs, given.p, True))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.note, ctx.problem = inputs[9], Problem(*inputs[10:])
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.note, ctx.problem = inputs
         y, _, _, saved, cells, report = output
         ctx.mark_non_differentiable(saved, cells, report)
-        ctx.save_for_backward(*inputs[:9], y, saved, cells)
+        ctx.save_for_backward(*tensors, y, saved, cells)
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, *state, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
+    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> Layer:
+        *tensors, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
+        given, needs = Layer(*tensors, ctx.note, ctx.problem), Layer(*ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
-            return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
-        needs = ctx.needs_input_grad
-        dz, *rest = _adjoint((dy, dh_n, dc_n), state, (y, saved, cells), ctx.problem, needs[3:5], ctx.note)
-        return *_input_gradients(dz, x, w_ih, needs), *rest, None, *_NOTHING
+            return _reference_backward(given, dy, dh_n, dc_n)
+        found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs.w_hh, needs.w_hr, given.note)
+        return given.gradients(found, needs)
 
 
 class WindowedRecurrence(torch.autograd.Function):
@@ -57,22 +91,25 @@ class WindowedRecurrence(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, w_hr, h0, c0, base, lengths, note, *numbers):
-        return ops.recurrence(_project_now(x, w_ih, bias, numbers[-1]), w_hh, w_hr, h0, c0, base, lengths, *numbers, False)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        given = Layer(*arguments)
+        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        run_forward = run.forward if _plain(*inputs) else _op
+        return fresh(inputs, *run_forward(inputs, given.p, False))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.problem = Problem(*inputs[10:])
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, _, ctx.problem = inputs
         ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*inputs[:9])
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, *_):
-        x, w_ih, bias, *state = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> Layer:
+        given, needs = Layer(*ctx.saved_tensors, None, ctx.problem), Layer(*ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            return _reference_backward(x, w_ih, bias, state, (dy, dh_n, dc_n), ctx.problem)
-        dz, *rest = _window_adjoint((dy, dh_n, dc_n), state, _project_now(x, w_ih, bias, ctx.problem.backend), ctx.problem)
-        return *_input_gradients(dz, x, w_ih, ctx.needs_input_grad), *rest, None, *_NOTHING
+            return _reference_backward(given, dy, dh_n, dc_n)
+        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        return given.gradients(_window_adjoint(inputs, given.p, dy, dh_n, dc_n), needs)
 
 
 def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -93,52 +130,57 @@ def _plain(*tensors: Tensor | None) -> bool:
             and _PLAIN.issuperset(map(type, tensors)))
 
 
-def _adjoint(grads, state, saved, p: Problem, needs, note: Note | None = None) -> tuple[Tensor | None, ...]:
-    """Gradients of (xp, w_hh, w_hr, h0, c0) by the adjoint recursion; `saved`: y, saved, cells."""
-    w_hh, w_hr, h0, c0, base, lengths = state
-    dz, dh, dh0, dc0, report = ops.recurrence_backward(*grads, *saved, w_hh, w_hr, c0, base, lengths, *p)
+def _op(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
+    """As `run.forward`, by way of torch's dispatcher; where nothing watches, that would be the price of an op at every step of a stream."""
+    return ops.recurrence(*inputs, *p, save)
+
+
+def _adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: Tensor, y: Tensor, saved: Tensor, cells: Tensor, need_hh: bool,
+             need_hr: bool, note: Note | None = None) -> Inputs:
+    """The gradients by the adjoint recursion."""
+    inputs = BackwardInputs(dy, dh_n, dc_n, y, saved, cells, state.w_hh, state.w_hr, state.c0, state.base, state.lengths)
+    found = run.backward(inputs, p) if _plain(*inputs) else ops.recurrence_backward(*inputs, *p)
+    dz, dh, dh0, dc0, report = found
     if note is not None:
         note.report = report
-    dw_hh, dw_hr = weight_gradients(needs[0], needs[1], dz, dh, *saved, h0, base, lengths, p)
-    return dz, dw_hh, dw_hr, dh0, dc0 if c0 is not None else None
+    weights = weight_gradients(need_hh, need_hr, dz, dh, y, saved, cells, state.h0, state.base, state.lengths, p)
+    return Inputs(dz, *weights, dh0, dc0 if state.c0 is not None else None, None, None)
 
 
-def _window_adjoint(grads, state, xp: Tensor, p: Problem) -> tuple[Tensor | None, ...]:
-    """Gradients of (xp, w_hh, w_hr, h0, c0) of the windowed function."""
-    dz, dw_hh, dw_hr, dh0, dc0 = ops.windowed_backward(*grads, xp, *state, *p)
-    return dz, dw_hh, dw_hr if state[1] is not None else None, dh0, dc0 if state[3] is not None else None
+def _window_adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Inputs:
+    """The gradients of the windowed function."""
+    inputs = WindowedInputs(dy, dh_n, dc_n, *state)
+    found = run.windowed_backward(inputs, p) if _plain(*inputs) else ops.windowed_backward(*inputs, *p)
+    dz, dw_hh, dw_hr, dh0, dc0 = found
+    return Inputs(dz, dw_hh, dw_hr if state.w_hr is not None else None, dh0, dc0 if state.c0 is not None else None, None, None)
 
 
-def _reference_backward(x, w_ih, bias, state, grads, p: Problem) -> tuple[Tensor | None, ...]:
-    dy, dh_n, dc_n = grads
-    h0, c0 = state[2:4]
-    p = p.resolved(h0.shape[0], h0.device)
-    dz, *rest = reference.gradients(dy, dh_n, dc_n if c0 is not None else None, project(x, w_ih, bias), *state, p)
-    return *_input_gradients(dz, x, w_ih, (True, w_ih is not None, bias is not None)), *rest, None, *_NOTHING
-
-
-def _input_gradients(dz: Tensor, x: Tensor, w_ih: Tensor | None, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if w_ih is None:
-        return dz, None, None
-    return dz @ w_ih if needs[0] else None, dz.T @ x if needs[1] else None, dz.sum(0) if needs[2] else None
+def _reference_backward(given: Layer, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Layer:
+    state, p = given.inputs(project(given.x, given.w_ih, given.bias)), given.p.resolved(given.h0.shape[0], given.h0.device)
+    found = reference.gradients(dy, dh_n, dc_n if given.c0 is not None else None, *state, p)
+    return given.gradients(Inputs(*found, None, None), Layer(*(t is not None for t in given)))
 
 
 # The same gradients on the bare op, for graphs: torch.compile sees one op with a derivative, and keeps T symbolic in it.
 
 
-def setup_op(ctx, inputs, output) -> None:
-    xp, *state = inputs[:7]
-    ctx.problem = Problem(*inputs[7:-1])
+def setup_op(ctx: Any, inputs: tuple, output: tuple) -> None:
+    given, ctx.problem, _ = unpack(Inputs, inputs)
     y, _, _, saved, cells, report = output
     ctx.mark_non_differentiable(saved, cells, report)
-    ctx.save_for_backward(*state, *((xp,) if ctx.problem.windowed else (y, saved, cells)))
+    if ctx.problem.windowed:
+        ctx.save_for_backward(*given)
+    else:
+        ctx.save_for_backward(*given._replace(xp=None), y, saved, cells)
 
 
-def backward_op(ctx, dy, dh_n, dc_n, *_):
-    kept, p, grads = ctx.saved_tensors, ctx.problem, (dy, dh_n, dc_n)
-    state, saved = kept[:6], kept[6:]
-    found = _window_adjoint(grads, state, saved[0], p) if p.windowed else _adjoint(grads, state, saved, p, ctx.needs_input_grad[1:3])
-    return *found, *_NOTHING, None
+def backward_op(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    count = len(Inputs._fields)
+    kept, p, needs = ctx.saved_tensors, ctx.problem, Inputs(*ctx.needs_input_grad[:count])
+    state, outputs = Inputs(*kept[:count]), kept[count:]
+    found = (_window_adjoint(state, p, dy, dh_n, dc_n) if p.windowed
+             else _adjoint(state, p, dy, dh_n, dc_n, *outputs, needs.w_hh, needs.w_hr))
+    return *found, *(None,) * (len(Problem._fields) + 1)
 
 
 def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
@@ -159,12 +201,12 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
-        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, *p)
+        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, p)
+        return y, h_n, c_n, report
+    if not graph and _plain(*tensors):
+        xp = _project_now(x, w_ih, bias, p.backend, passing=True)
+        y, h_n, c_n, _, _, report = run.forward(Inputs(xp, w_hh, w_hr, h0, c0, base, lengths), p, False)
     else:
         save = gradient and not p.windowed
-        if not graph and _plain(*tensors):  # the op's own code, without the price of an op at every step of a stream
-            xp = _project_now(x, w_ih, bias, p.backend, passing=True)
-            (y, _, _, h_n, c_n, *_), report = run.outputs(xp, w_hh, w_hr, h0, c0, base, lengths, *p, save)
-        else:
-            y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, save)
+        y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, save)
     return y, h_n, c_n, report

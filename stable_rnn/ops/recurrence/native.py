@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 
@@ -11,10 +12,11 @@ from torch.autograd import forward_ad
 
 from ... import _native
 from ...cells import CELLS
-from .compiled import DTYPES, Kernels, at, dense, rows_like, sizes
+from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
+from .compiled import Kernels, shared
+from .fields import Backward, Forward, WindowedBackward
 from .problem import Problem
 
-_TAKEN = (torch.float32, torch.bfloat16)
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
 _LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
@@ -27,7 +29,7 @@ def can_run(p: Problem | None, xp: Tensor, w_hh: Tensor | None = None, w_hr: Ten
         return False, f"the compiled module is missing ({_native.reason})"
     if xp.device.type != "cpu":
         return False, f"the compiled kernels run on the CPU, the tensors are on {xp.device}"
-    if xp.dtype not in _TAKEN:
+    if xp.dtype not in CPU_DTYPES:
         return False, f"the compiled kernels take float32 and bfloat16, not {xp.dtype}"
     return True, ""
 
@@ -50,8 +52,15 @@ def _borrow(*shape: int) -> Tensor:
     return _scratch.memory[:size].view(shape)
 
 
-_kernels = Kernels(lambda *fields: _native.lib.recurrence_forward(*fields), lambda *fields: _native.lib.recurrence_backward(*fields),
-                   lambda t: DTYPES[t.dtype], _make)
+class _Kernels(Kernels):
+    make = staticmethod(_make)
+
+    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, None]:
+        lib = _native.lib
+        return lib.recurrence_forward if isinstance(fields, Forward) else lib.recurrence_backward, addresses(fields), None
+
+
+_kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 
 
@@ -71,13 +80,14 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     for first in range(0, lanes, max(group, 1)):
         last = min(first + group, lanes)
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
-        _native.lib.recurrence_windowed_backward(
-            *sizes(p, DTYPES[w_hh.dtype], w_hh, batch), at(base), at(lengths), 0, 0, first, last,
-            at(xp), at(w_hh), at(w_hr), at(h0), at(c0), at(dy), at(dh_n), at(dc_n), 0,
-            at(dz), 0, at(h_prev), *(map(at, projected) if projected else (0, 0)), at(dxp), at(dh0), at(dc0))
+        dh, m = projected or (None, None)
+        _native.lib.recurrence_windowed_backward(*addresses(WindowedBackward(
+            **shared(p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths), first=first, last=last,
+            xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=dc_n, dz=dz, h_prev=h_prev, dh=dh, m=m,
+            dxp=dxp, dh0=dh0, dc0=dc0)))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
-            dw_hr.addmm_(projected[0].T, projected[1])
+            dw_hr.addmm_(dh.T, m)
     if lengths is not None:  # a row without any time hands its gradients straight through
         none = (lengths == 0)[:, None]
         dh0 = torch.where(none, dh_n.float(), dh0)
@@ -98,7 +108,9 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
     """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S). `passing`: it lies in this thread's scratch memory, until the next call."""
     x, w_ih, bias = dense(x, w_ih, bias)
     xp = (_borrow if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
-    _native.lib.input_projection(0, torch.get_num_threads(), *x.shape, w_ih.shape[0], at(x), at(w_ih), at(bias), 0, at(xp))
+    (rows, inputs), sums = x.shape, w_ih.shape[0]
+    _native.lib.input_projection(dtype=DTYPES[x.dtype], threads=torch.get_num_threads(), rows=rows, input=inputs, sums=sums, x=at(x),
+                                 w_ih=at(w_ih), b_ih=at(bias), b_hh=0, xp=at(xp))
     return xp
 
 
@@ -113,7 +125,7 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     inputs, hidden = x.shape[1], h.shape[1]
     rows = hidden if c is None else 4 * hidden
     w_ih, w_hh, b_ih, b_hh = weights
-    if kind not in _TAKEN or w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
+    if kind not in CPU_DTYPES or w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
         return False
     if b_ih is None or b_hh is None:
         if b_ih is not b_hh:

@@ -5,8 +5,9 @@ The words are those of `csrc/include/stable_rnn/params.h`: a *row* is one sequen
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, log
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +63,85 @@ class Problem(NamedTuple):
     def lanes(self) -> int:
         """Lanes per row."""
         return -(-self.steps // self.stride)
+
+
+class Inputs(NamedTuple):
+    """The tensors of the op `recurrence`, in the order of its schema."""
+
+    xp: Tensor  # (N, G*H)
+    w_hh: Tensor  # (G*H, P)
+    w_hr: Tensor | None  # (P, H)
+    h0: Tensor  # (B, P)
+    c0: Tensor | None  # (B, H), cells that have c
+    base: Tensor | None  # (B,) int64
+    lengths: Tensor | None  # (B,) int64
+
+    @property
+    def rows(self) -> Tensor:
+        """A tensor of buffer rows; it sets dtype and device."""
+        return self.xp
+
+    @property
+    def state(self) -> Tensor:
+        """A tensor of h's shape (B, P)."""
+        return self.h0
+
+
+class BackwardInputs(NamedTuple):
+    """The tensors of the op `recurrence_backward`; `y`, `saved`, `cells` as in `Output`."""
+
+    dy: Tensor  # (N, P)
+    dh_n: Tensor  # (B, P)
+    dc_n: Tensor | None  # (B, H), cells that have c
+    y: Tensor
+    saved: Tensor
+    cells: Tensor
+    w_hh: Tensor
+    w_hr: Tensor | None
+    c0: Tensor | None
+    base: Tensor | None
+    lengths: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.dy
+
+    @property
+    def state(self) -> Tensor:
+        return self.dh_n
+
+
+class WindowedInputs(NamedTuple):
+    """The tensors of the op `windowed_backward`."""
+
+    dy: Tensor
+    dh_n: Tensor
+    dc_n: Tensor | None
+    xp: Tensor
+    w_hh: Tensor
+    w_hr: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    base: Tensor | None
+    lengths: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        return self.xp
+
+    @property
+    def state(self) -> Tensor:
+        return self.h0
+
+
+T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
+
+
+def unpack(kind: type[T], arguments: Sequence) -> tuple[T, Problem, *tuple[Any, ...]]:
+    """An op's arguments by their names: its tensors, its problem, and what the schema has behind them."""
+    first = len(kind._fields)
+    last = first + len(Problem._fields)
+    return kind(*arguments[:first]), Problem(*arguments[first:last]), *arguments[last:]
 
 
 class Output(NamedTuple):

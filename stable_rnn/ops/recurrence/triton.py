@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from ...cells import CELLS, of_code
 from ...precision import tf32_allowed, tf32x3_asked
+from ..kernel_args import DTYPES, TF32
 from . import windows
-from .compiled import DTYPES, TF32, Kernels
+from .compiled import Kernels
+from .fields import Backward, Forward
 from .problem import Problem
 
 ALL_STEPS = 2**31 - 1
@@ -147,46 +150,47 @@ def on_chip(device: Device) -> int:
     return 8 << 10  # in registers
 
 
-def _forward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, xp, w_hh, _w_hr,
-             h0, c0, h_init, c_init, _hidden_bias, y, h_n, c_n, *rest, many: bool = False) -> None:
-    if y is None or steps == 0:  # no time, or no unit
-        for state, given in ((h_n, h0), (c_n, c0)):
-            if state is not None:
-                state.copy_(given)
-        return
-    count = -(-steps // stride) * batch if ids is None else chosen
-    tensors = (xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids, y, h_n, c_n, *rest)
-    _launch(False, cell, dtype, hidden, tensors, xp, (cap, count, steps, batch, step, stride, warmup), min(steps, stride + warmup), many)
+# What the kernels take of the fields, in their order.
+_FORWARD = attrgetter(*"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split())
+_BACKWARD = attrgetter(*("dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
+                         "dh_start dc_start dh_end dc_end").split())
 
 
-def _backward(cell, dtype, _threads, hidden, _out, cap, steps, batch, step, stride, warmup, base, lengths, ids, chosen, dy, y, saved, cells,
-              w_hh, _w_hr, c0, dh_n, dc_n, dh_init, dc_init, _h0, dz, _dh, dh0, dc0, *rest, many: bool = False) -> None:
-    if dz is None or steps == 0:
-        for state, given in ((dh0, dh_n), (dc0, dc_n)):
-            if state is not None:
-                state.copy_(given)
-        return
-    count = -(-steps // stride) * batch if ids is None else chosen
-    saved_cap = float(torch.tensor(cap, dtype=dy.dtype)) if cap < 1 else float("inf")  # as the saved forget gates were rounded
-    tensors = (dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids, dz, dh0, dc0, *rest)
-    _launch(True, cell, dtype, hidden, tensors, dy, (saved_cap, count, steps, batch, step, stride, warmup),
-            min(steps, stride + warmup) + 1, many)
+def _forward(f: Forward, many: bool = False) -> None:
+    if f.y is None or f.steps == 0:  # no time, or no unit
+        return _hand_on((f.h0, f.h_n), (f.c0, f.c_n))
+    _launch(False, f, _FORWARD(f), f.xp, f.cap, min(f.steps, f.stride + f.warmup), many)
 
 
-def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, x: Tensor, numbers: tuple, stages: int, many: bool) -> None:
-    """`tensors` and `numbers` in the kernels' order; x sets dtype and device, `many` asks for the configuration of windows."""
-    _, count, steps, _, _, stride, _ = numbers
+def _backward(f: Backward, many: bool = False) -> None:
+    if f.dz is None or f.steps == 0:
+        return _hand_on((f.dh_n, f.dh0), (f.dc_n, f.dc0))
+    cap = float(torch.tensor(f.cap, dtype=f.dy.dtype)) if f.cap < 1 else float("inf")  # as the saved forget gates were rounded
+    _launch(True, f, _BACKWARD(f), f.dy, cap, min(f.steps, f.stride + f.warmup) + 1, many)
+
+
+def _hand_on(*states: tuple[Tensor | None, Tensor | None]) -> None:
+    for given, state in states:
+        if state is not None:
+            state.copy_(given)
+
+
+def _launch(backward: bool, f: Forward | Backward, tensors: tuple, x: Tensor, cap: float, stages: int, many: bool) -> None:
+    """`tensors` in the kernels' order; x sets the device, `many` asks for the configuration of windows."""
+    count = -(-f.steps // f.stride) * f.batch if f.select is None else f.n_select
     if not count:
         return
-    cell, device = of_code(cell), device_of(x)
-    found = config(backward, cell.name, dtype, hidden, many or stride == 1 < steps, device)
+    numbers = (cap, count, f.steps, f.batch, f.step, f.stride, f.warmup)
+    cell, dtype, hidden, device = of_code(f.cell), f.dtype, f.hidden, device_of(x)
+    found = config(backward, cell.name, dtype, hidden, many or f.stride == 1 < f.steps, device)
     kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
     kernel = kernels.backward if backward else kernels.forward
     shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee"))
     shape |= options(found, dtype, device)
     tiles = -(-count // found.lanes)
     if found.small:
-        kernel[(tiles,)](*tensors, *numbers, **shape)
+        with torch.cuda.device_of(x):  # Triton launches on torch's current device
+            kernel[(tiles,)](*tensors, *numbers, **shape)
         return
     members, teams = team(tiles, -(-hidden // found.units), device.programs)
     width, gates = -(-hidden // 16) * 16, cell.gates if backward else 1
@@ -195,9 +199,10 @@ def _launch(backward: bool, cell: int, dtype: int, hidden: int, tensors: tuple, 
     arrivals = torch.zeros(teams, dtype=torch.int32, device=x.device)
     alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
     spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]
-    for begin, end in spans:
-        kernel[(teams * members,)](*tensors, planes, cells, arrivals, *numbers, members, begin, end, INNER=found.inner, WIDTH=width,
-                                   ALONE=alone, launch_cooperative_grid=cooperative, **shape)
+    with torch.cuda.device_of(x):
+        for begin, end in spans:
+            kernel[(teams * members,)](*tensors, planes, cells, arrivals, *numbers, members, begin, end, INNER=found.inner, WIDTH=width,
+                                       ALONE=alone, launch_cooperative_grid=cooperative, **shape)
 
 
 def team(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
@@ -213,33 +218,19 @@ def _dtype(x: Tensor) -> int:
     return TF32 if tf32_allowed() else TF32X3 if tf32x3_asked() else DTYPES[x.dtype]
 
 
-def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(shape, dtype=dtype)
+class _Kernels(Kernels):
+    """`many`: for the windows that `windows.py` gathers as rows of their own."""
+
+    dtype = staticmethod(_dtype)
+
+    def __init__(self, many: bool = False) -> None:
+        self._many = many
+
+    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, None]:
+        there = (None if isinstance(x, Tensor) and not x.numel() else x for x in fields)
+        return _forward if isinstance(fields, Forward) else _backward, (type(fields)(*there), self._many), None
 
 
-def _there(t: Tensor | None) -> Tensor | None:
-    return t if t is not None and t.numel() else None
-
-
-def _on_device(run: Callable) -> Callable:
-    """torch's current device is that of the tensors while `run` allocates and launches."""
-
-    def guarded(x: Tensor, *rest, **named):
-        with torch.cuda.device_of(x):
-            return run(x, *rest, **named)
-
-    return guarded
-
-
-_kernels = Kernels(_forward, _backward, _dtype, _make, _there)
-forward, backward = _on_device(_kernels.forward), _on_device(_kernels.backward)
-
-
-class _Windows:
-    """The same for the windows that `windows.py` gathers as rows of their own."""
-
-    _kernels = Kernels(partial(_forward, many=True), partial(_backward, many=True), _dtype, _make, _there)
-    forward, backward = staticmethod(_kernels.forward), staticmethod(_kernels.backward)
-
-
-windowed_backward = _on_device(partial(windows.windowed_backward, _Windows))
+_kernels = _Kernels()
+forward, backward = _kernels.forward, _kernels.backward
+windowed_backward = partial(windows.windowed_backward, _Kernels(many=True))

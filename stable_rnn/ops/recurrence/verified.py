@@ -7,38 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .problem import Adjoint, Output, Problem
+from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem
 
 PATIENCE = 0.5  # a pass pays if it leaves at most this part of the lanes that it reran
 FEW = 8  # so few lanes are rerun whatever the part
 
 
-def run(backend, tensors: tuple, p: Problem, save: bool) -> tuple[Output, list[float]]:
-    """Forward. `tensors`: xp, w_hh, w_hr, h0, c0, base, lengths."""
-    out = backend.forward(*tensors, p, save=save, borders=True)
+def run(backend: ModuleType, inputs: Inputs, p: Problem, save: bool) -> tuple[Output, list[float]]:
+    """Forward: the output, and the report [passes, lanes run again, largest jump, fell back]."""
+    out = backend.forward(*inputs, p, save=save, borders=True)
     again = lambda ids, h, c, out: backend.forward(  # noqa: E731
-        *tensors, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out)
-    out, report = _check(out, out._fields.index("h_start"), again, p, tensors[3].shape[0], tensors[6], ahead=False)
+        *inputs, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out)
+    out, report = _check(out, out._fields.index("h_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=False)
     if report[3]:
-        out = backend.forward(*tensors, p.whole(), save=save)
+        out = backend.forward(*inputs, p.whole(), save=save)
     return out, report
 
 
-def run_back(backend, tensors: tuple, p: Problem) -> tuple[Adjoint, list[float]]:
-    """Backward. `tensors`: dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths."""
-    out = backend.backward(*tensors, p, borders=True)
-    again = lambda ids, h, c, out: backend.backward(*tensors, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
-    out, report = _check(out, out._fields.index("dh_start"), again, p, tensors[1].shape[0], tensors[10], ahead=True)
+def run_back(backend: ModuleType, inputs: BackwardInputs, p: Problem) -> tuple[Adjoint, list[float]]:
+    """Backward, as `run`."""
+    out = backend.backward(*inputs, p, borders=True)
+    again = lambda ids, h, c, out: backend.backward(*inputs, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
+    out, report = _check(out, out._fields.index("dh_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=True)
     if report[3]:
-        out = backend.backward(*tensors, p.whole())
+        out = backend.backward(*inputs, p.whole())
     return out, report
 
 
-def _check(out, field: int, again: Callable, p: Problem, batch: int, lengths: Tensor | None, ahead: bool):
+def _check(out: Output | Adjoint, field: int, again: Callable, p: Problem, batch: int, lengths: Tensor | None, ahead: bool):
     """Rerun until every border agrees. `ahead`: a lane's start is the end of the lane after it (reverse time), else before it.
 
     Returns the output and [passes, lanes run again, largest jump, fell back]; one device sync a pass."""

@@ -11,20 +11,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ... import _native
-from ..recurrence.cuda import device_limits
+from .. import cuda_device
+from ..kernel_args import DTYPES
 from .native import BLOCK
-
-DEVICE = "cuda"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-lib = _native.lib if hasattr(_native.lib, "spectral_step_cuda") else None
 
 
 def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
-    if lib is None:
-        return False, "the compiled module was built without CUDA" if _native.lib else f"the compiled module is missing ({_native.reason})"
+    reason = cuda_device.missing()
+    if reason:
+        return False, reason
     for W, X in zip(matrices, blocks):
-        if W.device.type != DEVICE:
+        if not cuda_device.on_gpu(W):
             return False, f"the CUDA kernels run on CUDA devices, a matrix is on {W.device}"
         if W.device != matrices[0].device or X.device != W.device:
             return False, f"the CUDA kernels take matrices of one device, not of {matrices[0].device} and {W.device}"
@@ -34,7 +31,7 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
             return False, f"the CUDA kernels take contiguous float32 blocks of at most {BLOCK} vectors"
     if not matrices:
         return True, ""
-    limits, reason = device_limits(matrices[0].device.index or 0)
+    limits, reason = cuda_device.limits(matrices[0].device.index or 0)
     if limits is None:
         return False, reason
     if _workspace(matrices, blocks, limits) < 0:
@@ -45,7 +42,8 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
 
 def _workspace(matrices: list[Tensor], blocks: list[Tensor], limits: tuple[int, ...]) -> int:
     """Bytes that a step needs on a device with these limits; -1 where it cannot run."""
-    return _workspace_of(lib, tuple((DTYPES[W.dtype], *W.shape, W.shape[1], X.shape[1], 0, 0) for W, X in zip(matrices, blocks)), limits)
+    shapes = tuple((DTYPES[W.dtype], *W.shape, W.shape[1], X.shape[1], 0, 0) for W, X in zip(matrices, blocks))
+    return _workspace_of(cuda_device.lib, shapes, limits)
 
 
 @lru_cache(maxsize=64)
@@ -64,7 +62,7 @@ def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`, but on the device, and with no error for a matrix that is not finite: its norm is NaN."""
-    device = matrices[0].device if matrices else torch.device(DEVICE)
+    device = matrices[0].device if matrices else torch.device("cuda")
     norms = torch.empty(len(matrices), dtype=torch.float64, device=device)
     near = torch.empty(len(matrices), dtype=torch.int64, device=device)
     if not matrices:
@@ -73,11 +71,10 @@ def spectral_step(
     index = device.index or 0
     fields = tuple((DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks))
     shapes, limits = _table(fields, torch.int64), _table(tuple(bounds), torch.float64)
-    work = torch.empty(_workspace(dense, blocks, device_limits(index)[0]), dtype=torch.uint8, device=device)
-    stream = torch._C._cuda_getCurrentRawStream(index) if DEVICE == "cuda" else 0
-    lib.spectral_step_cuda(
+    work = torch.empty(_workspace(dense, blocks, cuda_device.limits(index)[0]), dtype=torch.uint8, device=device)
+    cuda_device.lib.spectral_step_cuda(
         0, scale, iterations, fresh, seed & (2**64 - 1), len(dense), shapes.data_ptr(), limits.data_ptr(), norms.data_ptr(),
-        near.data_ptr(), index, stream, work.data_ptr(), work.nbytes,
+        near.data_ptr(), index, cuda_device.stream(index), work.data_ptr(), work.nbytes,
     )
     for W, copy in zip(matrices, dense):
         if copy is not W:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import cuda_device
+
 LAG = 4  # calls between sending and reading: by then the copy has long arrived, so reading keeps no step waiting
-KINDS = {"cuda"}  # devices whose results are read later
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Sent:
 
 
 def on_gpu(matrices: Sequence[Tensor]) -> bool:
-    return bool(matrices) and all(W.device.type in KINDS for W in matrices)
+    return bool(matrices) and all(map(cuda_device.on_gpu, matrices))
 
 
 def capturing(matrices: Sequence[Tensor]) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..kernel_args import CPU_DTYPES, DTYPES
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK = 16  # SPECTRAL_BLOCK of spectral.h
 
 
@@ -17,17 +17,17 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
     for W, X in zip(matrices, blocks):
         if W.device.type != "cpu":
             return False, f"the compiled kernels run on the CPU, a matrix is on {W.device}"
-        if W.dtype not in DTYPES:
+        if W.dtype not in CPU_DTYPES:
             return False, f"the compiled kernels take float32 and bfloat16, not {W.dtype}"
         if X.shape[1] > BLOCK or X.dtype != torch.float32 or not X.is_contiguous():
             return False, f"the compiled kernels take contiguous float32 blocks of at most {BLOCK} vectors"
     return True, ""
 
 
-def table(matrices: list[Tensor], blocks: list[Tensor], dtypes: dict[torch.dtype, int]) -> Tensor:
+def table(matrices: list[Tensor], blocks: list[Tensor]) -> Tensor:
     """The fields of `SpectralMatrix`, a row for each matrix."""
     return torch.tensor(
-        [(dtypes[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(matrices, blocks)],
+        [(DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(matrices, blocks)],
         dtype=torch.int64, device="cpu",
     )
 
@@ -37,7 +37,7 @@ def spectral_step(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`."""
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
-    shapes = table(dense, blocks, DTYPES)
+    shapes = table(dense, blocks)
     limits = torch.tensor(bounds, dtype=torch.float64, device="cpu")
     norms = torch.empty(len(dense), dtype=torch.float64, device="cpu")
     near = torch.empty(len(dense), dtype=torch.int64, device="cpu")

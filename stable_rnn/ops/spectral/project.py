@@ -130,7 +130,7 @@ def spectral_project_(
 
 def _certified(matrices: list[Tensor], names: list[str], bounds: list[float], scale: bool, state: SpectralState) -> Tensor:
     def step(some: list[Tensor], blocks: list[Tensor], aims: list[float]) -> bool:
-        able = kernel(some, blocks)[0] is not None  # the reference would wait often
+        able = kernel(some, blocks) is not None  # the reference would wait often
         if able:
             torch.ops.stable_rnn.spectral_step_(some, blocks, aims, state.fresh, scale, COLD, _seed(state, matrices))
         return able

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ...dispatch import requested
+from ..backends import Backends, requested
 from ..outputs import fresh
-from . import reference
+from . import cuda, native, reference, triton
 from .norm import check_writable
 
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
-_MODULES = {"cuda": "cuda", "triton": "triton", "cpu": "native"}
-_GPU, _CPU = ("cuda", "triton"), ("cpu",)  # what `auto` tries before the reference
-_warned: set[str] = set()
+PROJECTION = Backends("projection", "projection", reference, cuda=cuda, triton=triton, cpu=native)
+_CPU = torch.device("cpu")
 
 
 def _spectral_step(
@@ -26,7 +23,8 @@ def _spectral_step(
     _check(matrices, blocks, bounds, iterations)
     home = _home(matrices)
     with torch.autocast(matrices[0].device.type if matrices else "cpu", enabled=False):
-        norms, near = _backend(matrices, blocks).spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
+        backend = PROJECTION.choose(requested(), _first(matrices), matrices, blocks)
+        norms, near = backend.spectral_step(matrices, blocks, bounds, fresh, scale, iterations, seed)
         return norms.to(home), near.to(home)
 
 
@@ -48,31 +46,13 @@ def _home(matrices: list[Tensor]) -> torch.device:
     return matrices[0].device if matrices and matrices[0].device.type != "mps" else torch.device("cpu")
 
 
-def kernel(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[ModuleType | None, str]:
-    """The compiled code that runs a step on these, by the rule of `stable_rnn.dispatch`, or None and the reasons why there is none."""
-    name = requested("auto")
-    if name in ("reference", "torch"):  # torch has no other code for this than the reference
-        return None, ""
-    on_gpu = bool(matrices) and matrices[0].device.type == "cuda"
-    reasons = []
-    for each in (_GPU if on_gpu else _CPU) if name == "auto" else (name,):
-        backend = import_module(f".{_MODULES[each]}", __package__)
-        able, reason = backend.can_run(matrices, blocks)
-        if able:
-            return backend, ""
-        reasons.append(reason)
-    return None, "; ".join(reasons)
+def _first(matrices: list[Tensor]) -> torch.device:
+    return matrices[0].device if matrices else _CPU
 
 
-def _backend(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType:
-    backend, reason = kernel(matrices, blocks)
-    name = requested("auto")
-    if backend is None and reason and name != "auto":
-        raise ValueError(f"backend {name!r} cannot run this projection: {reason}")
-    if backend is None and reason and reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"stable_rnn runs its slow reference projection: {reason}", RuntimeWarning, stacklevel=2)
-    return backend or reference
+def kernel(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType | None:
+    """The compiled code that runs a step on these, if any does."""
+    return PROJECTION.find(requested(), _first(matrices), matrices, blocks)[0]
 
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):

@@ -10,10 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernel_args import DTYPES
 from ..recurrence import triton as recurrence
 from .native import BLOCK
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # For Triton's compiler. Threads that hold the same element must find the same bits, as all of them store it: a sum whose products are fused
 # in one thread's order and not in another's would differ. (tl.dot has its own fma, whatever is said here.)
 OPTIONS = dict(num_warps=8, enable_fp_fusion=False)

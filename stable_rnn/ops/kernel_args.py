@@ -1,0 +1,35 @@
+"""What compiled kernels take for tensors: codes of dtypes, and addresses of row-major memory."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum DType`; TF32 is asked for by number
+TF32 = 3
+CPU_DTYPES = (torch.float32, torch.bfloat16)  # that the kernels of the CPU take
+_NUMBERS = frozenset((int, float, bool))
+
+
+def at(t: Tensor | None) -> int:
+    """The address of a tensor's values; 0, which kernels take for an absent tensor, for None alone and for tensors without elements."""
+    address = 0 if t is None else t.data_ptr()
+    if not address and t is not None and t.numel():
+        raise RuntimeError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP does between uses")
+    return address
+
+
+def addresses(fields: Iterable[Tensor | float | None]) -> list[float]:
+    """The fields of a call, with the address of each tensor."""
+    return [0 if x is None else x if type(x) in _NUMBERS else x.data_ptr() or at(x) for x in fields]  # `at` without most of its calls
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Row by row in memory, with the values that are read there (a negative view of torch's holds the others)."""
+    return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
+
+
+def rows_like(t: Tensor) -> Tensor:
+    """Memory for what a kernel writes row by row. (`empty_like` alone keeps the strides of a transposed tensor.)"""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)

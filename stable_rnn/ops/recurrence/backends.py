@@ -1,0 +1,58 @@
+"""The backends of the recurrence: the one that runs a problem, and the table that `stable_rnn.backends()` gives."""
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from .. import cuda_device
+from ..backends import Backends, requested
+from . import cuda, native, reference, triton
+from .problem import Problem
+
+RECURRENCE = Backends("recurrence", "problem", reference, cuda=cuda, triton=triton, cpu=native)
+
+
+class Backend(NamedTuple):
+    name: str
+    available: bool
+    reason: str
+
+
+def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleType:
+    """The module (with `forward`, `backward`, `windowed_backward`) that runs this problem on tensors like x."""
+    name = requested(p.backend)
+    if name == "torch":
+        raise ValueError("backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
+                         "auto, cuda, triton, cpu, reference")
+    return RECURRENCE.choose(name, x.device, p, x, w_hh, w_hr)
+
+
+def leave_to_torch(x: Tensor) -> bool:
+    """Whether `auto` gives a plain recurrence to torch's own: other devices, dtypes without a kernel here, no compiled module. On GPUs
+    cuDNN keeps every plain recurrence until the kernels here are measured against it. On CPUs oneDNN is level for large batches, slower for
+    small ones and packed input (benchmarks/README.md)."""
+    return _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)
+
+
+def backends() -> list[Backend]:
+    """Every backend, whether it can run here, and why or why not."""
+    gpu = torch.empty(0, device="cuda") if torch.cuda.is_available() else None
+    rows = [_on_gpu("cuda", gpu, "compiled CUDA kernels; float32, float16, bfloat16"),
+            _on_gpu("triton", gpu, "kernels that Triton compiles at first use; float32, float16, bfloat16")]
+    return rows + [
+        Backend("cpu", _native.lib is not None, _native.reason or "compiled C++ kernels; float32, bfloat16"),
+        Backend("torch", True, "torch's own recurrence, for plain Recurrent() stacks"),
+        Backend("reference", True, "plain torch, any dtype and device, slow"),
+    ]
+
+
+def _on_gpu(name: str, gpu: Tensor | None, what: str) -> Backend:
+    able, reason = RECURRENCE.kernels[name].can_run(None, torch.empty(0) if gpu is None else gpu)
+    if gpu is None:
+        no_driver = cuda_device.limits(0)[1] if name == "cuda" and cuda_device.lib else ""
+        reason = no_driver or reason.replace("the tensors are on cpu", "torch finds none here")
+    return Backend(name, able, what if able else reason)
