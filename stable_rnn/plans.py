@@ -188,7 +188,8 @@ def use_plan(model: M, plan: Plan) -> Iterator[M]:
         yield model
     finally:
         for m, old in zip(found, before, strict=True):
-            m.plan = old
+            if _has_plan(m):  # still: `unstabilize` may have been called inside
+                m.plan = old
 
 
 class _Planned(Protocol):

@@ -2,8 +2,8 @@
 
 The first forward pass in training mode notes the versions of the weights; a projection, or weights that are loaded, forget them again.
 Versions that have moved when the module leaves training mode are the optimizer's; fused and compiled optimizers move weights and not
-their versions, and are not seen. Nothing is read from a device, and the notes are no part of the module: state dicts, copies and pickles
-don't hold them."""
+their versions, `fully_shard` puts other parameters in the place of the module's for a forward pass: these are not seen. Nothing is read
+from a device, and the notes are no part of the module: state dicts, copies and pickles don't hold them."""
 from __future__ import annotations
 
 import warnings
