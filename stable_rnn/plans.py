@@ -196,7 +196,7 @@ class _Planned(Protocol):
     plan: Plan
 
 
-def _has_plan(m: nn.Module) -> TypeGuard[_Planned]:
+def _has_plan(m: object) -> TypeGuard[_Planned]:
     return isinstance(getattr(m, "plan", None), Plan)
 
 
