@@ -188,14 +188,15 @@ def use_plan(model: _M, plan: Plan) -> Iterator[_M]:
         yield model
     finally:
         for m, old in zip(found, before, strict=True):
-            m.plan = old
+            if _has_plan(m):  # still: `unstabilize` may have been called inside
+                m.plan = old
 
 
 class _Planned(Protocol):
     plan: Plan
 
 
-def _has_plan(m: nn.Module) -> TypeGuard[_Planned]:
+def _has_plan(m: object) -> TypeGuard[_Planned]:
     return isinstance(getattr(m, "plan", None), Plan)
 
 

@@ -2,13 +2,13 @@
 
 The first forward pass in training mode notes the versions of the weights; a projection, or weights that are loaded, forget them again.
 Versions that have moved when the module leaves training mode are the optimizer's; fused and compiled optimizers move weights and not
-their versions, and are not seen. Nothing is read from a device, and the notes are no part of the module: state dicts, copies and pickles
-don't hold them."""
+their versions, `fully_shard` puts other parameters in the place of the module's for a forward pass: these are not seen. Nothing is read
+from a device, and the notes are no part of the module: state dicts, copies and pickles don't hold them."""
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakSet, ref
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from torch import nn
 if TYPE_CHECKING:
     from .bookkeeping import Bookkeeping
 
-_noted: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], int]]] = WeakKeyDictionary()
+# id and version by name: torch swaps no tensor (swap_module_params_on_conversion) to which there is a weak reference
+_noted: WeakKeyDictionary[nn.Module, dict[str, tuple[int, int]]] = WeakKeyDictionary()
 _told: WeakSet[nn.Module] = WeakSet()
 
 
@@ -25,8 +26,8 @@ def trains(module: Bookkeeping) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or module.stability is None or module.stability.rate is None:
         return
     if module not in _noted and not torch._C._are_functorch_transforms_active():
-        weights = (w for w in module._parameters.values() if isinstance(w, nn.Parameter) and not w.is_inference())
-        _noted[module] = [(ref(w), w._version) for w in weights]
+        weights = {name: w for name, w in module._parameters.items() if isinstance(w, nn.Parameter) and not w.is_inference()}
+        _noted[module] = {name: (id(w), w._version) for name, w in weights.items()}
 
 
 def settled(*modules: nn.Module) -> None:
@@ -37,7 +38,8 @@ def settled(*modules: nn.Module) -> None:
 
 def leaves_training(module: Bookkeeping) -> None:
     """On the way to eval mode: says, once a module, that the optimizer has moved weights which no projection has seen."""
-    moved = {w for weight, version in _noted.get(module, ()) if (w := weight()) is not None and w._version > version}
+    moved = {name for name, (number, version) in _noted.get(module, {}).items()
+             if (w := module._parameters.get(name)) is not None and id(w) == number and w._version > version}
     stability = module.stability
     if not moved or stability is None or stability.rate is None or module in _told:
         return
@@ -45,7 +47,7 @@ def leaves_training(module: Bookkeeping) -> None:
         written = stability.projected_names(module)
     except ValueError:  # computed weights: no projection can reach them
         return
-    if any(getattr(module, name) in moved for name in written):
+    if not moved.isdisjoint(written):
         _told.add(module)
         warnings.warn(f"{type(module).__name__} was trained and not projected since, so its weights may have left {stability}: "
                       "project_after_step(optimizer, model) keeps them inside, module.project_() brings them back, module.certificate() "

@@ -20,6 +20,7 @@ from stable_rnn import (
     Windowed,
     stabilize,
     unstabilize,
+    use_plan,
 )
 
 X = torch.randn(9, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -157,6 +158,14 @@ def test_pickles_of_what_was_swapped():
     torch.save(net, file)
     file.seek(0)
     torch.testing.assert_close(torch.load(file, weights_only=False)(X), net(X))
+
+
+def test_inside_of_use_plan():
+    net = stabilize(Net())
+    with use_plan(net, Windowed(2)):
+        unstabilize(net)
+    assert vars(net.lstm).keys() == vars(nn.LSTM(5, 6)).keys()
+    stabilize(net)
 
 
 def test_pickles_with_old_names():

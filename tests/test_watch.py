@@ -105,6 +105,18 @@ def test_a_move_does_not_hide_it():
     assert len(said(m.double().eval)) == 1
 
 
+@pytest.mark.parametrize("make", MODULES)
+def test_weights_that_torch_swaps(make):
+    m = make()
+    train(m)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        m.double()  # raises where a weak reference is held
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert m.weight_hh_l0.dtype == torch.float64
+
+
 def test_models_and_what_cannot_be_projected():
     net = nn.Sequential(nn.LSTM(3, 3), nn.LSTM(3, 4))
     stabilize(net, stability=Certified())
