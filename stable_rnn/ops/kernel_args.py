@@ -22,7 +22,8 @@ def at(t: Tensor | None) -> int:
 
 def addresses(fields: Iterable[Tensor | float | None]) -> list[float]:
     """The fields of a call, with the address of each tensor."""
-    return [0 if x is None else x if type(x) in _NUMBERS else x.data_ptr() or at(x) for x in fields]  # `at` without most of its calls
+    # `at` without most of its calls
+    return [0 if x is None else x if type(x) in _NUMBERS else x.data_ptr() or x.numel() and at(x) for x in fields]
 
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:

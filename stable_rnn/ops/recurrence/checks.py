@@ -43,7 +43,7 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
             raise ValueError(f"{name} is {tuple(t.shape)}, {t.dtype} on {t.device}; expected ({batch},), torch.int64 on {device}")
     if base is None and (n != p.steps * batch or abs(p.step) != batch):
         raise ValueError(f"{n} buffer rows, step {p.step}; without base, expected T * B = {p.steps * batch} rows and a step of B = {batch}")
-    if values and device.type == "cpu" and batch and (base is not None or lengths is not None):
+    if (base is not None or lengths is not None) and values and device.type == "cpu" and batch:
         _check_rows(p, n, batch, base, lengths, device)
 
 

@@ -2,25 +2,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernel_args import DTYPES, TF32, dense, rows_like
-from .fields import Backward, Forward
+from .fields import BACKWARD, FORWARD, Fields
 from .problem import Adjoint, Output, Problem
 
-__all__ = ["DTYPES", "TF32", "Kernels", "shared"]
+__all__ = ["DTYPES", "TF32", "Kernels", "lanes", "shared"]
 
 
 def shared(p: Problem, dtype: int, w_hh: Tensor, batch: int, base: Tensor | None, lengths: Tensor | None,
-           ids: Tensor | None = None) -> dict[str, Any]:
+           ids: Tensor | None = None) -> Fields:
     """The fields that every struct begins with."""
-    return dict(cell=p.spec.code, dtype=dtype, threads=torch.get_num_threads(), hidden=w_hh.shape[0] // p.spec.gates, out=w_hh.shape[1],
+    (columns, out), cell = w_hh.shape, p.spec
+    return dict(cell=cell.code, dtype=dtype, threads=torch.get_num_threads(), hidden=columns // cell.gates, out=out,
                 cap=p.cap, steps=p.steps, batch=batch, step=p.step, stride=p.stride, warmup=p.warmup, base=base, length=lengths, select=ids,
                 n_select=0 if ids is None else len(ids))
+
+
+def lanes(fields: Fields) -> int:
+    """How many lanes a call runs."""
+    return -(-fields["steps"] // fields["stride"]) * fields["batch"] if fields["select"] is None else fields["n_select"]
 
 
 def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> list[Tensor]:
@@ -32,7 +37,7 @@ def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> lis
 class Kernels:
     """What the backends with kernels share; each says how it calls them."""
 
-    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, Any]:
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, Any]:
         """The kernel, what it takes, and what has to live until it is launched."""
         raise NotImplementedError
 
@@ -49,18 +54,18 @@ class Kernels:
                 h_init: Tensor | None = None, c_init: Tensor | None = None, out: Output | None = None) -> Output:
         """As `reference.forward`; `out` is written in place."""
         xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = dense(xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init)
-        n, batch, width = xp.shape[0], h0.shape[0], w_hh.shape[1]
-        cell, hidden = p.spec, w_hh.shape[0] // p.spec.gates
+        n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], w_hh.shape, p.spec
+        hidden = columns // cell.gates
         if out is None:
             empty = xp.new_empty(0)
-            make = partial(self.make, xp, lengths is not None)  # rows past a length are zero
-            saved = make(n, cell.saved * hidden) if save and cell.saved else empty
-            cells = make(n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
+            make, padded = self.make, lengths is not None  # rows past a length are zero
+            saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
+            cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
-            out = Output(make(n, width), saved, cells, rows_like(h0), rows_like(c0) if cell.has_cell else empty, *ends)
-        kernel, values, _held = self.call(Forward(
-            **shared(p, self.dtype(xp), w_hh, batch, base, lengths, ids),
-            xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, h_init=h_init, c_init=c_init, **out._asdict()))
+            out = Output(make(xp, padded, n, width), saved, cells, rows_like(h0), rows_like(c0) if cell.has_cell else empty, *ends)
+        kernel, values, _held = self.call(False, {
+            **FORWARD, **shared(p, self.dtype(xp), w_hh, batch, base, lengths, ids), **out._asdict(),
+            "xp": xp, "w_hh": w_hh, "w_hr": w_hr, "h0": h0, "c0": c0, "h_init": h_init, "c_init": c_init})
         kernel(*values)
         return out
 
@@ -71,17 +76,17 @@ class Kernels:
         """As `reference.backward`; `out` is written in place."""
         dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init = dense(
             dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init)
-        n, batch, width = y.shape[0], dh_n.shape[0], w_hh.shape[1]
-        cell, hidden = p.spec, w_hh.shape[0] // p.spec.gates
+        n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], w_hh.shape, p.spec
+        hidden = columns // cell.gates
         if out is None:
             empty = y.new_empty(0)
-            make = partial(self.make, y, lengths is not None)
+            make, padded = self.make, lengths is not None
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
-            out = Adjoint(make(n, w_hh.shape[0]), empty if w_hr is None else make(n, width), rows_like(dh_n),
+            out = Adjoint(make(y, padded, n, columns), empty if w_hr is None else make(y, padded, n, width), rows_like(dh_n),
                           rows_like(c0) if cell.has_cell else empty, *ends)
-        kernel, values, _held = self.call(Backward(
-            **shared(p, self.dtype(dy), w_hh, batch, base, lengths, ids),
-            dy=dy, y=y, saved=saved, cells=cells, w_hh=w_hh, w_hr=w_hr, c0=c0, dh_n=dh_n, dc_n=dc_n, dh_init=dh_init, dc_init=dc_init,
-            **out._asdict()))
+        kernel, values, _held = self.call(True, {
+            **BACKWARD, **shared(p, self.dtype(dy), w_hh, batch, base, lengths, ids), **out._asdict(),
+            "dy": dy, "y": y, "saved": saved, "cells": cells, "w_hh": w_hh, "w_hr": w_hr, "c0": c0, "dh_n": dh_n, "dc_n": dc_n,
+            "dh_init": dh_init, "dc_init": dc_init})
         kernel(*values)
         return out

@@ -15,8 +15,8 @@ from ...precision import tf32_allowed
 from .. import cuda_device
 from ..kernel_args import DTYPES, TF32, addresses
 from . import windows
-from .compiled import Kernels
-from .fields import Backward, Forward, Launch
+from .compiled import Kernels, lanes
+from .fields import LAUNCH, Fields
 from .problem import Problem
 
 PLACES = ("registers", "shared memory", "L2")
@@ -73,15 +73,15 @@ class _Kernels(Kernels):
 
     dtype = staticmethod(code)
 
-    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, Tensor]:
-        backward, lib = isinstance(fields, Backward), cuda_device.lib
-        x = fields.dy if backward else fields.xp
-        index = x.device.index or 0
-        entries = -(-fields.steps // fields.stride) * fields.batch if fields.select is None else fields.n_select
-        need = tiling(cuda_device.limits(index)[0], backward, of_code(fields.cell).name, fields.dtype, fields.hidden, entries)
-        work = torch.empty(need.get("workspace_bytes", 0), dtype=torch.uint8, device=x.device)
-        launch = Launch(index, cuda_device.stream(index), work, work.nbytes)
-        return lib.recurrence_backward_cuda if backward else lib.recurrence_forward_cuda, addresses((*fields, *launch)), work
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, Tensor]:
+        lib, device = cuda_device.lib, fields["w_hh"].device
+        index = device.index or 0
+        need = tiling(cuda_device.limits(index)[0], backward, of_code(fields["cell"]).name, fields["dtype"], fields["hidden"],
+                      lanes(fields))
+        work = torch.empty(need.get("workspace_bytes", 0), dtype=torch.uint8, device=device)
+        launch = {**LAUNCH, "device": index, "stream": cuda_device.stream(index), "workspace": work, "workspace_bytes": work.nbytes}
+        kernel = lib.recurrence_backward_cuda if backward else lib.recurrence_forward_cuda
+        return kernel, addresses((fields | launch).values()), work
 
 
 _kernels = _Kernels()

@@ -1,23 +1,21 @@
-"""The fields of the structs of `params.h` and of `CudaLaunch`, in their order: the one list of them in Python.
+"""The fields of the structs of `params.h` and of `CudaLaunch`, in their order, lanes spread out: the one list of them in Python.
 
-The compiled kernels take a struct's fields in this order, Triton's what they need of them by name. Lanes are spread out. Tensors stand for
-pointers until a call is made; absent ones are None."""
+A call is such a dict with values: numbers, tensors for pointers, None for null. The compiled kernels take the values in order, Triton's
+what they need by name."""
 from __future__ import annotations
 
-from collections import namedtuple
+from typing import Any
 
-_SHARED = "cell dtype threads hidden out cap  steps batch step stride warmup base length select n_select"
-_REST = {
-    "Forward": "xp w_hh w_hr h0 c0 h_init c_init hidden_bias  y h_n c_n saved cells h_start c_start h_end c_end",
-    "Backward": "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0  dz dh dh0 dc0 dh_start dc_start dh_end dc_end",
-    "WindowedBackward": "first last  xp w_hh w_hr h0 c0 dy dh_n dc_n hidden_bias  dz d_hidden h_prev dh m  dxp dh0 dc0",
-}
+Fields = dict[str, Any]
 
 
-def _struct(name: str):  # noqa: ANN202  a class
-    rest = _REST[name].split()
-    return namedtuple(name, [*_SHARED.split(), *rest], defaults=[None] * len(rest))
+def _nulls(names: str) -> Fields:
+    return dict.fromkeys(names.split())
 
 
-Forward, Backward, WindowedBackward = map(_struct, _REST)
-Launch = namedtuple("Launch", "device stream workspace workspace_bytes")
+_SHARED = "cell dtype threads hidden out cap  steps batch step stride warmup base length select n_select "
+FORWARD = _nulls(_SHARED + "xp w_hh w_hr h0 c0 h_init c_init hidden_bias  y h_n c_n saved cells h_start c_start h_end c_end")
+BACKWARD = _nulls(_SHARED + "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0  "
+                            "dz dh dh0 dc0 dh_start dc_start dh_end dc_end")
+WINDOWED_BACKWARD = _nulls(_SHARED + "first last  xp w_hh w_hr h0 c0 dy dh_n dc_n hidden_bias  dz d_hidden h_prev dh m  dxp dh0 dc0")
+LAUNCH = _nulls("device stream workspace workspace_bytes")

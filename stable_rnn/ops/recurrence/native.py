@@ -14,7 +14,7 @@ from ... import _native
 from ...cells import CELLS
 from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
-from .fields import Backward, Forward, WindowedBackward
+from .fields import WINDOWED_BACKWARD, Fields
 from .problem import Problem
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -55,9 +55,9 @@ def _borrow(*shape: int) -> Tensor:
 class _Kernels(Kernels):
     make = staticmethod(_make)
 
-    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, None]:
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
         lib = _native.lib
-        return lib.recurrence_forward if isinstance(fields, Forward) else lib.recurrence_backward, addresses(fields), None
+        return lib.recurrence_backward if backward else lib.recurrence_forward, addresses(fields.values()), None
 
 
 _kernels = _Kernels()
@@ -81,10 +81,11 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         last = min(first + group, lanes)
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         dh, m = projected or (None, None)
-        _native.lib.recurrence_windowed_backward(*addresses(WindowedBackward(
-            **shared(p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths), first=first, last=last,
-            xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=dc_n, dz=dz, h_prev=h_prev, dh=dh, m=m,
-            dxp=dxp, dh0=dh0, dc0=dc0)))
+        fields = {
+            **WINDOWED_BACKWARD, **shared(p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths), "first": first, "last": last,
+            "xp": xp, "w_hh": w_hh, "w_hr": w_hr, "h0": h0, "c0": c0, "dy": dy, "dh_n": dh_n, "dc_n": dc_n,
+            "dz": dz, "h_prev": h_prev, "dh": dh, "m": m, "dxp": dxp, "dh0": dh0, "dc0": dc0}
+        _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
             dw_hr.addmm_(dh.T, m)

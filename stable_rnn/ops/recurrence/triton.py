@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from operator import attrgetter
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ from ...cells import CELLS, of_code
 from ...precision import tf32_allowed, tf32x3_asked
 from ..kernel_args import DTYPES, TF32
 from . import windows
-from .compiled import Kernels
-from .fields import Backward, Forward
+from .compiled import Kernels, lanes
+from .fields import Fields
 from .problem import Problem
 
 ALL_STEPS = 2**31 - 1
@@ -151,38 +151,40 @@ def on_chip(device: Device) -> int:
 
 
 # What the kernels take of the fields, in their order.
-_FORWARD = attrgetter(*"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split())
-_BACKWARD = attrgetter(*("dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
+_FORWARD = itemgetter(*"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split())
+_BACKWARD = itemgetter(*("dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
                          "dh_start dc_start dh_end dc_end").split())
 
 
-def _forward(f: Forward, many: bool = False) -> None:
-    if f.y is None or f.steps == 0:  # no time, or no unit
-        return _hand_on((f.h0, f.h_n), (f.c0, f.c_n))
-    _launch(False, f, _FORWARD(f), f.xp, f.cap, min(f.steps, f.stride + f.warmup), many)
+def _forward(fields: Fields, many: bool = False) -> None:
+    if fields["y"] is None or fields["steps"] == 0:  # no time, or no unit
+        return _hand_on(fields, h0="h_n", c0="c_n")
+    _launch(False, fields, _FORWARD(fields), fields["cap"], min(fields["steps"], fields["stride"] + fields["warmup"]), many)
 
 
-def _backward(f: Backward, many: bool = False) -> None:
-    if f.dz is None or f.steps == 0:
-        return _hand_on((f.dh_n, f.dh0), (f.dc_n, f.dc0))
-    cap = float(torch.tensor(f.cap, dtype=f.dy.dtype)) if f.cap < 1 else float("inf")  # as the saved forget gates were rounded
-    _launch(True, f, _BACKWARD(f), f.dy, cap, min(f.steps, f.stride + f.warmup) + 1, many)
+def _backward(fields: Fields, many: bool = False) -> None:
+    if fields["dz"] is None or fields["steps"] == 0:
+        return _hand_on(fields, dh_n="dh0", dc_n="dc0")
+    cap, dtype = fields["cap"], fields["dy"].dtype
+    cap = float(torch.tensor(cap, dtype=dtype)) if cap < 1 else float("inf")  # as the saved forget gates were rounded
+    _launch(True, fields, _BACKWARD(fields), cap, min(fields["steps"], fields["stride"] + fields["warmup"]) + 1, many)
 
 
-def _hand_on(*states: tuple[Tensor | None, Tensor | None]) -> None:
-    for given, state in states:
-        if state is not None:
-            state.copy_(given)
+def _hand_on(fields: Fields, **names: str) -> None:
+    for given, state in names.items():
+        if fields[state] is not None:
+            fields[state].copy_(fields[given])
 
 
-def _launch(backward: bool, f: Forward | Backward, tensors: tuple, x: Tensor, cap: float, stages: int, many: bool) -> None:
-    """`tensors` in the kernels' order; x sets the device, `many` asks for the configuration of windows."""
-    count = -(-f.steps // f.stride) * f.batch if f.select is None else f.n_select
+def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: int, many: bool) -> None:
+    """`tensors` in the kernels' order; the first sets the device, `many` asks for the configuration of windows."""
+    count = lanes(fields)
     if not count:
         return
-    numbers = (cap, count, f.steps, f.batch, f.step, f.stride, f.warmup)
-    cell, dtype, hidden, device = of_code(f.cell), f.dtype, f.hidden, device_of(x)
-    found = config(backward, cell.name, dtype, hidden, many or f.stride == 1 < f.steps, device)
+    x, steps, stride = tensors[0], fields["steps"], fields["stride"]
+    numbers = (cap, count, steps, fields["batch"], fields["step"], stride, fields["warmup"])
+    cell, dtype, hidden, device = of_code(fields["cell"]), fields["dtype"], fields["hidden"], device_of(x)
+    found = config(backward, cell.name, dtype, hidden, many or stride == 1 < steps, device)
     kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
     kernel = kernels.backward if backward else kernels.forward
     shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee"))
@@ -226,9 +228,9 @@ class _Kernels(Kernels):
     def __init__(self, many: bool = False) -> None:
         self._many = many
 
-    def call(self, fields: Forward | Backward) -> tuple[Callable, Sequence, None]:
-        there = (None if isinstance(x, Tensor) and not x.numel() else x for x in fields)
-        return _forward if isinstance(fields, Forward) else _backward, (type(fields)(*there), self._many), None
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
+        there = {name: None if isinstance(x, Tensor) and not x.numel() else x for name, x in fields.items()}
+        return _backward if backward else _forward, (there, self._many), None
 
 
 _kernels = _Kernels()
