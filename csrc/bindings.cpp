@@ -187,6 +187,7 @@ void choose_isa(const std::string& name) {
 PYBIND11_MODULE(_C, module) {
   if (isa_problem()) throw py::import_error(isa_problem());
   module.doc() = "Kernels of stable_rnn: raw addresses in, nothing allocated, nothing returned. Use stable_rnn itself instead.";
+  module.attr("interface") = stable_rnn::interface_number;
   using py::arg;
 
   // recurrence: stable_rnn/params.h

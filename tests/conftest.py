@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, certificate_search.
 torch.set_num_threads(1)
 
 CHECK = ("test_install", "test_cuda_compile", "test_triton_compiled_recurrence", "test_triton_compiled_spectral",  # builds
-         "test_paper", "test_speed")  # benchmarks
+         "test_paper", "test_speed",  # benchmarks
+         "test_sharded")  # processes
 
 
 def pytest_collection_modifyitems(items):

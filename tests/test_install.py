@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from stable_rnn import _native
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "csrc", "pyproject.toml", "setup.py", "stable_rnn")
 EXT = sysconfig.get_config_var("EXT_SUFFIX")
@@ -150,6 +152,16 @@ def test_the_cuda_wheel_loads_without_a_driver(tree, tmp_path):
 def test_a_broken_binary_never_breaks_the_import(pure, name, content):
     (pure / "stable_rnn" / name).write_text(content)
     assert use(pure).startswith("False does not load: ")
+
+
+def test_a_binary_of_other_sources_is_not_used(pure):
+    """Its kernels would take addresses for sizes."""
+    (pure / "stable_rnn" / "_C.py").write_text("interface = 1")
+    assert use(pure) == ("False was built from other sources than this Python code; install the package again, or `make build` in a "
+                         "source tree")
+    (pure / "stable_rnn" / "_C.py").unlink()
+    header = (ROOT / "csrc/include/stable_rnn/params.h").read_text()
+    assert f"interface_number = {_native.INTERFACE};" in header
 
 
 def test_the_binary_can_be_switched_off():

@@ -151,6 +151,7 @@ def test_inductor_trains_on_a_batch_of_one(no_cache):
     close(torch.autograd.grad(torch.compile(net, fullgraph=True)(x), net.parameters()), expected)
 
 
+@pytest.mark.check
 def test_compiled_ahead_of_time(no_cache, tmp_path):
     """A package of AOTInductor, made and run with a transposed state."""
     m = StableLSTM(3, 4, stability=None).eval()
