@@ -28,7 +28,8 @@ _PROBLEM = "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, f
 _ROWS = "Tensor? base, Tensor? lengths"
 
 
-def _register(schema: str, kind: type, implementation: Callable, fake: Callable) -> None:
+def _register(schema: str, kind: type[Inputs] | type[BackwardInputs] | type[WindowedInputs], implementation: Callable,
+              fake: Callable) -> None:
     name = schema.split("(")[0]
     _library.define(schema)
 

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
 
-lib = _native.lib if hasattr(_native.lib, "recurrence_forward_cuda") else None
+lib: Any = _native.lib if hasattr(_native.lib, "recurrence_forward_cuda") else None
 
 
 def missing() -> str:

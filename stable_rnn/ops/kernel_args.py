@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ def at(t: Tensor | None) -> int:
     return address
 
 
-def addresses(fields: Iterable[Tensor | float | None]) -> list[float]:
-    """The fields of a call, with the address of each tensor."""
+def addresses(fields: Iterable[Any]) -> list[Any]:
+    """The fields of a call: numbers as they are, the addresses of tensors, 0 for None."""
     # `at` without most of its calls
     return [0 if x is None else x if type(x) in _NUMBERS else x.data_ptr() or x.numel() and at(x) for x in fields]
 

@@ -14,13 +14,13 @@ from .problem import Adjoint, Output, Problem
 __all__ = ["DTYPES", "TF32", "Kernels", "lanes", "shared"]
 
 
-def shared(p: Problem, dtype: int, w_hh: Tensor, batch: int, base: Tensor | None, lengths: Tensor | None,
+def shared(struct: Fields, p: Problem, dtype: int, w_hh: Tensor, batch: int, base: Tensor | None, lengths: Tensor | None,
            ids: Tensor | None = None) -> Fields:
-    """The fields that every struct begins with."""
+    """A struct's fields, of which those that every struct begins with have values."""
     (columns, out), cell = w_hh.shape, p.spec
-    return dict(cell=cell.code, dtype=dtype, threads=torch.get_num_threads(), hidden=columns // cell.gates, out=out,
-                cap=p.cap, steps=p.steps, batch=batch, step=p.step, stride=p.stride, warmup=p.warmup, base=base, length=lengths, select=ids,
-                n_select=0 if ids is None else len(ids))
+    return {**struct, "cell": cell.code, "dtype": dtype, "threads": torch.get_num_threads(), "hidden": columns // cell.gates, "out": out,
+            "cap": p.cap, "steps": p.steps, "batch": batch, "step": p.step, "stride": p.stride, "warmup": p.warmup, "base": base,
+            "length": lengths, "select": ids, "n_select": 0 if ids is None else len(ids)}
 
 
 def lanes(fields: Fields) -> int:
@@ -63,9 +63,9 @@ class Kernels:
             cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
             out = Output(make(xp, padded, n, width), saved, cells, rows_like(h0), rows_like(c0) if cell.has_cell else empty, *ends)
-        kernel, values, _held = self.call(False, {
-            **FORWARD, **shared(p, self.dtype(xp), w_hh, batch, base, lengths, ids), **out._asdict(),
-            "xp": xp, "w_hh": w_hh, "w_hr": w_hr, "h0": h0, "c0": c0, "h_init": h_init, "c_init": c_init})
+        fields = shared(FORWARD, p, self.dtype(xp), w_hh, batch, base, lengths, ids)
+        fields.update(zip(out._fields, out), xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, h_init=h_init, c_init=c_init)
+        kernel, values, _held = self.call(False, fields)
         kernel(*values)
         return out
 
@@ -84,9 +84,9 @@ class Kernels:
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
             out = Adjoint(make(y, padded, n, columns), empty if w_hr is None else make(y, padded, n, width), rows_like(dh_n),
                           rows_like(c0) if cell.has_cell else empty, *ends)
-        kernel, values, _held = self.call(True, {
-            **BACKWARD, **shared(p, self.dtype(dy), w_hh, batch, base, lengths, ids), **out._asdict(),
-            "dy": dy, "y": y, "saved": saved, "cells": cells, "w_hh": w_hh, "w_hr": w_hr, "c0": c0, "dh_n": dh_n, "dc_n": dc_n,
-            "dh_init": dh_init, "dc_init": dc_init})
+        fields = shared(BACKWARD, p, self.dtype(dy), w_hh, batch, base, lengths, ids)
+        fields.update(zip(out._fields, out), dy=dy, y=y, saved=saved, cells=cells, w_hh=w_hh, w_hr=w_hr, c0=c0, dh_n=dh_n, dc_n=dc_n,
+                      dh_init=dh_init, dc_init=dc_init)
+        kernel, values, _held = self.call(True, fields)
         kernel(*values)
         return out

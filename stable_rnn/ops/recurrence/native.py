@@ -81,10 +81,9 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         last = min(first + group, lanes)
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         dh, m = projected or (None, None)
-        fields = {
-            **WINDOWED_BACKWARD, **shared(p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths), "first": first, "last": last,
-            "xp": xp, "w_hh": w_hh, "w_hr": w_hr, "h0": h0, "c0": c0, "dy": dy, "dh_n": dh_n, "dc_n": dc_n,
-            "dz": dz, "h_prev": h_prev, "dh": dh, "m": m, "dxp": dxp, "dh0": dh0, "dc0": dc0}
+        fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths)
+        fields.update(first=first, last=last, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=dc_n,
+                      dz=dz, h_prev=h_prev, dh=dh, m=m, dxp=dxp, dh0=dh0, dc0=dc0)
         _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:

@@ -134,14 +134,14 @@ class WindowedInputs(NamedTuple):
         return self.h0
 
 
-T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
+T = TypeVar("T", bound=Inputs | BackwardInputs | WindowedInputs)
 
 
 def unpack(kind: type[T], arguments: Sequence) -> tuple[T, Problem, *tuple[Any, ...]]:
     """An op's arguments by their names: its tensors, its problem, and what the schema has behind them."""
-    first = len(kind._fields)
-    last = first + len(Problem._fields)
-    return kind(*arguments[:first]), Problem(*arguments[first:last]), *arguments[last:]
+    tensors = len(kind._fields)
+    given = tensors + len(Problem._fields)
+    return kind(*arguments[:tensors]), Problem(*arguments[tensors:given]), *arguments[given:]
 
 
 class Output(NamedTuple):
