@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,7 +344,12 @@ def test_can_run_says_why_not(monkeypatch):
                                    (W.to("meta"), X, "on meta"), (W, X.mT.contiguous().mT, "contiguous")):
         able, reason = cuda.can_run([W, matrix], [X, vectors])
         assert not able and words in reason
-    monkeypatch.setattr(cuda_device, "limits", lambda index: (None, "no driver"))
+
+    def no_driver(index):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(cuda_device, "lib", SimpleNamespace(cuda_limits=no_driver))
+    cuda_device.limits.cache_clear()
     assert cuda.can_run([W], [X]) == (False, "no driver")
     monkeypatch.setattr(cuda_device, "lib", None)
     assert cuda.can_run([W], [X])[1].startswith("the compiled module")
@@ -354,7 +360,7 @@ import ctypes, sys
 sys.path[:0] = {path}
 import torch
 from executor import build
-from stable_rnn.ops.spectral import cuda, native
+from stable_rnn.ops.spectral import native
 torch.set_num_threads(1)
 library = ctypes.CDLL({library!r})
 library.entry_step.restype = ctypes.c_char_p

@@ -62,7 +62,7 @@ def spectral_step(
     matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`, but on the device, and with no error for a matrix that is not finite: its norm is NaN."""
-    device = matrices[0].device if matrices else torch.device("cuda")
+    device = matrices[0].device if matrices else torch.device("cpu")
     norms = torch.empty(len(matrices), dtype=torch.float64, device=device)
     near = torch.empty(len(matrices), dtype=torch.int64, device=device)
     if not matrices:
