@@ -4,7 +4,7 @@
 # make fast    the tests of TESTS alone, stopping at the first failure                  (developers)
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
 # make bench   the table of benchmarks/README.md
-# make lint    ruff and mypy alone
+# make lint    ruff, mypy and the formatters alone; make format applies these
 #
 # Each makes .venv first where it has to: torch (the pinned CPU build), this package in editable mode, built in isolation.
 # TESTS="tests/test_cli.py -k doctor" and DEMO="--steps 200" pass arguments on.
@@ -19,10 +19,11 @@ V      := .venv/bin
 # Processes side by side, a file's tests in one of them: what a file builds, it builds once.
 PYTEST := $(V)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 CPP    := CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 # Two makes at once take turns at .venv and build, where the machine has flock.
 LOCK   := $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: demo test check fast lint bench build clean
+.PHONY: demo test check fast lint format bench build clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -41,7 +42,13 @@ fast: .venv/installed
 
 lint: .venv/installed
 	$(V)/ruff check .
+	$(V)/ruff format --check --quiet . || { echo "make format brings the Python files into form"; exit 1; }
+	$(V)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(V)/mypy
+
+format: .venv/installed
+	$(V)/ruff format .
+	$(V)/clang-format -i $(CXX_FILES)
 
 bench: .venv/installed
 	$(V)/python -m pytest benchmarks

@@ -63,17 +63,30 @@ class CMakeBuild(build_ext):
         ]
         cuda, compiler = choice("STABLE_RNN_CUDA", "auto", "on", "off"), nvcc()
         if cuda == "on" and compiler is None:
-            raise CompileError(NO_CUDA.format(reason="nvcc was not found on CUDACXX, PATH, CUDA_HOME or in /usr/local/cuda"))
+            raise CompileError(
+                NO_CUDA.format(reason="nvcc was not found on CUDACXX, PATH, CUDA_HOME or in /usr/local/cuda")
+            )
         without = [*configure, "-DSTABLE_RNN_CUDA=OFF"]
         if cuda == "off" or compiler is None:
             return self.cmake(without)
         archs = os.environ.get("STABLE_RNN_CUDA_ARCHS", "").replace(",", ";")
         try:
-            self.cmake([*configure, "-DSTABLE_RNN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={compiler}", f"-DSTABLE_RNN_CUDA_ARCHS={archs}"])
+            self.cmake(
+                [
+                    *configure,
+                    "-DSTABLE_RNN_CUDA=ON",
+                    f"-DCMAKE_CUDA_COMPILER={compiler}",
+                    f"-DSTABLE_RNN_CUDA_ARCHS={archs}",
+                ]
+            )
         except CompileError as error:
             if cuda == "on":
                 raise CompileError(NO_CUDA.format(reason="CMake failed, its output is above")) from error
-            print(NO_CUDA.format(reason=f"CMake failed with {compiler}, its output is above") + "\n  Going on without them.", flush=True)
+            print(
+                NO_CUDA.format(reason=f"CMake failed with {compiler}, its output is above")
+                + "\n  Going on without them.",
+                flush=True,
+            )
             self.cmake(without)
 
     def cmake(self, configure: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 m is a plain nn.LSTM or nn.RNN of one layer and direction, x is (T, B, I); the function gives y (T, B, H).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,7 +23,9 @@ def overlap_chunks(m: nn.RNNBase, x: Tensor, chunk: int, warmup: int) -> Callabl
     The first chunk needs no warm-up: in the same batch it runs over its own chunk + warmup times, and its first outputs are taken."""
     steps, batch, _ = x.shape
     if steps % chunk or warmup > chunk:
-        raise ValueError(f"overlap chunks: T={steps} must be a multiple of chunk={chunk}, and warmup={warmup} at most chunk")
+        raise ValueError(
+            f"overlap chunks: T={steps} must be a multiple of chunk={chunk}, and warmup={warmup} at most chunk"
+        )
     if steps <= chunk + warmup:
         return lambda: m(x)[0]
     starts = (torch.arange(0, steps, chunk, device=x.device) - warmup).clamp(min=0)
@@ -77,8 +80,14 @@ def shifted_products(m: nn.RNNBase, x: Tensor, k: int) -> Callable[[], Tensor]:
     return run
 
 
-def product_rate(inner: int, columns: int, rows: tuple[int, ...] = (256, 1024, 4096, 16384), dtype: torch.dtype = torch.float32,
-                 device: str = "cpu", seconds: float = 2.0) -> float:
+def product_rate(
+    inner: int,
+    columns: int,
+    rows: tuple[int, ...] = (256, 1024, 4096, 16384),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seconds: float = 2.0,
+) -> float:
     """The best rate, in FLOP/s, of torch's own product (rows, inner) x (inner, columns)."""
     weight = torch.randn(columns, inner).to(device, dtype)
     inputs = {str(n): torch.randn(n, inner).to(device, dtype) for n in rows}

@@ -4,6 +4,7 @@ Two processes, one with each tree's stable_rnn, take turns A B B A, so that a ma
 round (above 1: the working tree is faster); HEAD in a clean tree shows how much of it is noise. REF is built once, in build/compare/COMMIT;
 the working tree runs what `make build` left in it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,7 +38,9 @@ TAIL = 15  # lines shown of a build that fails
 def commit(ref: str) -> str:
     found = git("rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
     if found.returncode:
-        raise UserError(f"{ref!r} is no commit of {ROOT}" + (f" ({said})" if (said := found.stderr.decode().strip()) else ""))
+        raise UserError(
+            f"{ref!r} is no commit of {ROOT}" + (f" ({said})" if (said := found.stderr.decode().strip()) else "")
+        )
     return found.stdout.decode().strip()
 
 
@@ -75,10 +78,24 @@ def build(folder: Path) -> None:
     if not (cmake and ninja and pybind11):
         raise UserError("building needs cmake, ninja and pybind11: pip install -e '.[dev]'")
     objects = folder / "build"
-    for command in ([cmake, "-S", folder, "-B", objects, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'stable_rnn'}", "-DSTABLE_RNN_CUDA=OFF",
-                     f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-                    [cmake, "--build", objects]):
+    for command in (
+        [
+            cmake,
+            "-S",
+            folder,
+            "-B",
+            objects,
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'stable_rnn'}",
+            "-DSTABLE_RNN_CUDA=OFF",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ],
+        [cmake, "--build", objects],
+    ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         if done.returncode:
             raise UserError("the build failed; it ended with\n" + "\n".join(done.stdout.splitlines()[-TAIL:]))
@@ -109,8 +126,13 @@ class Worker:
     def start(self) -> None:
         more = {"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}
         script = Path(__file__).with_name("compare_cases.py")
-        self.process = subprocess.Popen([sys.executable, script, str(self.threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, env=os.environ | more | {"PYTHONPATH": str(self.tree)})
+        self.process = subprocess.Popen(
+            [sys.executable, script, str(self.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | more | {"PYTHONPATH": str(self.tree)},
+        )
         try:
             self.imported = self.answer()["file"]
         except Ended as error:
@@ -171,8 +193,15 @@ def summary(ref: Sequence[float], here: Sequence[float]) -> dict:
     """Medians, and the ratio of each round: a round's two turns are neighbours in time."""
     ratios = [a / b for a, b in zip(ref, here, strict=True)]
     quarter, middle, three = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"ref_ms": statistics.median(ref) * 1e3, "here_ms": statistics.median(here) * 1e3, "ratio": middle,
-            "quartiles": [quarter, three], "range": [min(ratios), max(ratios)], "fastest": min(ref) / min(here), "ratios": ratios}
+    return {
+        "ref_ms": statistics.median(ref) * 1e3,
+        "here_ms": statistics.median(here) * 1e3,
+        "ratio": middle,
+        "quartiles": [quarter, three],
+        "range": [min(ratios), max(ratios)],
+        "fastest": min(ref) / min(here),
+        "ratios": ratios,
+    }
 
 
 HEAD = f"{'case':58s} {'REF, ms':>10s} {'here, ms':>10s}  REF / here: median of rounds (quartiles) lowest … highest; fastest turns"
@@ -183,8 +212,10 @@ def line(row: dict) -> str:
         return f"{row['case']:58s} {row['note']}"
     low, high = row["range"]
     verdict = "  faster in every round" if low > 1 else "  slower in every round" if high < 1 else ""
-    return (f"{row['case']:58s} {row['ref_ms']:10.4f} {row['here_ms']:10.4f}  {row['ratio']:.3f} "
-            f"({row['quartiles'][0]:.3f} {row['quartiles'][1]:.3f}) {low:.3f} … {high:.3f}; {row['fastest']:.3f}{verdict}")
+    return (
+        f"{row['case']:58s} {row['ref_ms']:10.4f} {row['here_ms']:10.4f}  {row['ratio']:.3f} "
+        f"({row['quartiles'][0]:.3f} {row['quartiles'][1]:.3f}) {low:.3f} … {high:.3f}; {row['fastest']:.3f}{verdict}"
+    )
 
 
 # ---- command line
@@ -207,9 +238,23 @@ def parser() -> Parser:
     top = Parser(prog="benchmarks.compare", description=__doc__.split(":")[0])
     top.add_argument("ref", metavar="REF", help="a commit, branch or tag")
     top.add_argument("--only", type=pattern, metavar="PATTERN", help="cases that this regular expression is found in")
-    top.add_argument("--rounds", type=least_two, default=10, metavar="N", help="turns of each tree in a case (default %(default)s)")
-    top.add_argument("--seconds", type=positive(float), default=2.0, metavar="S", help="for all turns of a case (default %(default)s)")
-    top.add_argument("--threads", type=positive(int), default=0, metavar="N", help="for torch and the kernels (default: torch's choice)")
+    top.add_argument(
+        "--rounds", type=least_two, default=10, metavar="N", help="turns of each tree in a case (default %(default)s)"
+    )
+    top.add_argument(
+        "--seconds",
+        type=positive(float),
+        default=2.0,
+        metavar="S",
+        help="for all turns of a case (default %(default)s)",
+    )
+    top.add_argument(
+        "--threads",
+        type=positive(int),
+        default=0,
+        metavar="N",
+        help="for torch and the kernels (default: torch's choice)",
+    )
     top.add_argument("--out", type=Path, metavar="FILE", help="the rows, in JSON Lines")
     return top
 
@@ -231,10 +276,23 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name in CASES if not options.only or options.only.search(name)]
     if not names:
         raise UserError(f"--only {options.only.pattern}: no case has it; there are {', '.join(CASES)}")
-    log = jsonl.Log(options.out, {"what": "benchmarks.compare", "ref": options.ref, "commit": sha, "rounds": options.rounds,
-                                  "seconds": options.seconds, "threads": options.threads, "environment": environment(["cpu"])})
+    log = jsonl.Log(
+        options.out,
+        {
+            "what": "benchmarks.compare",
+            "ref": options.ref,
+            "commit": sha,
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "threads": options.threads,
+            "environment": environment(["cpu"]),
+        },
+    )
     if module_is_older(ROOT):
-        print("note: sources in csrc are newer than the working tree's compiled module; `make build` compiles them", file=sys.stderr)
+        print(
+            "note: sources in csrc are newer than the working tree's compiled module; `make build` compiles them",
+            file=sys.stderr,
+        )
     workers: dict[str, Worker] = {}
     try:
         for side, place in (("ref", tree(sha)), ("here", ROOT)):

@@ -2,6 +2,7 @@
 
 Run as a script, it first writes where its stable_rnn lies, then answers each line of standard input with one line of JSON: {"make": CASE}
 with the seconds of a call, or why the tree has no such case; {"calls": N} with the seconds of a call in a turn of N."""
+
 from __future__ import annotations
 
 import json
@@ -74,11 +75,19 @@ for _cell in ("LSTM", "RNN"):
     for _batch in (1, 8):
         for _size in (64, 256, 512):
             _steps = max(32, min(1024, 2**18 // (_batch * _size)))
-            CASES[f"{_cell} Recurrent B={_batch} T={_steps} H={_size} forward"] = partial(forward, _cell, _size, _steps, _batch)
+            CASES[f"{_cell} Recurrent B={_batch} T={_steps} H={_size} forward"] = partial(
+                forward, _cell, _size, _steps, _batch
+            )
         CASES[f"{_cell} Recurrent B={_batch} T=256 H=256 forward+backward"] = partial(training, _cell, 256, 256, _batch)
-    for _plan, _steps, _size in (("Chunked(256, 32)", 4096, 256), ("Verified()", 4096, 256), ("Windowed(32)", 1024, 128)):
+    for _plan, _steps, _size in (
+        ("Chunked(256, 32)", 4096, 256),
+        ("Verified()", 4096, 256),
+        ("Windowed(32)", 1024, 128),
+    ):
         CASES[f"{_cell} {_plan} B=1 T={_steps} H={_size} forward"] = partial(forward, _cell, _size, _steps, 1, _plan)
-    CASES[f"{_cell} Chunked(256, 32) B=1 T=1024 H=256 forward+backward"] = partial(training, _cell, 256, 1024, 1, "Chunked(256, 32)")
+    CASES[f"{_cell} Chunked(256, 32) B=1 T=1024 H=256 forward+backward"] = partial(
+        training, _cell, 256, 1024, 1, "Chunked(256, 32)"
+    )
     for _size in (64, 256):
         CASES[f"{_cell}Cell step B=1 H={_size}"] = partial(step, _cell + "Cell", _size)
 CASES["LSTM projection H=256"] = partial(projection, 256)

@@ -1,4 +1,5 @@
 """Pictures as SVG: text stays text, small enough to keep, and the same rows give the same bytes."""
+
 from __future__ import annotations
 
 import io

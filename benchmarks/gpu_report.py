@@ -2,6 +2,7 @@
 
 WORK holds stages.tsv (name, exit status, seconds, limit), NAME.log for each stage, and what the stages wrote: targets/, others/, speed/.
 """
+
 from __future__ import annotations
 
 import re
@@ -30,8 +31,11 @@ def main(work: Path, out: Path, commit: str) -> int:
         if (work / path).is_file():
             about, rows = jsonl.read(work / path)
             log.add(*({"part": part, **row} for row in rows), **{part: about})
-    tables = [(work / path).read_text() for path in ("targets/gpu_targets.md", "others/gpu_targets.md", "speed/speed.md")
-              if (work / path).is_file()]
+    tables = [
+        (work / path).read_text()
+        for path in ("targets/gpu_targets.md", "others/gpu_targets.md", "speed/speed.md")
+        if (work / path).is_file()
+    ]
     lines = [f"# {device}, commit {commit}", "", "| stage | how it went | seconds |", "|---|---|---|"]
     lines += [f"| {s['name']} | {s['status']} | {s['seconds']} |" for s in stages]
     (out / f"{name}.md").write_text("\n\n".join(["\n".join(lines), *tables]))
@@ -43,9 +47,19 @@ def main(work: Path, out: Path, commit: str) -> int:
 
 def stage(work: Path, name: str, code: str, seconds: str, limit: str) -> dict:
     log = work / f"{name}.log"
-    status = {"0": "passed", "124": f"stopped after {limit} s", "137": f"killed after {limit} s", "skipped": "no time left"}.get(code)
+    status = {
+        "0": "passed",
+        "124": f"stopped after {limit} s",
+        "137": f"killed after {limit} s",
+        "skipped": "no time left",
+    }.get(code)
     text = log.read_text(errors="replace") if log.is_file() else ""
-    return {"name": name, "status": status or f"failed, exit status {code}", "seconds": int(seconds), "log_tail": text[-TAIL:]}
+    return {
+        "name": name,
+        "status": status or f"failed, exit status {code}",
+        "seconds": int(seconds),
+        "log_tail": text[-TAIL:],
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The table of `benchmarks.gpu_targets`: rows as they come, checked, printed and kept."""
+
 from __future__ import annotations
 
 import argparse
@@ -26,7 +27,10 @@ class Table:
     def case(self, dtype: str = "float16", passes: str = "forward", **sizes: int) -> Case:
         sizes = {"B": 1, "k": 32} | sizes
         if self.tiny:
-            dtype, sizes = "float32" if dtype == "float16" else dtype, {name: min(value, TINY[name]) for name, value in sizes.items()}
+            dtype, sizes = (
+                "float32" if dtype == "float16" else dtype,
+                {name: min(value, TINY[name]) for name, value in sizes.items()},
+            )
         return Case((), "lstm", dtype, self.device, "plain", passes, **sizes)
 
     def name(self, case: Case, backend: str, what: str = "") -> str:
@@ -37,7 +41,9 @@ class Table:
             self.rates[dtype] = 1e10 if self.tiny else measure.gemm_rate(self.device, dtype, 1.0)
         return self.rates[dtype]
 
-    def run(self, case: Case, plans: Sequence[str], baselines: Sequence[str], backends: Sequence[str] | None = None) -> Measured:
+    def run(
+        self, case: Case, plans: Sequence[str], baselines: Sequence[str], backends: Sequence[str] | None = None
+    ) -> Measured:
         field = contestants.Field(tuple(plans), tuple(baselines), tuple(backends or self.kernels))
         rows, absent = measure.run_case(case, field, self.rate(case.dtype), self.limits)
         for one in absent:
@@ -47,23 +53,45 @@ class Table:
     def versus(self, what: str, ours: dict | None, theirs: dict | None, target: float | None) -> dict:
         """A row for one of ours against a baseline: rows of `measure.run_case`, None where it is absent."""
         if ours is None or theirs is None:
-            return self.note(what, target=target, note=f"not measured: no {'contestant' if ours is None else 'baseline'}")
-        fields = {"ours": ours["name"], "baseline": theirs["name"], "ours_ms": ours["seconds"]["median"] * 1e3,
-                  "baseline_ms": theirs["seconds"]["median"] * 1e3, "error": ours["error_of_function"], "tolerance": ours["tolerance"]}
+            return self.note(
+                what, target=target, note=f"not measured: no {'contestant' if ours is None else 'baseline'}"
+            )
+        fields = {
+            "ours": ours["name"],
+            "baseline": theirs["name"],
+            "ours_ms": ours["seconds"]["median"] * 1e3,
+            "baseline_ms": theirs["seconds"]["median"] * 1e3,
+            "error": ours["error_of_function"],
+            "tolerance": ours["tolerance"],
+        }
         wrong = ours["wrong"] or theirs["wrong"] and f"the baseline: {theirs['wrong']}"
         ratio = None if wrong else theirs["seconds"]["median"] / ours["seconds"]["median"]
         return self.note(what, ratio=ratio, target=target, wrong=wrong or None, **fields)
 
     def again(self, row: dict, what: str, target: float) -> None:
         """A row that is there already, under another name and with a target."""
-        self.note(what, **{name: value for name, value in row.items() if name not in ("case", "met")} | {"target": target})
+        self.note(
+            what, **{name: value for name, value in row.items() if name not in ("case", "met")} | {"target": target}
+        )
 
-    def value(self, what: str, ours: dict | None, value: Callable[[dict], float], unit: str, target: float | None, most: bool) -> None:
+    def value(
+        self, what: str, ours: dict | None, value: Callable[[dict], float], unit: str, target: float | None, most: bool
+    ) -> None:
         """A row for a figure of one of ours, with a target that it may not pass (`most`) or must reach."""
         if ours is None:
             return self.note(what, target=target, note="not measured: no contestant")
-        self.note(what, value=None if ours["wrong"] else value(ours), unit=unit, target=target, most=most, wrong=ours["wrong"],
-                  ours=ours["name"], ours_ms=ours["seconds"]["median"] * 1e3, error=ours["error_of_function"], tolerance=ours["tolerance"])
+        self.note(
+            what,
+            value=None if ours["wrong"] else value(ours),
+            unit=unit,
+            target=target,
+            most=most,
+            wrong=ours["wrong"],
+            ours=ours["name"],
+            ours_ms=ours["seconds"]["median"] * 1e3,
+            error=ours["error_of_function"],
+            tolerance=ours["tolerance"],
+        )
 
     def note(self, what: str, **fields: Any) -> dict:
         row = {"case": what, "target": None, "wrong": None, "note": ""} | fields
@@ -83,7 +111,9 @@ class Measured:
         self.rows = rows
 
     def ours(self, plan: str, backend: str) -> dict | None:
-        return next((r for r in self.rows if r["ours"] and r["backend"] == backend and r["name"].startswith(plan)), None)
+        return next(
+            (r for r in self.rows if r["ours"] and r["backend"] == backend and r["name"].startswith(plan)), None
+        )
 
     def best(self, name: str) -> dict | None:
         """The fastest right baseline of that name; a wrong one only if there is no other."""
@@ -96,31 +126,53 @@ def line(row: dict) -> str:
         return f"{row['case']}: WRONG: {row['wrong']}"
     if row.get("ratio", row.get("value")) is None:
         return f"{row['case']}: {row['note']}"
-    figure = f"{row['ratio']:.2f}x over {row['baseline']}" if "ratio" in row else f"{row['value']:.4g} {row['unit']}".rstrip()
+    figure = (
+        f"{row['ratio']:.2f}x over {row['baseline']}"
+        if "ratio" in row
+        else f"{row['value']:.4g} {row['unit']}".rstrip()
+    )
     if row["target"] is None:
         return f"{row['case']}: {figure}"
     return f"{row['case']}: {figure} (target {aim(row)}: {'met' if row['met'] else 'missed'})"
 
 
 def aim(row: dict) -> str:
-    return "" if row["target"] is None else f"{'≤' if row.get('most') else '≥'} {row['target']:.3g} {row.get('unit', '')}".rstrip()
+    return (
+        ""
+        if row["target"] is None
+        else f"{'≤' if row.get('most') else '≥'} {row['target']:.3g} {row.get('unit', '')}".rstrip()
+    )
 
 
 def markdown(about: dict, rows: list[dict]) -> str:
     facts = about["environment"]
     where = facts["gpu"]["name"] if "gpu" in facts else facts["processor"]
     said = f"{where}, commit {facts['commit']}, {facts['date']}, torch {facts['torch']}"
-    said += " **Not finished.**" * (not about["finished"]) + " **A rehearsal: tiny sizes on the CPU.**" * about["rehearsal"]
-    out = ["# GPU targets", "", said, "", "| case | ours, ms | baseline, ms | figure | target | error (allowed) | |",
-           "|---|---|---|---|---|---|---|"]
+    said += (
+        " **Not finished.**" * (not about["finished"]) + " **A rehearsal: tiny sizes on the CPU.**" * about["rehearsal"]
+    )
+    out = [
+        "# GPU targets",
+        "",
+        said,
+        "",
+        "| case | ours, ms | baseline, ms | figure | target | error (allowed) | |",
+        "|---|---|---|---|---|---|---|",
+    ]
 
     def cell(row: dict, name: str, form: str) -> str:
         return format(row[name], form) if row.get(name) is not None else ""
 
     for row in rows:
-        figure = cell(row, "value", ".4g") if row.get("ratio") is None else f"{row['ratio']:.2f}x over {row['baseline']}"
+        figure = (
+            cell(row, "value", ".4g") if row.get("ratio") is None else f"{row['ratio']:.2f}x over {row['baseline']}"
+        )
         error = cell(row, "error", ".1e") + (f" ({row['tolerance']:.1e})" if row.get("tolerance") is not None else "")
-        verdict = f"**WRONG: {row['wrong']}**" if row["wrong"] else {True: "met", False: "missed", None: row["note"]}[row["met"]]
+        verdict = (
+            f"**WRONG: {row['wrong']}**"
+            if row["wrong"]
+            else {True: "met", False: "missed", None: row["note"]}[row["met"]]
+        )
         times = f"{cell(row, 'ours_ms', '.4g')} | {cell(row, 'baseline_ms', '.4g')}"
         out.append(f"| {row['case']} | {times} | {figure} | {aim(row)} | {error} | {verdict} |")
     return "\n".join(out) + "\n"

@@ -3,6 +3,7 @@
 Every row is checked against float64 as in benchmarks.speed; a wrong one gets no ratio. Both GPU backends take part side by side. Writes
 gpu_targets.jsonl, row by row, and gpu_targets.md. `--rehearse` runs all of it in tiny sizes on the CPU, to test this file.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,8 +44,11 @@ def sweet_spot(table: Table) -> None:
 
 def beside_it(table: Table) -> None:
     """Batch 1, odd sizes, bfloat16: where cuDNN has no persistent kernel."""
-    for dtype, sizes in (("float16", dict(T=1024, B=1, H=512)), ("float16", dict(T=1024, B=16, H=200)),
-                         ("bfloat16", dict(T=1024, B=16, H=768))):
+    for dtype, sizes in (
+        ("float16", dict(T=1024, B=1, H=512)),
+        ("float16", dict(T=1024, B=16, H=200)),
+        ("bfloat16", dict(T=1024, B=16, H=768)),
+    ):
         for passes in PASSES:
             case = table.case(dtype, passes, **sizes)
             found = table.run(case, ["recurrent"], ["nn"])
@@ -58,8 +62,14 @@ def step_time(table: Table) -> None:
         case = table.case(**sizes)
         found = table.run(case, ["recurrent"], [])
         for backend in table.kernels:
-            table.value(table.name(case, backend, "time of a step,"), found.ours("Recurrent", backend),
-                        lambda row: row["seconds"]["median"] / row["T"] * 1e6, "us", most if backend == table.kernels[0] else None, True)
+            table.value(
+                table.name(case, backend, "time of a step,"),
+                found.ours("Recurrent", backend),
+                lambda row: row["seconds"]["median"] / row["T"] * 1e6,
+                "us",
+                most if backend == table.kernels[0] else None,
+                True,
+            )
 
 
 def windows(table: Table) -> None:
@@ -70,8 +80,14 @@ def windows(table: Table) -> None:
         for backend in table.kernels:
             ours, aims = found.ours("Windowed", backend), backend == table.kernels[0]
             what = f"Windowed({case.k})"
-            table.value(table.name(case, backend, what + ", share of the GEMM rate,"), ours, lambda row: row["rate_share"], "",
-                        share if aims else None, False)
+            table.value(
+                table.name(case, backend, what + ", share of the GEMM rate,"),
+                ours,
+                lambda row: row["rate_share"],
+                "",
+                share if aims else None,
+                False,
+            )
             table.versus(table.name(case, backend, what), ours, found.best("shifted"), least if aims else None)
             if not aims:
                 table.versus(table.name(case, backend, what), ours, first, 1 / 1.5)
@@ -90,7 +106,13 @@ def chunks(table: Table) -> None:
                 if row.get("ratio") and row["ratio"] > best.get((plan, backend, over), {"ratio": 0.0})["ratio"]:
                     best[plan, backend, over] = row
         for (plan, backend, over), row in best.items():
-            least = _least(plan, passes, over) if backend == table.kernels[0] else 100.0 if (plan, passes, over) == _TRITONS else None
+            least = (
+                _least(plan, passes, over)
+                if backend == table.kernels[0]
+                else 100.0
+                if (plan, passes, over) == _TRITONS
+                else None
+            )
             if least is not None:
                 table.again(row, f"best chunk: {row['case']}", least)
 
@@ -112,12 +134,18 @@ def others(table: Table) -> None:
             found = table.run(case, ["recurrent"], ["flashrnn_triton"])
             for backend in table.kernels:
                 table.versus(table.name(case, backend), found.ours("Recurrent", backend), found.best("FlashRNN"), 1.0)
-    for dtype, size, baseline, name in (("float32", 768, "haste", "haste"), ("float16", 768, "haste", "haste"),
-                                        ("bfloat16", 256, "flashrnn", "FlashRNN"), ("bfloat16", 768, "flashrnn", "FlashRNN")):
+    for dtype, size, baseline, name in (
+        ("float32", 768, "haste", "haste"),
+        ("float16", 768, "haste", "haste"),
+        ("bfloat16", 256, "flashrnn", "FlashRNN"),
+        ("bfloat16", 768, "flashrnn", "FlashRNN"),
+    ):
         for passes in PASSES:
             case = table.case(dtype, passes, T=1024, B=16, H=size)
             found = table.run(case, ["recurrent"], [baseline], table.kernels[:1])
-            table.versus(table.name(case, table.kernels[0]), found.ours("Recurrent", table.kernels[0]), found.best(name), 1.0)
+            table.versus(
+                table.name(case, table.kernels[0]), found.ours("Recurrent", table.kernels[0]), found.best(name), 1.0
+            )
 
 
 # ---- what cases do not say
@@ -129,8 +157,10 @@ def stacks(table: Table) -> None:
     kind = torch.float32 if table.tiny else torch.float16
     lengths = torch.linspace(steps // 8, steps, batch).long().flip(0)
     x = (torch.rand(steps, batch, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(table.device, kind)
-    for what, options, packed, least in ((f"packed, lengths {steps // 8} to {steps},", {}, True, 5.0),
-                                         ("2 layers, bidirectional,", dict(num_layers=2, bidirectional=True), False, 2.0)):
+    for what, options, packed, least in (
+        (f"packed, lengths {steps // 8} to {steps},", {}, True, 5.0),
+        ("2 layers, bidirectional,", dict(num_layers=2, bidirectional=True), False, 2.0),
+    ):
         plain = nn.LSTM(size, size, **options).to(table.device, kind)
         given = pack_padded_sequence(x, lengths) if packed else x
         double = PackedSequence(given.data.double(), given.batch_sizes) if packed else x.double()
@@ -145,7 +175,10 @@ def stacks(table: Table) -> None:
             for passes in PASSES:
                 name = f"LSTM {str(kind).removeprefix('torch.')} {what} B{batch} T{steps} H{size} {passes} [{backend}]"
                 try:
-                    rows = [timed(who, m, given, exact, allowed, passes) for who, m in (("ours", like(plain, ours)), ("nn.LSTM", plain))]
+                    rows = [
+                        timed(who, m, given, exact, allowed, passes)
+                        for who, m in (("ours", like(plain, ours)), ("nn.LSTM", plain))
+                    ]
                 except Exception as error:
                     table.note(name, note=contestants.in_a_line(error))
                     continue
@@ -165,7 +198,9 @@ def outputs(m: nn.LSTM, x: torch.Tensor | PackedSequence) -> torch.Tensor:
     return y.data if isinstance(y, PackedSequence) else y
 
 
-def timed(name: str, m: nn.LSTM, x: torch.Tensor | PackedSequence, exact: torch.Tensor, allowed: float, passes: str) -> dict:
+def timed(
+    name: str, m: nn.LSTM, x: torch.Tensor | PackedSequence, exact: torch.Tensor, allowed: float, passes: str
+) -> dict:
     backward = passes != PASSES[0]
     m.train(backward)
 
@@ -186,8 +221,11 @@ def projections(table: Table) -> None:
     """One step of the spectral projection after an update that moves a few singular values across the bound; where the spectrum is flat,
     so that a fifth of them lie at the bound, without a target; and the LSTM's own, which goes to the nearest weights."""
     lstm_projection(table)
-    for what, count, size, flat in (("4 x 512x512", 4, 512, False), ("2 layers x 4 x 1024x1024", 8, 1024, False),
-                                    ("512x512, flat spectrum", 1, 512, True)):
+    for what, count, size, flat in (
+        ("4 x 512x512", 4, 512, False),
+        ("2 layers x 4 x 1024x1024", 8, 1024, False),
+        ("512x512, flat spectrum", 1, 512, True),
+    ):
         what, size = (f"{what}, {count} x 16x16", 16) if table.tiny else (what, size)
         draw, bound = torch.Generator().manual_seed(0), 0.99
         state = SpectralState()
@@ -202,23 +240,52 @@ def projections(table: Table) -> None:
             spectral_project_(ws, bound, certify=certify, state=state)
 
         with torch.no_grad():
-            found = race({"update": partial(torch._foreach_copy_, ws, start), "step": partial(project, False),
-                          "certified": partial(project, True), "svd": partial(torch.linalg.svd, stack)},
-                         table.limits.seconds, device=table.device)
-        norms = race({"": lambda linears=linears: [m.weight for m in linears]}, table.limits.seconds / 4, device=table.device)[""]
+            found = race(
+                {
+                    "update": partial(torch._foreach_copy_, ws, start),
+                    "step": partial(project, False),
+                    "certified": partial(project, True),
+                    "svd": partial(torch.linalg.svd, stack),
+                },
+                table.limits.seconds,
+                device=table.device,
+            )
+        norms = race(
+            {"": lambda linears=linears: [m.weight for m in linears]}, table.limits.seconds / 4, device=table.device
+        )[""]
         for name, least_svd, least_norm, most in (("step", 10.0, 5.0, 20.0), ("certified", None, None, 200.0)):
             project(name == "certified")
             largest = float(torch.linalg.matrix_norm(torch.stack(ws).double(), 2).max())
-            wrong = f"norm {largest} after a certified projection to {bound}" if name == "certified" and not largest <= bound else None
+            wrong = (
+                f"norm {largest} after a certified projection to {bound}"
+                if name == "certified" and not largest <= bound
+                else None
+            )
             seconds = found[name].median - found["update"].median  # the update that a step follows is not its own
-            row = {"name": name, "seconds": {"median": seconds}, "error_of_function": max(largest - bound, 0.0), "tolerance": None,
-                   "wrong": wrong}
+            row = {
+                "name": name,
+                "seconds": {"median": seconds},
+                "error_of_function": max(largest - bound, 0.0),
+                "tolerance": None,
+                "wrong": wrong,
+            }
             if flat:
                 least_svd = least_norm = None
-            for over, time_, least in (("torch.linalg.svd", found["svd"], least_svd), ("spectral_norm", norms, least_norm)):
-                table.versus(f"projection, {name}, {what}", row, {"name": over, "seconds": time_._asdict(), "wrong": None}, least)
-            table.value(f"projection, {name}, {what}, time as called", row, lambda row: row["seconds"]["median"] * 1e6, "us",
-                        most if count == 4 else None, True)
+            for over, time_, least in (
+                ("torch.linalg.svd", found["svd"], least_svd),
+                ("spectral_norm", norms, least_norm),
+            ):
+                table.versus(
+                    f"projection, {name}, {what}", row, {"name": over, "seconds": time_._asdict(), "wrong": None}, least
+                )
+            table.value(
+                f"projection, {name}, {what}, time as called",
+                row,
+                lambda row: row["seconds"]["median"] * 1e6,
+                "us",
+                most if count == 4 else None,
+                True,
+            )
 
 
 def made(size: int, flat: bool, draw: torch.Generator) -> torch.Tensor:
@@ -247,22 +314,41 @@ def lstm_projection(table: Table) -> None:
         if project:
             m.project_(certify=False)
 
-    found = race({"without": partial(step, False), "with": partial(step, True)}, table.limits.seconds, device=table.device)
-    row = {"name": "project_(certify=False)", "seconds": {"median": found["with"].median - found["without"].median},
-           "error_of_function": None, "tolerance": None, "wrong": None}
-    table.value(f"projection of an LSTM, H{size}, beside a training step of {found['without'].median * 1e3:.2f} ms", row,
-                lambda row: row["seconds"]["median"] * 1e3, "ms", None, True)
+    found = race(
+        {"without": partial(step, False), "with": partial(step, True)}, table.limits.seconds, device=table.device
+    )
+    row = {
+        "name": "project_(certify=False)",
+        "seconds": {"median": found["with"].median - found["without"].median},
+        "error_of_function": None,
+        "tolerance": None,
+        "wrong": None,
+    }
+    table.value(
+        f"projection of an LSTM, H{size}, beside a training step of {found['without'].median * 1e3:.2f} ms",
+        row,
+        lambda row: row["seconds"]["median"] * 1e3,
+        "ms",
+        None,
+        True,
+    )
 
 
 # What takes longest comes late: a run that is stopped keeps what it has.
-PARTS = {part.__name__: part for part in (sweet_spot, windows, step_time, projections, beside_it, stacks, chunks, others)}
+PARTS = {
+    part.__name__: part for part in (sweet_spot, windows, step_time, projections, beside_it, stacks, chunks, others)
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = Parser(prog="benchmarks.gpu_targets", description=__doc__.split("\n")[0])
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
-    made.add_argument("--seconds", type=positive(float), default=1.0, metavar="S", help="for the turns of one comparison")
-    made.add_argument("--minutes", type=positive(float), default=60.0, metavar="M", help="start no part after this long")
+    made.add_argument(
+        "--seconds", type=positive(float), default=1.0, metavar="S", help="for the turns of one comparison"
+    )
+    made.add_argument(
+        "--minutes", type=positive(float), default=60.0, metavar="M", help="start no part after this long"
+    )
     made.add_argument("--only", choices=PARTS, action="append", help="a part of the table; may be given again")
     made.add_argument("--skip", choices=PARTS, action="append", default=[])
     made.add_argument("--commit", help="for the rows, where git cannot tell")
@@ -278,9 +364,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     if not options.rehearse and not torch.cuda.is_available():
         raise UserError("no GPU: torch finds no usable one here")
-    log = Log(options.out / "gpu_targets.jsonl", {
-        "what": "benchmarks.gpu_targets", "finished": False, "rehearsal": options.rehearse,
-        "environment": results.environment([] if options.rehearse else ["cuda"], options.commit)})
+    log = Log(
+        options.out / "gpu_targets.jsonl",
+        {
+            "what": "benchmarks.gpu_targets",
+            "finished": False,
+            "rehearsal": options.rehearse,
+            "environment": results.environment([] if options.rehearse else ["cuda"], options.commit),
+        },
+    )
     begin = time.perf_counter()
     torch.manual_seed(0)
     table, not_run = Table(options, log), []
@@ -301,7 +393,9 @@ def run(options: argparse.Namespace) -> int:
     missed = sum(row["met"] is False for row in log.rows)
     wrong = sum(bool(row["wrong"]) for row in log.rows)
     met = sum(row["met"] is True for row in log.rows)
-    print(f"{met} targets met, {missed} missed, {wrong} rows wrong; wrote {options.out}/gpu_targets.jsonl, gpu_targets.md")
+    print(
+        f"{met} targets met, {missed} missed, {wrong} rows wrong; wrote {options.out}/gpu_targets.jsonl, gpu_targets.md"
+    )
     return 1 if wrong else 0
 
 

@@ -3,6 +3,7 @@
 A line is a row, or `{"about": {...}}`: what all rows of the file share (device, versions, commit). A later `about` adds to earlier ones and
 to the dictionaries in them, so that a run only ever appends.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,7 +39,9 @@ class Log:
     `about` goes before the first rows. With `resume` they follow what the file holds; without, they replace it. `blocks`: rows count once
     an `about` line came after them, and resuming drops those at the end that lack one. UserError where the file cannot be written."""
 
-    def __init__(self, path: Path | None, about: dict | None = None, resume: bool = False, blocks: bool = False) -> None:
+    def __init__(
+        self, path: Path | None, about: dict | None = None, resume: bool = False, blocks: bool = False
+    ) -> None:
         self.path, self.about, self.rows = path, {}, []
         self._header: dict[str, Any] = about or {}
         self._stale: int | None = None  # where the file is cut before the first line is added
@@ -66,7 +69,9 @@ class Log:
         """Rows, then facts that hold for all of them."""
         header, self._header = self._header, {}
         known = self.about | header == self.about
-        entries = [_finite(e) for e in (*([] if known else [{"about": header}]), *rows, *([{"about": about}] if about else []))]
+        entries = [
+            _finite(e) for e in (*([] if known else [{"about": header}]), *rows, *([{"about": about}] if about else []))
+        ]
         for entry in entries:
             _take(entry, self.about, self.rows)
         if self.path is None:

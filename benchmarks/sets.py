@@ -6,6 +6,7 @@
 A character model (embedding of 32 through tanh, one layer of `--hidden` units, a linear read-out) on the first 2 million characters of
 Penn Treebank, or on nine tenths of a text of yours; 1000 steps of Adam at 1e-2 with a cosine, 16 stretches of 64 characters each,
 gradient norm clipped at 1, the same stretches for every set. Held out: 128 rows of 1024 characters, each from a zero state."""
+
 from __future__ import annotations
 
 import argparse
@@ -56,7 +57,11 @@ class Metric(Certified):
             names = layer_names(module)[0][0]
             ((w, scales, bound),) = STABILITY["lstm"].balls(weights, names, self, 0.0)
             rows = scales.float().repeat_interleave(module.hidden_size)[:, None]
-            e = torch.ones(module.hidden_size) if self.e is None else balance(rows * w, self.e.expand(module.hidden_size))
+            e = (
+                torch.ones(module.hidden_size)
+                if self.e is None
+                else balance(rows * w, self.e.expand(module.hidden_size))
+            )
             rows, true, w = rows * e.repeat(4)[:, None], w, w / e
             object.__setattr__(self, "e", None if self.e is None else e)
             found, V = torch.linalg.eigh((rows * w).mT @ (rows * w))
@@ -67,7 +72,9 @@ class Metric(Certified):
                 for _ in range(12):  # Newton for 1 / sigma(mu) = 1 / bound
                     parts = (rows * A / (1 + mu * speed)).square()
                     sigma = parts.sum(0).sqrt()
-                    mu = mu + (1 / bound - 1 / sigma).clamp(min=0) * sigma**3 / (parts * speed / (1 + mu * speed)).sum(0)
+                    mu = mu + (1 / bound - 1 / sigma).clamp(min=0) * sigma**3 / (parts * speed / (1 + mu * speed)).sum(
+                        0
+                    )
                 w.add_((A * (1 / (1 + mu * speed) - 1)) @ V.mT)
             true.copy_(w * e)
             self.rows(weights, names)
@@ -109,7 +116,9 @@ class Scaled(Stability):
         w.copy_(clipped(self.e[:, None] * w / self.e, self.rate) * self.e / self.e[:, None])
 
     def proven(self, module: nn.Module) -> tuple[float, int]:
-        rate = float(spectral_norm_bound(self.e.double()[:, None] * module.weight_hh_l0.detach().double() / self.e.double()))
+        rate = float(
+            spectral_norm_bound(self.e.double()[:, None] * module.weight_hh_l0.detach().double() / self.e.double())
+        )
         return rate, math.ceil(math.log(float(self.e.norm() / self.e.min()) / 1e-3) / -math.log(rate))
 
 
@@ -212,8 +221,16 @@ def train(name: str, seed: int, text: tuple[Tensor, Tensor, int], hidden: int, s
         stability.project_(model.rnn)
     seconds = time.perf_counter() - began
     rate, window = stability.proven(model.rnn) if hasattr(stability, "proven") else certified(model.rnn)
-    return dict(name=name, seed=seed, hidden=hidden, steps=steps, bits=round(held_out(model, valid), 4), rate=rate, window=window,
-                seconds=round(seconds, 1))
+    return dict(
+        name=name,
+        seed=seed,
+        hidden=hidden,
+        steps=steps,
+        bits=round(held_out(model, valid), 4),
+        rate=rate,
+        window=window,
+        seconds=round(seconds, 1),
+    )
 
 
 def certified(module: nn.Module) -> tuple[float | None, int | None]:
@@ -229,8 +246,10 @@ def table(results: list[dict]) -> str:
             continue
         bits = [r["bits"] for r in found]
         rate, window = found[0]["rate"], max((r["window"] or 0) for r in found)
-        lines.append(f"| {name} | {', '.join(f'{b:.3f}' for b in bits)} | {statistics.mean(bits):.3f} | "
-                     f"{f'{rate:.3f} | {window}' if window else '- | -'} |")
+        lines.append(
+            f"| {name} | {', '.join(f'{b:.3f}' for b in bits)} | {statistics.mean(bits):.3f} | "
+            f"{f'{rate:.3f} | {window}' if window else '- | -'} |"
+        )
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
 
 Prints the median time with so many threads over that with one thread, both in turns beside the same neighbours.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,9 @@ def main() -> None:
     parser.add_argument("--threads", default="2,4")
     parser.add_argument("--seconds", type=float, default=4, help="for each row")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before torch's OpenMP counts the cores; children inherit it
+    os.sched_setaffinity(
+        0, {min(os.sched_getaffinity(0))}
+    )  # before torch's OpenMP counts the cores; children inherit it
     busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(options.neighbours)]
     try:
         measure([int(n) for n in options.threads.split(",")], options.seconds)
@@ -46,7 +49,12 @@ def measure(threads: list[int], seconds: float) -> None:
     print("|---" * (len(threads) + 1) + "|")
     for name, run in workloads().items():
         found = race({str(count): with_threads(count, run) for count in (1, *threads)}, seconds)
-        print(f"| {name} |", " | ".join(f"{found[str(count)].median / found['1'].median:.2f}" for count in threads), "|", flush=True)
+        print(
+            f"| {name} |",
+            " | ".join(f"{found[str(count)].median / found['1'].median:.2f}" for count in threads),
+            "|",
+            flush=True,
+        )
 
 
 def workloads() -> dict[str, Callable[[], object]]:
@@ -73,7 +81,9 @@ def workloads() -> dict[str, Callable[[], object]]:
         "LSTM `Chunked(256, 32)` forward, T=4096": forward(chunked, x),
         "LSTM `Windowed(16)` forward+backward, H=128 T=1024": train(windowed, short),
         "LSTM step by step (T=1), B=1 H=1024": forward(wide, x[:1]),
-        "uncertified spectral projection, 1024 x 1024": lambda: spectral_project_(matrix, 2.1, certify=False, state=state),
+        "uncertified spectral projection, 1024 x 1024": lambda: spectral_project_(
+            matrix, 2.1, certify=False, state=state
+        ),
         "nn.LSTM forward, B=1 H=256 T=4096 (torch's own)": forward(plain, x),
     }
 

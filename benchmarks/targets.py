@@ -2,6 +2,7 @@
 
 Float32, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,12 +45,26 @@ class Table:
         times = race({"ours": ours, "theirs": theirs}, self.seconds)
         ratio = times["theirs"].median / times["ours"].median
         ours, theirs = ([t * 1e3 for t in times[who]] for who in ("ours", "theirs"))
-        self.note(dict(case=case, baseline=baseline, ours_ms=ours[0], baseline_ms=theirs[0], ratio=ratio, target=target,
-                       ours_range_ms=ours[1:], baseline_range_ms=theirs[1:]))
+        self.note(
+            dict(
+                case=case,
+                baseline=baseline,
+                ours_ms=ours[0],
+                baseline_ms=theirs[0],
+                ratio=ratio,
+                target=target,
+                ours_range_ms=ours[1:],
+                baseline_range_ms=theirs[1:],
+            )
+        )
 
     def note(self, row: dict) -> None:
         self.log.add(row)
-        aim = "" if row["target"] is None else f"(target {row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'missed'})"
+        aim = (
+            ""
+            if row["target"] is None
+            else f"(target {row['target']:g}: {'met' if row['ratio'] >= row['target'] else 'missed'})"
+        )
         times = f"{row['ours_ms']:10.3f} ms {row['baseline_ms']:10.3f} ms" if "ours_ms" in row else " " * 27
         print(f"{row['case']:58s} {times}  {row['ratio']:6.2f}  {aim} over {row['baseline']}", flush=True)
 
@@ -74,10 +89,21 @@ def long_sequence(table: Table) -> None:
     with torch.no_grad():
         for plan in (Chunked(256, 32), Verified()):
             with use_plan(b, plan):
-                table.add(f"LSTM {plan} B=1 T=8192 H=256", "nn.LSTM", lambda: b(x), lambda: a(x), 2.0 if plan == Chunked(256, 32) else None)
+                table.add(
+                    f"LSTM {plan} B=1 T=8192 H=256",
+                    "nn.LSTM",
+                    lambda: b(x),
+                    lambda: a(x),
+                    2.0 if plan == Chunked(256, 32) else None,
+                )
         with use_plan(b, Chunked(256, 32)):
-            table.add("LSTM Chunked(256, 32) B=1 T=8192 H=256", "overlap chunks, one batch through nn.LSTM", lambda: b(x),
-                      overlap_chunks(a, x, 256, 32), 1.2)
+            table.add(
+                "LSTM Chunked(256, 32) B=1 T=8192 H=256",
+                "overlap chunks, one batch through nn.LSTM",
+                lambda: b(x),
+                overlap_chunks(a, x, 256, 32),
+                1.2,
+            )
     with use_plan(b, Chunked(256, 32)):
         table.add("LSTM Chunked(256, 32) B=1 T=8192 H=256 fwd+bwd", "nn.LSTM", training(b, x), training(a, x), None)
 
@@ -88,12 +114,25 @@ def windows(table: Table) -> None:
         x, k = torch.randn(8192, 1, size), 32
         rate = product_rate(size, 4 * size)
         with torch.no_grad(), use_plan(b, Windowed(k)):
-            table.add(f"LSTM Windowed(32) B=1 T=8192 H={size}", "k shifted GEMMs, eager gates", lambda: b(x),  # noqa: B023
-                      shifted_products(a, x, k), 1.3)
+            table.add(
+                f"LSTM Windowed(32) B=1 T=8192 H={size}",
+                "k shifted GEMMs, eager gates",
+                lambda: b(x),  # noqa: B023
+                shifted_products(a, x, k),
+                1.3,
+            )
             seconds = race({"": lambda: b(x)}, table.seconds)[""].median  # noqa: B023
-        flops = 2 * 4 * size * size * 8192 * k  # the input projection, and k - 1 products: the first step starts from zero
-        table.note(dict(case=f"LSTM Windowed(32) H={size}: {flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s",
-                        baseline="torch's best float32 product", ratio=flops / seconds / rate, target=0.75 if size == 256 else None))
+        flops = (
+            2 * 4 * size * size * 8192 * k
+        )  # the input projection, and k - 1 products: the first step starts from zero
+        table.note(
+            dict(
+                case=f"LSTM Windowed(32) H={size}: {flops / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s",
+                baseline="torch's best float32 product",
+                ratio=flops / seconds / rate,
+                target=0.75 if size == 256 else None,
+            )
+        )
 
 
 def single_step(table: Table) -> None:
@@ -120,8 +159,14 @@ def saved_bytes(table: Table) -> None:
                 m(torch.randn(512, 4, 256))
             found.append(sum(kept.values()))
         theirs, ours = (size / 2**20 for size in found)
-        table.note(dict(case=f"{plain.__name__} B=4 T=512 H=256: {ours:.1f} MiB saved for backward, torch {theirs:.1f}",
-                        baseline="bytes that torch saves", ratio=theirs / ours, target=1.0))
+        table.note(
+            dict(
+                case=f"{plain.__name__} B=4 T=512 H=256: {ours:.1f} MiB saved for backward, torch {theirs:.1f}",
+                baseline="bytes that torch saves",
+                ratio=theirs / ours,
+                target=1.0,
+            )
+        )
 
 
 def main() -> None:

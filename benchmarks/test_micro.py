@@ -1,4 +1,5 @@
 """Micro-benchmarks: `pytest benchmarks/test_micro.py` prints a table by group; nothing here asserts a time."""
+
 import pytest
 import torch
 from torch import nn
@@ -76,7 +77,11 @@ def test_training(benchmark, plan, device, backend):
         timed(benchmark, device, lambda: m(x)[0].sum().backward())
 
 
-WINDOWS = {"stable_rnn": None, "shifted GEMMs": baselines.shifted_products, "unfold + nn.LSTM": baselines.unfolded_windows}
+WINDOWS = {
+    "stable_rnn": None,
+    "shifted GEMMs": baselines.shifted_products,
+    "unfold + nn.LSTM": baselines.unfolded_windows,
+}
 
 
 @pytest.mark.parametrize("which", WINDOWS)
@@ -94,7 +99,9 @@ def test_chunks(benchmark, no_grad, which, device):
     benchmark.group = f"LSTM, chunks of 128 + 32, B=1, T=4096, H=128, {device}"
     plain, x = nn.LSTM(128, 128).to(device), torch.randn(4096, 1, 128, device=device)
     ours = same(plain, StableLSTM(128, 128, stability=None, plan=Chunked(128, 32)).to(device))["stable_rnn"]
-    timed(benchmark, device, baselines.overlap_chunks(plain, x, 128, 32) if which == "overlap chunks" else lambda: ours(x))
+    timed(
+        benchmark, device, baselines.overlap_chunks(plain, x, 128, 32) if which == "overlap chunks" else lambda: ours(x)
+    )
 
 
 @pytest.mark.parametrize("certify", [False, True])

@@ -1,4 +1,5 @@
 """Interleaved timing: contestants take turns within one process, so that a machine's drift meets all of them alike."""
+
 from __future__ import annotations
 
 import statistics
@@ -34,8 +35,13 @@ def clock(run: Callable[[], object], calls: int = 1, device: str = "cpu") -> flo
     return (time.perf_counter() - start) / calls
 
 
-def race(contestants: Mapping[str, Callable[[], object]], seconds: float = 2.0, rounds: int = 9, device: str = "cpu",
-         known: Mapping[str, float] | None = None) -> dict[str, Time]:
+def race(
+    contestants: Mapping[str, Callable[[], object]],
+    seconds: float = 2.0,
+    rounds: int = 9,
+    device: str = "cpu",
+    known: Mapping[str, float] | None = None,
+) -> dict[str, Time]:
     """Median, fastest and slowest time per call of each contestant over `rounds` turns (A B A B ...) that share about `seconds`.
 
     `known`: seconds per call of contestants that are warm already; the others are warmed up and timed once first."""

@@ -24,7 +24,9 @@ using Address = std::uintptr_t;
 struct Pointer {
   Address address;
   template <class T>
-  operator T*() const { return reinterpret_cast<T*>(address); }
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
 };
 
 template <class Kernel>
@@ -46,16 +48,19 @@ auto on_cpu(Params (*gather)(Fields...), const char* (*kernel)(const Params&)) {
 template <class Params, class... Fields>
 auto on_cuda(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CudaLaunch&)) {
   return [=](Fields... fields, int device, Address stream, Address workspace, int64_t workspace_bytes) {
-    run([&] { return kernel(gather(fields...), CudaLaunch{device, Pointer{stream}, Pointer{workspace}, workspace_bytes}); });
+    run([&] {
+      return kernel(gather(fields...), CudaLaunch{device, Pointer{stream}, Pointer{workspace}, workspace_bytes});
+    });
   };
 }
 #endif
 
-Lanes make_lanes(int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup, Address base, Address length,
-                 Address select, int64_t n_select) {
+Lanes make_lanes(int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup, Address base,
+                 Address length, Address select, int64_t n_select) {
   return {steps, batch, step, stride, warmup, Pointer{base}, Pointer{length}, Pointer{select}, n_select};
 }
 
+// clang-format off: fields stand in groups, as in params.h
 ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                              int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
                              Address base, Address length, Address select, int64_t n_select,
@@ -118,6 +123,7 @@ SpectralParams spectral_params(int threads, bool scale, int iterations, int64_t 
   return {threads, scale, iterations, fresh, seed, count, Pointer{matrices}, Pointer{bounds}, Pointer{norms},
           Pointer{near}};
 }
+// clang-format on
 
 #ifdef STABLE_RNN_CUDA
 using Limits = std::array<int64_t, 4>;   // the fields of CudaLimits
@@ -137,7 +143,8 @@ int64_t spectral_workspace(int64_t count, Address matrices, const Limits& limits
   return spectral_workspace_cuda(params, make_limits(limits));
 }
 
-py::dict recurrence_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const Limits& limits) {
+py::dict recurrence_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                         const Limits& limits) {
   const CudaPlan plan = recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, make_limits(limits));
   py::dict fields;
   if (plan.message) {
@@ -179,35 +186,34 @@ py::dict known_crowd() {
 }
 
 void choose_isa(const std::string& name) {
-  if (!set_isa(name.c_str())) throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512)");
+  if (!set_isa(name.c_str()))
+    throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512)");
 }
 
-}  // namespace
+}   // namespace
 
 PYBIND11_MODULE(_C, module) {
   if (isa_problem()) throw py::import_error(isa_problem());
-  module.doc() = "Kernels of stable_rnn: raw addresses in, nothing allocated, nothing returned. Use stable_rnn itself instead.";
+  module.doc() =
+      "Kernels of stable_rnn: raw addresses in, nothing allocated, nothing returned. Use stable_rnn itself instead.";
   module.attr("interface") = stable_rnn::interface_number;
   using py::arg;
 
   // recurrence: stable_rnn/params.h
   const auto forward = [&](const char* name, auto function, auto... launch) {
-    module.def(name, function,
-               arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
-               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
-               arg("base"), arg("length"), arg("select"), arg("n_select"),
-               arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0,
-               arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0, arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0,
-               arg("h_start") = 0, arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0, launch...);
+    module.def(name, function, arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"),
+               arg("select"), arg("n_select"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
+               arg("h_init") = 0, arg("c_init") = 0, arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0,
+               arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0, arg("h_start") = 0, arg("c_start") = 0,
+               arg("h_end") = 0, arg("c_end") = 0, launch...);
   };
   const auto backward = [&](const char* name, auto function, auto... launch) {
-    module.def(name, function,
-               arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
-               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
-               arg("base"), arg("length"), arg("select"), arg("n_select"),
-               arg("dy"), arg("y") = 0, arg("saved") = 0, arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0,
-               arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0, arg("dc_init") = 0, arg("h0") = 0,
-               arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
+    module.def(name, function, arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
+               arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"),
+               arg("select"), arg("n_select"), arg("dy"), arg("y") = 0, arg("saved") = 0, arg("cells") = 0,
+               arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0,
+               arg("dc_init") = 0, arg("h0") = 0, arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
                arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, launch...);
   };
   const auto spectral = [&](const char* name, auto function, auto... launch) {   // stable_rnn/spectral.h
@@ -217,40 +223,46 @@ PYBIND11_MODULE(_C, module) {
   forward("recurrence_forward", on_cpu(forward_params, recurrence_forward_cpu));
   backward("recurrence_backward", on_cpu(backward_params, recurrence_backward_cpu));
   module.def("recurrence_windowed_backward", on_cpu(windowed_backward_params, recurrence_windowed_backward_cpu),
-             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
-             arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"),
-             arg("base"), arg("length"), arg("select"), arg("n_select"), arg("first"), arg("last"),
-             arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
-             arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0,
-             arg("dz") = 0, arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0,
-             arg("dxp") = 0, arg("dh0") = 0, arg("dc0") = 0);
-  module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu),
-             arg("dtype"), arg("threads"), arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
-  module.def("cell_step", on_cpu(cell_step_params, cell_step_cpu),
-             arg("cell"), arg("dtype"), arg("threads"), arg("batch"), arg("input"), arg("hidden"), arg("cap"),
-             arg("x"), arg("h"), arg("c"), arg("w_ih"), arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));
+             arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"), arg("steps"),
+             arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"), arg("select"),
+             arg("n_select"), arg("first"), arg("last"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0,
+             arg("c0") = 0, arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0, arg("dz") = 0,
+             arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0, arg("dxp") = 0, arg("dh0") = 0,
+             arg("dc0") = 0);
+  module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu), arg("dtype"), arg("threads"),
+             arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
+  module.def("cell_step", on_cpu(cell_step_params, cell_step_cpu), arg("cell"), arg("dtype"), arg("threads"),
+             arg("batch"), arg("input"), arg("hidden"), arg("cap"), arg("x"), arg("h"), arg("c"), arg("w_ih"),
+             arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));
   spectral("spectral_step", on_cpu(spectral_params, spectral_step_cpu));
 
 #ifdef STABLE_RNN_CUDA
-  forward("recurrence_forward_cuda", on_cuda(forward_params, recurrence_forward_cuda),
-          arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
-  backward("recurrence_backward_cuda", on_cuda(backward_params, recurrence_backward_cuda),
-           arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
-  spectral("spectral_step_cuda", on_cuda(spectral_params, spectral_step_cuda),
-           arg("device"), arg("stream"), arg("workspace"), arg("workspace_bytes"));
+  forward("recurrence_forward_cuda", on_cuda(forward_params, recurrence_forward_cuda), arg("device"), arg("stream"),
+          arg("workspace"), arg("workspace_bytes"));
+  backward("recurrence_backward_cuda", on_cuda(backward_params, recurrence_backward_cuda), arg("device"), arg("stream"),
+           arg("workspace"), arg("workspace_bytes"));
+  spectral("spectral_step_cuda", on_cuda(spectral_params, spectral_step_cuda), arg("device"), arg("stream"),
+           arg("workspace"), arg("workspace_bytes"));
   module.def("spectral_workspace_cuda", spectral_workspace, arg("count"), arg("matrices"), arg("limits"),
              "Bytes that spectral_step_cuda needs on a device with these limits.");
-  module.def("recurrence_plan_cuda", recurrence_plan, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"), arg("out"), arg("entries"),
-             arg("limits"), "How a shape would run on a device with these limits: the fields of CudaPlan.");
+  module.def("recurrence_plan_cuda", recurrence_plan, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"),
+             arg("out"), arg("entries"), arg("limits"),
+             "How a shape would run on a device with these limits: the fields of CudaPlan.");
   module.def("cuda_limits", limits_of, arg("device"), "(arch, sms, shared_bytes, max_cluster) of a device.");
 #endif
 
   // the machine
-  module.def("prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"), arg("bytes"),
-             "A hint for large outputs that nobody has written yet: far fewer page faults.");
+  module.def(
+      "prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"),
+      arg("bytes"), "A hint for large outputs that nobody has written yet: far fewer page faults.");
   module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
-  module.def("crowd", known_crowd, "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");
-  module.def("leave_at", [](int round, double pause) { leave_at(round, int64_t(pause * 1e9)); }, arg("round"), arg("pause") = 0,
-             "For tests: forget what is known of busy cores, and let threads leave their team at every (round + 1)-th barrier; -1: none.");
+  module.def(
+      "crowd", known_crowd,
+      "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");
+  module.def(
+      "leave_at", [](int round, double pause) { leave_at(round, int64_t(pause * 1e9)); }, arg("round"),
+      arg("pause") = 0,
+      "For tests: forget what is known of busy cores, and let threads leave their team at every (round + 1)-th "
+      "barrier; -1: none.");
   module.def("set_isa", choose_isa, arg("name"), "For tests: take another instruction set than the best one.");
 }

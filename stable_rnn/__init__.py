@@ -1,4 +1,5 @@
 """Stable recurrent networks: `nn.RNN` and `nn.LSTM` whose long sequences need not be run one step after the other."""
+
 from typing import TYPE_CHECKING
 
 from ._entry import from_command_line
@@ -19,6 +20,20 @@ else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 
 __all__ = [
-    "Certified", "Chunked", "ForgetCap", "Recurrent", "StableLSTM", "StableLSTMCell", "StableRNN", "StableRNNCell", "Verified", "Windowed",
-    "backends", "certificate", "project_after_step", "stabilize", "unstabilize", "use_plan",
+    "Certified",
+    "Chunked",
+    "ForgetCap",
+    "Recurrent",
+    "StableLSTM",
+    "StableLSTMCell",
+    "StableRNN",
+    "StableRNNCell",
+    "Verified",
+    "Windowed",
+    "backends",
+    "certificate",
+    "project_after_step",
+    "stabilize",
+    "unstabilize",
+    "use_plan",
 ]

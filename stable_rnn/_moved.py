@@ -1,10 +1,13 @@
 """Names that once stood at top level: they still work from there, with a warning that says where they live."""
+
 from __future__ import annotations
 
 import importlib
 import warnings
 
-MOVED = dict.fromkeys(("SpectralState", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"), "functional")
+MOVED = dict.fromkeys(
+    ("SpectralState", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"), "functional"
+)
 MOVED |= dict.fromkeys(("Certificate", "Stability"), "stability") | {"Report": "plans"}
 
 

@@ -25,7 +25,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except Exception as error:  # whatever a damaged or foreign binary does, `import stable_rnn` has to work
         return None, f"does not load: {type(error).__name__}: {error}"
     if getattr(module, "interface", None) != INTERFACE:
-        return None, "was built from other sources than this Python code; install the package again, or `make build` in a source tree"
+        return (
+            None,
+            "was built from other sources than this Python code; install the package again, or `make build` in a source tree",
+        )
     return module, None
 
 

@@ -1,4 +1,5 @@
 """Arguments that are numbers: any integer or real type will do, numpy's and 0-dimensional tensors too, but no bool."""
+
 from __future__ import annotations
 
 import math
@@ -21,7 +22,12 @@ def to_int(name: str, value: Any, least: int | None = None) -> int:
 
 def to_float(name: str, value: Any, allowed: str = "a number") -> float:
     """The value as a float, infinite where it is beyond all floats. TypeError for what is no real number."""
-    if _is_bool(value) or not hasattr(value, "__float__") or hasattr(value, "dtype") and (value.ndim or "complex" in str(value.dtype)):
+    if (
+        _is_bool(value)
+        or not hasattr(value, "__float__")
+        or hasattr(value, "dtype")
+        and (value.ndim or "complex" in str(value.dtype))
+    ):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
     try:
         return float(value)

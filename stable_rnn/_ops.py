@@ -6,6 +6,7 @@ empty, of shape (0,).
 
 A fake checks its arguments as the op does, but for the values: the dispatcher sends a call with any tensor on the meta device to it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,8 +29,12 @@ _PROBLEM = "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, f
 _ROWS = "Tensor? base, Tensor? lengths"
 
 
-def _register(schema: str, kind: type[Inputs] | type[BackwardInputs] | type[WindowedInputs], implementation: Callable,
-              fake: Callable) -> None:
+def _register(
+    schema: str,
+    kind: type[Inputs] | type[BackwardInputs] | type[WindowedInputs],
+    implementation: Callable,
+    fake: Callable,
+) -> None:
     name = schema.split("(")[0]
     _library.define(schema)
 
@@ -43,42 +48,72 @@ def _register(schema: str, kind: type[Inputs] | type[BackwardInputs] | type[Wind
 
 def _forward_fake(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     if torch.onnx.is_in_onnx_export():
-        raise RuntimeError("torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)")
+        raise RuntimeError(
+            "torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)"
+        )
     check(p, inputs, values=False)
     xp, w_hh, c0, cell, empty = inputs.xp, inputs.w_hh, inputs.c0, p.spec, inputs.xp.new_empty
     n, hidden = xp.shape[0], w_hh.shape[0] // cell.gates
-    return (empty(n, w_hh.shape[1]), empty(inputs.h0.shape), empty(0 if c0 is None else c0.shape),
-            empty(n, cell.saved * hidden) if save and cell.saved else empty(0),
-            empty(n, hidden, dtype=arithmetic(xp.dtype)) if save and cell.has_cell else empty(0), run.report([0.0] * 4 * p.checked))
+    return (
+        empty(n, w_hh.shape[1]),
+        empty(inputs.h0.shape),
+        empty(0 if c0 is None else c0.shape),
+        empty(n, cell.saved * hidden) if save and cell.saved else empty(0),
+        empty(n, hidden, dtype=arithmetic(xp.dtype)) if save and cell.has_cell else empty(0),
+        run.report([0.0] * 4 * p.checked),
+    )
 
 
-_register(f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
-          " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)", Inputs, run.forward, _forward_fake)
+_register(
+    f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)",
+    Inputs,
+    run.forward,
+    _forward_fake,
+)
 
 
 def _backward_fake(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
     check(p, inputs, values=False)
     dy, c0, empty = inputs.dy, inputs.c0, inputs.dy.new_empty
-    return (empty(dy.shape[0], inputs.w_hh.shape[0]), empty(0 if inputs.w_hr is None else dy.shape), empty(inputs.dh_n.shape),
-            empty(0 if c0 is None else c0.shape), run.report([0.0] * 4 * p.checked))
+    return (
+        empty(dy.shape[0], inputs.w_hh.shape[0]),
+        empty(0 if inputs.w_hr is None else dy.shape),
+        empty(inputs.dh_n.shape),
+        empty(0 if c0 is None else c0.shape),
+        run.report([0.0] * 4 * p.checked),
+    )
 
 
-_register(f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
-          f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
-          BackwardInputs, run.backward, _backward_fake)
+_register(
+    f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
+    f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
+    BackwardInputs,
+    run.backward,
+    _backward_fake,
+)
 
 
 def _windowed_backward_fake(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
     check(p, inputs, values=False)
-    return tuple(inputs.xp.new_empty(0 if t is None else t.shape) for t in (inputs.xp, inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0))
+    return tuple(
+        inputs.xp.new_empty(0 if t is None else t.shape)
+        for t in (inputs.xp, inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0)
+    )
 
 
-_register(f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS},"
-          f" {_PROBLEM}) -> (Tensor dxp, Tensor dw_hh, Tensor dw_hr, Tensor dh0, Tensor dc0)",
-          WindowedInputs, run.windowed_backward, _windowed_backward_fake)
+_register(
+    f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS},"
+    f" {_PROBLEM}) -> (Tensor dxp, Tensor dw_hh, Tensor dw_hr, Tensor dh0, Tensor dc0)",
+    WindowedInputs,
+    run.windowed_backward,
+    _windowed_backward_fake,
+)
 
 _OPS = torch.ops.stable_rnn
 torch.library.register_autograd("stable_rnn::recurrence", backward_op, setup_context=setup_op, lib=_library)
 torch.library.register_vmap("stable_rnn::recurrence", fold_rule(_OPS.recurrence, Inputs), lib=_library)
-torch.library.register_vmap("stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, BackwardInputs), lib=_library)
+torch.library.register_vmap(
+    "stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, BackwardInputs), lib=_library
+)
 torch.library.register_vmap("stable_rnn::windowed_backward", loop_rule(_OPS.windowed_backward), lib=_library)

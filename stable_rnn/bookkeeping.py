@@ -1,4 +1,5 @@
 """What stable modules and cells do beside computing: checked attributes, state dicts, leaving training, the way back to torch."""
+
 from __future__ import annotations
 
 import warnings
@@ -56,8 +57,11 @@ class Bookkeeping(nn.Module):
         saved = saved_clamp(local_metadata, self._cap)
         if saved != self._cap and any(key.startswith(prefix) for key in state_dict):
             name = prefix[:-1] or f"this {type(self).__name__}"
-            warnings.warn(f"load_state_dict: {name} computes another function with these weights: its cell has {clamp_text(self._cap)} "
-                          f"(stability={self.stability}), theirs had {clamp_text(saved)}", stacklevel=2)
+            warnings.warn(
+                f"load_state_dict: {name} computes another function with these weights: its cell has {clamp_text(self._cap)} "
+                f"(stability={self.stability}), theirs had {clamp_text(saved)}",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         watch.settled(self)
 
@@ -70,8 +74,10 @@ class Bookkeeping(nn.Module):
 
         A clamped cell computes another function than torch's: `ValueError` unless `allow_change`."""
         if self._cap < 1 and not allow_change:
-            raise ValueError(f"to_torch: the forget gate is clamped at {self._cap}, which torch's cell does not do; "
-                             "pass allow_change=True to drop the clamp")
+            raise ValueError(
+                f"to_torch: the forget gate is clamped at {self._cap}, which torch's cell does not do; "
+                "pass allow_change=True to drop the clamp"
+            )
         plain, copies = self._plain(device="meta"), {}
         for name, _ in plain.named_parameters():
             own = getattr(self, name)  # computed, where it is parametrized
@@ -87,8 +93,10 @@ class Bookkeeping(nn.Module):
         raise NotImplementedError
 
     def __prepare_scriptable__(self) -> nn.Module:
-        raise RuntimeError(f"torch.jit.script cannot compile {type(self).__name__}; give it the plain module, module.to_torch(), or "
-                           "the whole model, unstabilize(model)")
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; give it the plain module, module.to_torch(), or "
+            "the whole model, unstabilize(model)"
+        )
 
     def _leaf(self, *args: Any, **named: Any) -> Proxy:
         """The call of this module as one node of a torch.fx graph: torch.fx does so for torch's own modules, and goes into others."""
@@ -96,8 +104,12 @@ class Bookkeeping(nn.Module):
         path = tracer.path_of_module(self) if isinstance(tracer, Tracer) else ""
         if not path or self._forward_hooks or self._forward_pre_hooks:
             why = "its forward hooks would be traced and run again" if path else "it is no graph of operations"
-            raise RuntimeError(f"torch.fx cannot trace through {type(self).__name__}: {why}; trace a model that holds it, with a Tracer "
-                               "whose is_leaf_module is true for it, or trace unstabilize(model)")
+            raise RuntimeError(
+                f"torch.fx cannot trace through {type(self).__name__}: {why}; trace a model that holds it, with a Tracer "
+                "whose is_leaf_module is true for it, or trace unstabilize(model)"
+            )
         while args and args[-1] is None:
             args = args[:-1]
-        return tracer.create_proxy("call_module", path, args, {name: value for name, value in named.items() if value is not None})
+        return tracer.create_proxy(
+            "call_module", path, args, {name: value for name, value in named.items() if value is not None}
+        )

@@ -70,5 +70,11 @@ def state_dicts(value: object) -> Iterator[dict[str, Tensor]]:
 
 def _short(key: object) -> str:
     """A key of any kind, as part of a name."""
-    text = key if isinstance(key, str) else repr(key) if isinstance(key, (int, float)) and abs(key) < 2**63 else type(key).__name__
+    text = (
+        key
+        if isinstance(key, str)
+        else repr(key)
+        if isinstance(key, (int, float)) and abs(key) < 2**63
+        else type(key).__name__
+    )
     return text if len(text) <= 1000 else printable(text)

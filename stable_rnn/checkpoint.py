@@ -37,7 +37,15 @@ PLAIN = "holds tensors that pickle wrote; write them with torch.save(model.state
 ARRAYS = "holds NumPy arrays or numbers{}, which are not loaded; save tensors: torch.from_numpy(array), float(number)"
 NONE = "no recurrent layer found (looked for tensors named weight_ih_l0, weight_hh_l0, ...)"
 PLAIN_OBJECTS = {"_codecs encode", "builtins bytearray", "builtins complex", "builtins set"}
-OF_TENSORS = {"torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization", "torch.storage", "collections"}
+OF_TENSORS = {
+    "torch",
+    "torch._utils",
+    "torch._tensor",
+    "torch.nn.parameter",
+    "torch.serialization",
+    "torch.storage",
+    "collections",
+}
 RECURRENT = re.compile(r"(weight_[ih]h|weight_hr|bias_[ih]h)(?![a-z])")
 
 
@@ -97,7 +105,9 @@ def _check_kind(path: str) -> None:
     if stat.S_ISDIR(mode):
         raise UserError(f"is a directory; name a file{_candidates(Path(path))}")
     if not stat.S_ISREG(mode):
-        raise UserError(f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file; copy what it gives to a file")
+        raise UserError(
+            f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file; copy what it gives to a file"
+        )
 
 
 def _candidates(folder: Path) -> str:
@@ -117,7 +127,9 @@ def _globals_in_zip(file: BinaryIO) -> set[str]:
             names = [info.filename for info in files]
             pickled = next((name for name in names if name.endswith("/data.pkl") or name == "data.pkl"), None)
             if any(name.endswith("/constants.pkl") for name in names):
-                raise UserError("is a TorchScript archive; save the state_dict() of torch.jit.load(...) with torch.save")
+                raise UserError(
+                    "is a TorchScript archive; save the state_dict() of torch.jit.load(...) with torch.save"
+                )
             if any(name.endswith("/models/model.json") or "serialized_exported_program" in name for name in names):
                 raise UserError("is an exported program; save the state_dict of torch.export.load(...) with torch.save")
             if any(name.endswith(".npy") for name in names):
@@ -125,7 +137,9 @@ def _globals_in_zip(file: BinaryIO) -> set[str]:
             if pickled is None:
                 raise UserError("is a zip archive, but not one that torch.save wrote")
             if sum(info.file_size for info in files) > os.fstat(file.fileno()).st_size:
-                raise UserError("is a compressed archive, which torch.save does not write; unpack it, or load and save it with torch")
+                raise UserError(
+                    "is a compressed archive, which torch.save does not write; unpack it, or load and save it with torch"
+                )
             return set(_asked_for(archive.read(pickled)))
     except UserError:
         raise
@@ -148,7 +162,9 @@ def _asked_for(pickled: bytes | BinaryIO) -> Iterator[str]:
         if op.name == "GLOBAL":
             assert arg is not None
             module, _, name = arg.partition(" ")
-            module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
+            module, name = _compat_pickle.NAME_MAPPING.get(
+                (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+            )
             yield f"{module} {name}"
 
 
@@ -169,9 +185,13 @@ def _of_torch(file: BinaryIO, names: set[str]) -> tuple[object, set[str]]:
         if "memory" in str(error):
             raise MemoryError from error
         raise UserError(f"{CUT} ({_reason(error)})") from error
-    except Exception as error:  # torch reports a damaged file in many ways: EOFError, KeyError, OSError, UnicodeDecodeError
+    except (
+        Exception
+    ) as error:  # torch reports a damaged file in many ways: EOFError, KeyError, OSError, UnicodeDecodeError
         raise UserError(f"{CUT} ({_reason(error)})") from error
-    return value, {name.replace(" ", ".") for name in names if name not in PLAIN_OBJECTS and name.split()[0] not in OF_TENSORS}
+    return value, {
+        name.replace(" ", ".") for name in names if name not in PLAIN_OBJECTS and name.split()[0] not in OF_TENSORS
+    }
 
 
 def _stand_in(module: str, name: str) -> type | None:
@@ -184,7 +204,9 @@ def _stand_in(module: str, name: str) -> type | None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # torch wraps its reason in advice about weights_only=False
+    text = (
+        str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    )  # torch wraps its reason in advice about weights_only=False
     return printable(text.partition("\n")[0].partition(". ")[0] or type(error).__name__)
 
 
@@ -211,7 +233,9 @@ def _what_instead(path: str, start: bytes) -> str:
         return "not a PyTorch checkpoint"
     try:
         with open(path, "rb") as file:  # a plain pickle?
-            found = [(op.name, arg) for op, arg, _ in pickletools.genops(file) if "GLOBAL" in op.name or isinstance(arg, str)]
+            found = [
+                (op.name, arg) for op, arg, _ in pickletools.genops(file) if "GLOBAL" in op.name or isinstance(arg, str)
+            ]
             more = file.read(1)
     except Exception:
         more = b"damaged"

@@ -20,7 +20,10 @@ CODES = {
     2: "wrong arguments or input",
     130: "interrupted",
 }
-CERTIFY_CODES = {0: "every recurrent layer that was found was judged, stable or not", 3: "some were judged, of others stderr says why not"}
+CERTIFY_CODES = {
+    0: "every recurrent layer that was found was judged, stable or not",
+    3: "some were judged, of others stderr says why not",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,13 +70,18 @@ def load(command: str) -> Callable[[argparse.Namespace], int | None]:
     to be good."""
     try:
         from . import backends  # noqa: F401  all of the package
+
         return getattr(importlib.import_module(f"{__package__}.{command}"), command)
     except (ImportError, OSError) as error:  # OSError: a shared library of torch is missing
         raise ImportError(f"cannot be loaded here: {error}") from error
 
 
 def parser() -> Parser:
-    top = Parser(prog="stable-rnn", description="Stable recurrent networks for PyTorch.", epilog="stable-rnn COMMAND --help says more.")
+    top = Parser(
+        prog="stable-rnn",
+        description="Stable recurrent networks for PyTorch.",
+        epilog="stable-rnn COMMAND --help says more.",
+    )
     top.add_argument("--version", action="version", version=f"stable-rnn {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -93,7 +101,9 @@ def parser() -> Parser:
         "Prints versions, threads, the GPU if there is one, and the table of backends: which run here, and why the others do not.",
         "stable-rnn doctor --shape lstm,256,1,bfloat16",
     )
-    doctor.add_argument("--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets")
+    doctor.add_argument(
+        "--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets"
+    )
     doctor.add_argument(
         "--shape",
         action="append",
@@ -131,8 +141,12 @@ def parser() -> Parser:
         "stable-rnn demo --text book.txt --steps 500 --plan windowed:64 --plan verified",
     )
     demo.add_argument("--text", metavar="FILE", help="a text file; its last tenth is held out")
-    demo.add_argument("--data", metavar="DIR", help="a folder with train.txt (or valid.txt) and test.txt, such as ptb or wikitext-2")
-    demo.add_argument("--steps", type=positive(int), default=2000, metavar="N", help="training steps per model (default 2000)")
+    demo.add_argument(
+        "--data", metavar="DIR", help="a folder with train.txt (or valid.txt) and test.txt, such as ptb or wikitext-2"
+    )
+    demo.add_argument(
+        "--steps", type=positive(int), default=2000, metavar="N", help="training steps per model (default 2000)"
+    )
     demo.add_argument("--hidden", type=positive(int), default=128, metavar="H", help="hidden units (default 128)")
     demo.add_argument(
         "--length",
@@ -148,7 +162,9 @@ def parser() -> Parser:
         help="recurrent, windowed:K, chunked:CHUNK,WARMUP or verified[:TOL]; may be given again (default: all four)",
     )
     demo.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default 0)")
-    demo.add_argument("--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)")
+    demo.add_argument(
+        "--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)"
+    )
     demo.add_argument(
         "--budget",
         type=positive(float),
@@ -156,7 +172,9 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="about how long training and measuring may take; what there is no time for is left out, and said (default 300)",
     )
-    demo.add_argument("--out", default="demo-out", metavar="DIR", help="where demo.png and demo.json go (default demo-out)")
+    demo.add_argument(
+        "--out", default="demo-out", metavar="DIR", help="where demo.png and demo.json go (default demo-out)"
+    )
     return top
 
 
@@ -197,7 +215,12 @@ def shape(text: str) -> tuple[str, int, int, str]:
     """An argparse type: cell, hidden size, lanes, dtype."""
     cell, *rest = text.split(",")
     dtype = rest.pop() if len(rest) == 3 else "float32"
-    if cell not in CELLS or dtype not in DTYPES or len(rest) != 2 or not all(n.isdecimal() and 0 < int(n) < 2**31 for n in rest):
+    if (
+        cell not in CELLS
+        or dtype not in DTYPES
+        or len(rest) != 2
+        or not all(n.isdecimal() and 0 < int(n) < 2**31 for n in rest)
+    ):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no shape: CELL,H,LANES[,DTYPE] with a cell of {', '.join(CELLS)}, numbers above 0, a dtype of {', '.join(DTYPES)}"
         )

@@ -1,4 +1,5 @@
 """What the modules and the cells share."""
+
 from __future__ import annotations
 
 import torch

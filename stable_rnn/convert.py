@@ -1,4 +1,5 @@
 """`stabilize`: torch's recurrent modules become stable ones, in place. `unstabilize`: and back."""
+
 from __future__ import annotations
 
 import warnings
@@ -21,8 +22,14 @@ _PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
 _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
 
-def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan = Recurrent(), backend: str = "auto",
-              project: bool = False, cells: bool = False) -> nn.Module:
+def stabilize(
+    model: nn.Module,
+    stability: Stability | None = None,
+    plan: Plan = Recurrent(),
+    backend: str = "auto",
+    project: bool = False,
+    cells: bool = False,
+) -> nn.Module:
     """Turn every `nn.RNN` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableLSTM` and return the model.
 
     The modules become stable where they are, as the same objects: Parameters and what shares them, hooks, buffers, attributes, optimizers,
@@ -55,10 +62,16 @@ def stabilize(model: nn.Module, stability: Stability | None = None, plan: Plan =
         elif type(m) in forms:
             targets[name] = m
     if not targets:
-        left |= {name or "the model": f"a {type(m).__name__} already" for name, m in model.named_modules() if isinstance(m, Bookkeeping)}
+        left |= {
+            name or "the model": f"a {type(m).__name__} already"
+            for name, m in model.named_modules()
+            if isinstance(m, Bookkeeping)
+        }
         akin = "; ".join(f"{name} is {why}" for name, why in left.items())
         akin = f" that can be swapped: {akin}" if akin else ""
-        raise ValueError(f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}")
+        raise ValueError(
+            f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}"
+        )
     for m in targets.values():
         check_stability(stability, _mode(m))
     for name, why in left.items():
@@ -97,8 +110,10 @@ def unstabilize(model: nn.Module, allow_change: bool = False) -> nn.Module:
         raise ValueError(f"unstabilize: {'; '.join(derived)}")
     clamped = [f"{name} at {m._cap}" for name, m in found.items() if m._cap < 1]
     if clamped and not allow_change:
-        raise ValueError(f"unstabilize: forget gates are clamped, which torch's cells do not do: {', '.join(clamped)}; pass "
-                         "allow_change=True to drop the clamps")
+        raise ValueError(
+            f"unstabilize: forget gates are clamped, which torch's cells do not do: {', '.join(clamped)}; pass "
+            "allow_change=True to drop the clamps"
+        )
     for m in found.values():
         _revert(m)
     return model
@@ -116,7 +131,13 @@ def _revert(m: Bookkeeping) -> None:
 
 
 def _mode(m: nn.Module) -> str:
-    return m.mode if isinstance(m, nn.RNNBase) else "RNN_" + m.nonlinearity.upper() if isinstance(m, nn.RNNCell) else "LSTM"
+    return (
+        m.mode
+        if isinstance(m, nn.RNNBase)
+        else "RNN_" + m.nonlinearity.upper()
+        if isinstance(m, nn.RNNCell)
+        else "LSTM"
+    )
 
 
 def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) -> str | None:
@@ -140,15 +161,23 @@ def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) 
     taken = [a for a in forms[type(m)]._adopted if hasattr(m, a)]
     if taken:
         return f"an nn.{name} with attributes of its own named {', '.join(taken)}, which a stable module needs (rename them)"
-    computed = [w for w in (m._flat_weights_names if isinstance(m, nn.RNNBase) else ("weight_ih", "weight_hh")) if w not in m._parameters]
+    computed = [
+        w
+        for w in (m._flat_weights_names if isinstance(m, nn.RNNBase) else ("weight_ih", "weight_hh"))
+        if w not in m._parameters
+    ]
     if computed:
-        return f"an nn.{name} with computed weights: {', '.join(computed)} (stabilize before weight norm, pruning or FSDP)"
+        return (
+            f"an nn.{name} with computed weights: {', '.join(computed)} (stabilize before weight norm, pruning or FSDP)"
+        )
     return None
 
 
 def _derived(m: nn.Module) -> str:
     """What an instance of a class of its own is, and the way out."""
-    near = next(c for c in type(m).__mro__ if c.__module__.partition(".")[0] in ("torch", "stable_rnn") and not _made(c))
+    near = next(
+        c for c in type(m).__mro__ if c.__module__.partition(".")[0] in ("torch", "stable_rnn") and not _made(c)
+    )
     base = f"nn.{near.__name__}" if near.__module__.startswith("torch") else near.__name__
     if parametrize.is_parametrized(m):
         return f"a parametrized {base} (call torch.nn.utils.parametrize.remove_parametrizations first)"

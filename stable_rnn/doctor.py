@@ -36,7 +36,9 @@ EXPLAIN = {
 WIDE = 2000  # characters of one fact, such as why a binary does not load
 
 Shape = tuple[str, int, int, str]  # cell, hidden size, lanes, dtype
-SHAPES: list[Shape] = [("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)]
+SHAPES: list[Shape] = [
+    ("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)
+]
 H100 = (90, 132, 227 * 1024, 16)  # `CudaLimits`
 
 
@@ -70,7 +72,9 @@ def _print_shapes(console: Console, shapes: list[Shape]) -> None:
     """Which CUDA kernel each shape gets, on this machine's GPU or, without one, on an H100."""
     limits, reason = (None, "") if cuda_device.lib is None else cuda_device.limits(0)
     where = "an H100, for there is no GPU here" if limits is None else printable(torch.cuda.get_device_name())
-    said = f"\nCUDA kernels on {where}:" if cuda_device.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
+    said = (
+        f"\nCUDA kernels on {where}:" if cuda_device.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
+    )
     console.print(said, soft_wrap=True, markup=False)
     if cuda_device.lib is None:
         return
@@ -82,7 +86,11 @@ def _print_shapes(console: Console, shapes: list[Shape]) -> None:
             said = f"torch or the reference: no kernel takes {dtype}"
             if kind is not None:
                 said = cuda.describe(limits or H100, backward, cell, kind, hidden, lanes)
-            table.add_row(f"{cell}, {hidden}, {lanes}, {dtype}" if not backward else "", "backward" if backward else "forward", said)
+            table.add_row(
+                f"{cell}, {hidden}, {lanes}, {dtype}" if not backward else "",
+                "backward" if backward else "forward",
+                said,
+            )
     console.print(table)
 
 
@@ -101,7 +109,11 @@ def _facts() -> dict[str, str]:
 
 def _forced() -> str:
     name, allowed = os.environ.get("STABLE_RNN_BACKEND", "not set"), ", ".join(NAMES)
-    return name if name in (*NAMES, "not set") else f"'{printable(name)}', which is no backend: runs will fail; allowed are {allowed}"
+    return (
+        name
+        if name in (*NAMES, "not set")
+        else f"'{printable(name)}', which is no backend: runs will fail; allowed are {allowed}"
+    )
 
 
 def _features(lib: ModuleType) -> str:

@@ -3,6 +3,7 @@
 `lstm` and `rnn` take torch's weights and a plan; gradients, `torch.func`, `torch.compile` and `torch.export` go through them as through
 the modules. `spectral_*` and `row_project_` bring matrices into norm balls.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,13 +21,34 @@ from .ops.spectral import SpectralState, row_project_, spectral_norm_bound, spec
 from .plans import Plan, Recurrent, check_plan
 from .validate import describe, suits
 
-__all__ = ["SpectralState", "lstm", "rnn", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"]
+__all__ = [
+    "SpectralState",
+    "lstm",
+    "rnn",
+    "row_project_",
+    "spectral_norm_bound",
+    "spectral_project_",
+    "spectral_projection",
+]
 
 
-def lstm(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, w_hr: Tensor | None = None,
-         h0: Tensor | None = None, c0: Tensor | None = None, *, lengths: Tensor | None = None, reverse: bool = False,
-         batch_first: bool = False, plan: Plan = Recurrent(), clamp: float = 1.0,
-         backend: str = "auto") -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def lstm(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    w_hr: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    plan: Plan = Recurrent(),
+    clamp: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer and direction of an LSTM (gate order i, f, g, o) under a plan.
 
         i, f, g, o = split(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
@@ -41,13 +63,27 @@ def lstm(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, 
     run the problem. TypeError for what is no tensor or plan. RuntimeError for a sequence without steps."""
     if not 0 < clamp <= 1:
         raise ValueError(f"lstm: clamp must lie in (0, 1], got {clamp}")
-    y, h, c = _run("lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend)
+    y, h, c = _run(
+        "lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend
+    )
     return y, (h, c)
 
 
-def rnn(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None, h0: Tensor | None = None, *,
-        nonlinearity: str = "tanh", lengths: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
-        plan: Plan = Recurrent(), backend: str = "auto") -> tuple[Tensor, Tensor]:
+def rnn(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    plan: Plan = Recurrent(),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """One layer and direction of an RNN under a plan: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
 
     input (T, B, I), or (B, T, I) with batch_first; w_ih (H, I), w_hh (H, H), b_ih, b_hh (H,), h0 (B, H), zeros when not given; lengths and
@@ -55,13 +91,29 @@ def rnn(input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     cell = "rnn_" + nonlinearity
-    y, h, _ = _run(cell, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend)
+    y, h, _ = _run(
+        cell, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend
+    )
     return y, h
 
 
-def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, w_hr: Tensor | None,
-         h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, reverse: bool, batch_first: bool, plan: Plan, clamp: float,
-         backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _run(
+    cell: str,
+    x: Any,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    batch_first: bool,
+    plan: Plan,
+    clamp: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     name = cell.partition("_")[0]
     given = dict(input=x, w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh, w_hr=w_hr, h0=h0, c0=c0)
     for key, t in given.items():
@@ -70,8 +122,10 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
             raise TypeError(f"{name}: {key} must be a Tensor{'' if needed else ' or None'}, got {type(t).__name__}")
     check_plan(plan), check_name(backend)
     if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
-        raise ValueError(f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
-                         f"{tuple(w_hh.shape)}")
+        raise ValueError(
+            f"{name}: input must have 3 dimensions, w_ih and w_hh 2; got {tuple(x.shape)}, {tuple(w_ih.shape)}, "
+            f"{tuple(w_hh.shape)}"
+        )
     if not x.is_floating_point() or x.layout is not torch.strided:
         raise ValueError(f"{name}: input must be dense and of a real floating dtype, got {describe(x)}")
     batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
@@ -80,16 +134,25 @@ def _run(cell: str, x: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_h
     rows, out = w_hh.shape
     gates, has_cell = CELLS[cell].gates, CELLS[cell].has_cell
     hidden = rows // gates
-    expected = dict(w_ih=(rows, x.shape[2]), w_hh=(gates * hidden, hidden if w_hr is None else out), b_ih=(rows,), b_hh=(rows,),
-                    w_hr=(out, hidden), h0=(batch, out), c0=(batch, hidden))
+    expected = dict(
+        w_ih=(rows, x.shape[2]),
+        w_hh=(gates * hidden, hidden if w_hr is None else out),
+        b_ih=(rows,),
+        b_hh=(rows,),
+        w_hr=(out, hidden),
+        h0=(batch, out),
+        c0=(batch, hidden),
+    )
     kind = autocast_dtype(x)
     for key, shape in expected.items():
         t = given[key]
         if t is None:
             continue
         if tuple(t.shape) != shape:
-            raise ValueError(f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, "
-                             f"w_hh {tuple(w_hh.shape)})")
+            raise ValueError(
+                f"{name}: {key} must have shape {shape}, got {tuple(t.shape)} (input {tuple(x.shape)}, "
+                f"w_hh {tuple(w_hh.shape)})"
+            )
         if not suits(t, x, kind is not None):
             raise ValueError(f"{name}: {key} must be dense, {x.dtype} on {x.device} as the input is, got {describe(t)}")
     if kind is not None:

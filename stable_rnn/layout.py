@@ -1,4 +1,5 @@
 """How a module's input lies in memory: buffer rows, and where each sequence's times are among them (see `ops/recurrence/problem.py`)."""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -57,7 +58,9 @@ def packed(sequence: PackedSequence) -> tuple[Layout, Tensor]:
     to_buffer = base[torch.arange(rows) - first[t]] + t
     from_packed = torch.empty_like(to_buffer).index_copy_(0, to_buffer, torch.arange(rows))
     device = sequence.data.device
-    lengths, base, from_packed, to_buffer = (x.to(device, non_blocking=True) for x in (lengths, base, from_packed, to_buffer))
+    lengths, base, from_packed, to_buffer = (
+        x.to(device, non_blocking=True) for x in (lengths, base, from_packed, to_buffer)
+    )
     return Layout(batch, steps, 1, base, lengths, from_packed), to_buffer
 
 
@@ -79,7 +82,9 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device {device}, got {lengths.device}")
     lengths = lengths.long()
-    visible = device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    visible = (
+        device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    )
     if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
     return lengths

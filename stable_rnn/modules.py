@@ -1,4 +1,5 @@
 """`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -30,7 +31,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     plan: Plan
     backend: str
 
-    def __init__(self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any) -> None:
+    def __init__(
+        self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any
+    ) -> None:
         check_plan(plan), check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self._adopt(stability, plan, backend)
@@ -41,7 +44,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _adopt(self, stability: Stability | None, plan: Plan, backend: str) -> None:
         """Sets `_adopted`, all that a stable module holds beyond torch's; `stabilize` calls it on modules that torch has made."""
         self.stability, self.plan, self.backend = stability, plan, backend
-        self._ran: tuple[list[Tensor], list[Note], int] | None = None  # what the last checked run left: reports, notes, chunk
+        self._ran: tuple[list[Tensor], list[Note], int] | None = (
+            None  # what the last checked run left: reports, notes, chunk
+        )
 
     # ---- stability
 
@@ -60,7 +65,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         """Move the weights into the stable set, in place; `certificate().rate <= rate` holds after it. Weights already inside are left
         bitwise alone. `certify=False` is the cheap warm step for training loops. Without a stable set this raises `ValueError`."""
         if self.stability is None:
-            raise ValueError("project_: this module has stability=None; give it a stable set first, module.stability = Certified()")
+            raise ValueError(
+                "project_: this module has stability=None; give it a stable set first, module.stability = Certified()"
+            )
         self.stability.project_(self, certify=certify)
         watch.settled(self)
         return self
@@ -91,7 +98,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
 
     def _weights(self, x: Tensor, cast: bool) -> list[list[Tensor]]:
         """The weights of each layer and direction in torch's order, checked against x; with `cast`, they are still to be converted."""
-        rows, out, ways = self.hidden_size * MODES[self.mode].gates, self.proj_size or self.hidden_size, 1 + self.bidirectional
+        rows, out, ways = (
+            self.hidden_size * MODES[self.mode].gates,
+            self.proj_size or self.hidden_size,
+            1 + self.bidirectional,
+        )
         others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
         found = []
         for index, names in enumerate(self._all_weights):
@@ -120,7 +131,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
                 notes += [Note()] if noting else []
-                y, h, c, report = layer(x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes[-1] if noting else None)
+                y, h, c, report = layer(
+                    x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes[-1] if noting else None
+                )
                 ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
@@ -197,7 +210,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return y, tuple(hidden)
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, tuple]:
-        weights = [w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights]
+        weights = [
+            w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights
+        ]
         state = hx if MODES[self.mode].has_cell else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
@@ -230,8 +245,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     # ---- conversion and bookkeeping
 
     def _plain(self, device: str) -> nn.RNNBase:
-        options = dict(num_layers=self.num_layers, bias=self.bias, batch_first=self.batch_first, dropout=self.dropout,
-                       bidirectional=self.bidirectional, device=device)
+        options = dict(
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device=device,
+        )
         if self._cell == "lstm":
             return nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
         return nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
@@ -255,16 +276,45 @@ class StableRNN(StableRNNBase):
     the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
-                 batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None, *,
-                 stability: Stability | None = Certified(), plan: Plan = Recurrent(), backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        plan: Plan = Recurrent(),
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
-        super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                         device=device, dtype=dtype, stability=stability, plan=plan, backend=backend, **kwargs)
+        super().__init__(
+            "RNN_" + nonlinearity.upper(),
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            stability=stability,
+            plan=plan,
+            backend=backend,
+            **kwargs,
+        )
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None):
         if isinstance(input, Proxy):
@@ -297,18 +347,47 @@ class StableLSTM(StableRNNBase):
     (h_n, c_n).
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-                 dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None, *,
-                 stability: Stability | None = Certified(), plan: Plan = Recurrent(), backend: str = "auto") -> None:
-        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-                         device=device, dtype=dtype, stability=stability, plan=plan, backend=backend)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        plan: Plan = Recurrent(),
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device=device,
+            dtype=dtype,
+            stability=stability,
+            plan=plan,
+            backend=backend,
+        )
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
-    def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
-                lengths: Tensor | None = None):
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
+    ):
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths)
         packed = isinstance(input, PackedSequence)

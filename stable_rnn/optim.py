@@ -21,8 +21,9 @@ TRANSPARENT = {
 }
 
 
-def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certify: bool = False,
-                       every: int = 1) -> torch.utils.hooks.RemovableHandle:
+def project_after_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, certify: bool = False, every: int = 1
+) -> torch.utils.hooks.RemovableHandle:
     """After each `optimizer.step()`, or each `every`-th one, project every module in `model` that has a stable set, itself included.
 
     By default the cheap uncertified step runs; call `module.project_()` once training is over, or pass certify=True, to have the
@@ -48,11 +49,15 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
     every = to_int("project_after_step: every", every, 1)
     stable = [module for module in model.modules() if isinstance(getattr(module, "stability", None), Stability)]
     if not stable:
-        raise ValueError(f"project_after_step: {type(model).__name__} holds no module with a stable set (stability=None everywhere)")
+        raise ValueError(
+            f"project_after_step: {type(model).__name__} holds no module with a stable set (stability=None everywhere)"
+        )
 
     def trained(module: nn.Module) -> bool:
         stability: Stability | None = getattr(module, "stability", None)
-        return stability is not None and any(getattr(module, name).requires_grad for name in stability.projected_names(module))
+        return stability is not None and any(
+            getattr(module, name).requires_grad for name in stability.projected_names(module)
+        )
 
     for module in stable:
         trained(module)  # raises for computed weights
@@ -66,7 +71,9 @@ def project_after_step(optimizer: torch.optim.Optimizer, model: nn.Module, certi
         if steps % every == 0:
             project_all_([module for module in stable if trained(module)], certify)
 
-    return optimizer.register_step_post_hook(torch.compiler.disable(project))  # a compiled step would trace and guard all of it
+    return optimizer.register_step_post_hook(
+        torch.compiler.disable(project)
+    )  # a compiled step would trace and guard all of it
 
 
 def _hooked(optimizer: Any) -> torch.optim.Optimizer:
@@ -83,6 +90,8 @@ def _hooked(optimizer: Any) -> torch.optim.Optimizer:
     for name in ("optimizer", "optim", "_optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, torch.optim.Optimizer):
-            reason += (f"; pass the {type(inner).__name__} that it holds (.{name}) if {kind} moves no weight after its step, else call "
-                       "module.project_(certify=False) after each step")
+            reason += (
+                f"; pass the {type(inner).__name__} that it holds (.{name}) if {kind} moves no weight after its step, else call "
+                "module.project_(certify=False) after each step"
+            )
     raise TypeError(f"project_after_step: {reason}")

@@ -10,6 +10,7 @@
 Runs that reach back to the start of a sequence begin there from the caller's `h0` (`c0`), exactly. Source: Miller & Hardt, "Stable
 Recurrent Models", ICLR 2019, arXiv 1805.10369 (truncated models are `Windowed`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -119,9 +120,12 @@ class Verified(Plan):
         _take_int(self, "max_passes", 1)
 
     def numbers(self, x: torch.Tensor) -> Numbers:
-        return {"stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
-                "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
-                "tol": step_rounding(x) if self.tol is None else self.tol, "max_passes": min(self.max_passes, _LONGEST)}
+        return {
+            "stride": AUTO if self.chunk is None else min(self.chunk, _LONGEST),
+            "warmup": AUTO if self.warmup is None else min(self.warmup, _LONGEST),
+            "tol": step_rounding(x) if self.tol is None else self.tol,
+            "max_passes": min(self.max_passes, _LONGEST),
+        }
 
 
 def step_rounding(x: torch.Tensor) -> float:
@@ -154,8 +158,12 @@ class Report:
         return self.bound(self.largest_jump)
 
     @classmethod
-    def of(cls, layers: list[torch.Tensor], backward: Report | None = None,
-           bound: Callable[[float], float | None] = _no_bound) -> Report:
+    def of(
+        cls,
+        layers: list[torch.Tensor],
+        backward: Report | None = None,
+        bound: Callable[[float], float | None] = _no_bound,
+    ) -> Report:
         """From the (4,) reports of the layers' runs."""
         passes, rerun, jump, fallback = torch.stack(layers).unbind(1)
         return cls(int(passes.max()), int(rerun.sum()), float(jump.max()), bool(fallback.any()), backward, bound)
@@ -165,7 +173,9 @@ def check_plan(plan: object) -> Plan:
     """The plan itself; `TypeError` for anything else."""
     if not isinstance(plan, Plan):
         hint = " (an instance is needed: Recurrent())" if isinstance(plan, type) and issubclass(plan, Plan) else ""
-        raise TypeError(f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}")
+        raise TypeError(
+            f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}"
+        )
     return plan
 
 

@@ -1,4 +1,5 @@
 """How products of float32 are rounded on GPUs, as torch's and Triton's switches say."""
+
 from __future__ import annotations
 
 import os
@@ -27,4 +28,6 @@ def products_eps() -> float:
 
 
 for _switch in (tf32_allowed, tf32x3_asked, products_eps):
-    _switch.__dict__["_dynamo_marked_constant"] = True  # torch.compiler.assume_constant_result, without its import of the whole compiler
+    _switch.__dict__["_dynamo_marked_constant"] = (
+        True  # torch.compiler.assume_constant_result, without its import of the whole compiler
+    )

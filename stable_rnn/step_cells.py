@@ -1,4 +1,5 @@
 """`StableRNNCell` and `StableLSTMCell`: `nn.RNNCell` and `nn.LSTMCell` with a stable set, and one call into C++ per step on the CPU."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,8 +25,17 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
 
     num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
 
-    def __init__(self, mode: str, input_size: int, hidden_size: int, bias: bool, device: Any, dtype: Any, stability: Stability | None,
-                 backend: str) -> None:
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Any,
+        dtype: Any,
+        stability: Stability | None,
+        backend: str,
+    ) -> None:
         self._adopt(mode, stability, backend)
         super().__init__(input_size, hidden_size, bias, MODES[mode].gates, device=device, dtype=dtype)
 
@@ -52,7 +62,9 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
     def project_(self, certify: bool = True) -> StableCellBase:
         """As `StableLSTM.project_`."""
         if self.stability is None:
-            raise ValueError("project_: this cell has stability=None; give it a stable set first, cell.stability = Certified()")
+            raise ValueError(
+                "project_: this cell has stability=None; give it a stable set first, cell.stability = Certified()"
+            )
         self.stability.project_(self, certify=certify)
         watch.settled(self)
         return self
@@ -76,7 +88,9 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             return native.cell_step(self._cell, x, h, c, weights, self._cap)
         kind = autocast_dtype(x)
         self._check_tensors(x, h, c, kind is not None)
-        if kind is not None:  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
+        if (
+            kind is not None
+        ):  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
             out = torch.promote_types(kind, c.dtype) if c is not None and x.device.type == "cpu" else kind
             x, h, c = (None if t is None else t.to(w_hh.dtype) for t in (x, h, c))
             with torch.autocast(x.device.type, enabled=False):
@@ -97,12 +111,20 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             if h.shape == expected:
                 continue
             if h.shape[0] != x.shape[0]:
-                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{number} batch size {h.shape[0]}")
+                raise RuntimeError(
+                    f"Input batch size {x.shape[0]} doesn't match hidden{number} batch size {h.shape[0]}"
+                )
             if h.dim() < 2:
-                raise IndexError(f"hidden{number} is {describe(h)}; expected {expected}")  # the exception of torch's hidden.size(1)
-            raise RuntimeError(f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}")
+                raise IndexError(
+                    f"hidden{number} is {describe(h)}; expected {expected}"
+                )  # the exception of torch's hidden.size(1)
+            raise RuntimeError(
+                f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}"
+            )
         if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
-            raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}")
+            raise RuntimeError(
+                f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}"
+            )
 
     def _check_tensors(self, x: Tensor, h: Tensor, c: Tensor | None, cast: bool) -> None:
         """Weights and states are what x needs; with `cast`, after autocast's conversions."""
@@ -120,12 +142,24 @@ class StableRNNCell(StableCellBase):
 
     input (B, I) or (I,), hx (B, H) or (H,) or None -> h' of hx's shape. Keyword-only extras `stability`, `backend` as `StableRNN`."""
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "tanh", device: Any = None,
-                 dtype: Any = None, *, stability: Stability | None = Certified(), backend: str = "auto") -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        backend: str = "auto",
+    ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity: {nonlinearity}")
         self.nonlinearity = nonlinearity
-        super().__init__("RNN_" + nonlinearity.upper(), input_size, hidden_size, bias, device, dtype, stability, backend)
+        super().__init__(
+            "RNN_" + nonlinearity.upper(), input_size, hidden_size, bias, device, dtype, stability, backend
+        )
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
@@ -133,7 +167,9 @@ class StableRNNCell(StableCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None and not isinstance(hx, Tensor):
-            raise AttributeError(f"RNNCell: hx must be a tensor, got {describe(hx)}")  # the exception of torch's hx.dim()
+            raise AttributeError(
+                f"RNNCell: hx must be a tensor, got {describe(hx)}"
+            )  # the exception of torch's hx.dim()
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         batched = input.dim() == 2
@@ -151,8 +187,17 @@ class StableLSTMCell(StableCellBase):
     Without gradients, a step on the CPU is one call into C++; step by step it gives bitwise what a full pass of the same backend
     gives for the same input projection."""
 
-    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *,
-                 stability: Stability | None = Certified(), backend: str = "auto") -> None:
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        backend: str = "auto",
+    ) -> None:
         super().__init__("LSTM", input_size, hidden_size, bias, device, dtype, stability, backend)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 Wrong states raise the exceptions of torch's modules, which come from Python (`hx[1]`, `h.dim()`) or from the C++ that `hx` is handed to.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -22,8 +23,11 @@ def describe(value: Any) -> str:
 
 def suits(t: Tensor, x: Tensor, cast: bool) -> bool:
     """Dense, on x's device, and of x's dtype or, with `cast`, of one that autocast converts."""
-    return (t.device == x.device and t.layout is torch.strided
-            and (t.dtype is x.dtype or cast and t.is_floating_point() and t.dtype is not torch.float64))
+    return (
+        t.device == x.device
+        and t.layout is torch.strided
+        and (t.dtype is x.dtype or cast and t.is_floating_point() and t.dtype is not torch.float64)
+    )
 
 
 def check_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor, cast: bool) -> None:
@@ -39,8 +43,10 @@ def check_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor, cast: 
 def check_state(name: str, h: Tensor, x: Tensor) -> None:
     """`RuntimeError` unless the state is a dense tensor of x's dtype on x's device."""
     if not suits(h, x, cast=False):
-        raise RuntimeError(f"Input and hidden tensors are not the same dtype or not at the same device: input is {describe(x)}, "
-                           f"{name} is {describe(h)}")
+        raise RuntimeError(
+            f"Input and hidden tensors are not the same dtype or not at the same device: input is {describe(x)}, "
+            f"{name} is {describe(h)}"
+        )
 
 
 def pair(hx: Any, dims: int | None, handed_on: bool = False) -> tuple[Tensor, Tensor]:
@@ -57,7 +63,9 @@ def pair(hx: Any, dims: int | None, handed_on: bool = False) -> tuple[Tensor, Te
         if isinstance(hx, Tensor):
             raise RuntimeError(_no_pair(hx))
         kind = "unbatched 2-D" if dims == 2 else "batched 3-D"
-        raise RuntimeError(f"For {kind} input, hx and cx should also be {dims}-D but got ({found[0]}-D, {found[1]}-D) tensors")
+        raise RuntimeError(
+            f"For {kind} input, hx and cx should also be {dims}-D but got ({found[0]}-D, {found[1]}-D) tensors"
+        )
     return _two("lstm", hx)
 
 

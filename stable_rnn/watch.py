@@ -4,6 +4,7 @@ The first forward pass in training mode notes the versions of the weights; a pro
 Versions that have moved when the module leaves training mode are the optimizer's; fused and compiled optimizers move weights and not
 their versions, `fully_shard` puts other parameters in the place of the module's for a forward pass: these are not seen. Nothing is read
 from a device, and the notes are no part of the module: state dicts, copies and pickles don't hold them."""
+
 from __future__ import annotations
 
 import warnings
@@ -23,10 +24,17 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 def trains(module: Bookkeeping) -> None:
     """A forward pass in training mode. Compiled ones are not seen."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or module.stability is None or module.stability.rate is None:
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or module.stability is None
+        or module.stability.rate is None
+    ):
         return
     if module not in _noted and not torch._C._are_functorch_transforms_active():
-        weights = {name: w for name, w in module._parameters.items() if isinstance(w, nn.Parameter) and not w.is_inference()}
+        weights = {
+            name: w for name, w in module._parameters.items() if isinstance(w, nn.Parameter) and not w.is_inference()
+        }
         _noted[module] = {name: (id(w), w._version) for name, w in weights.items()}
 
 
@@ -38,8 +46,11 @@ def settled(*modules: nn.Module) -> None:
 
 def leaves_training(module: Bookkeeping) -> None:
     """On the way to eval mode: says, once a module, that the optimizer has moved weights which no projection has seen."""
-    moved = {name for name, (number, version) in _noted.get(module, {}).items()
-             if (w := module._parameters.get(name)) is not None and id(w) == number and w._version > version}
+    moved = {
+        name
+        for name, (number, version) in _noted.get(module, {}).items()
+        if (w := module._parameters.get(name)) is not None and id(w) == number and w._version > version
+    }
     stability = module.stability
     if not moved or stability is None or stability.rate is None or module in _told:
         return
@@ -49,6 +60,9 @@ def leaves_training(module: Bookkeeping) -> None:
         return
     if not moved.isdisjoint(written):
         _told.add(module)
-        warnings.warn(f"{type(module).__name__} was trained and not projected since, so its weights may have left {stability}: "
-                      "project_after_step(optimizer, model) keeps them inside, module.project_() brings them back, module.certificate() "
-                      "tells", stacklevel=4)
+        warnings.warn(
+            f"{type(module).__name__} was trained and not projected since, so its weights may have left {stability}: "
+            "project_after_step(optimizer, model) keeps them inside, module.project_() brings them back, module.certificate() "
+            "tells",
+            stacklevel=4,
+        )

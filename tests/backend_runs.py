@@ -1,4 +1,5 @@
 """Modules on one backend, held against the reference; what the tests of the GPU backends share."""
+
 import torch
 
 from stable_rnn import Chunked, Recurrent, Verified, Windowed
@@ -13,13 +14,22 @@ def made(cls, dtype, device, hidden=12, **options):
 
 def results(m, x, backend, dtype=None, **call):
     """Outputs and gradients, in float64, of a copy of m in `dtype` that runs on `backend`."""
-    copy = type(m)(m.input_size, m.hidden_size, m.num_layers, bidirectional=m.bidirectional, stability=m.stability, plan=m.plan,
-                   backend=backend).to(x.device, dtype or x.dtype)
+    copy = type(m)(
+        m.input_size,
+        m.hidden_size,
+        m.num_layers,
+        bidirectional=m.bidirectional,
+        stability=m.stability,
+        plan=m.plan,
+        backend=backend,
+    ).to(x.device, dtype or x.dtype)
     copy.load_state_dict(m.state_dict())
     x = x.detach().to(dtype or x.dtype).requires_grad_()
     y, state = copy(x, **call)
     state = state if isinstance(state, tuple) else (state,)
-    loss = sum((t.double() * torch.linspace(-1, 1, t.numel(), device=t.device).view(t.shape)).sum() for t in (y, *state))
+    loss = sum(
+        (t.double() * torch.linspace(-1, 1, t.numel(), device=t.device).view(t.shape)).sum() for t in (y, *state)
+    )
     grads = torch.autograd.grad(loss, [x, *copy.parameters()])
     return [t.detach().double() for t in (y, *state, *grads)]
 

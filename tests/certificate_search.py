@@ -1,4 +1,5 @@
 """Plain loops in float64 and a search for inputs that come close to a certificate's bound."""
+
 from dataclasses import replace
 
 import torch
@@ -66,17 +67,24 @@ def weights(module, kind, scale):
 
 def in_norm(found, norm):
     """The certificate as it would be with the contractions of one norm alone."""
-    levels = tuple(tuple(replace(layer, contractions=tuple(c for c in layer.contractions if c.norm == norm)) for layer in level)
-                   for level in found.levels)
+    levels = tuple(
+        tuple(replace(layer, contractions=tuple(c for c in layer.contractions if c.norm == norm)) for layer in level)
+        for level in found.levels
+    )
     return replace(found, levels=levels)
 
 
 RNN = [
-    dict(hidden_size=3), dict(hidden_size=3, nonlinearity="relu"), dict(hidden_size=2, num_layers=2, bidirectional=True),
+    dict(hidden_size=3),
+    dict(hidden_size=3, nonlinearity="relu"),
+    dict(hidden_size=2, num_layers=2, bidirectional=True),
     dict(hidden_size=2, num_layers=3, nonlinearity="relu", bias=False),
 ]
 LSTM = [
-    dict(hidden_size=3), dict(hidden_size=1), dict(hidden_size=3, proj_size=2), dict(hidden_size=2, num_layers=2, bidirectional=True),
+    dict(hidden_size=3),
+    dict(hidden_size=1),
+    dict(hidden_size=3, proj_size=2),
+    dict(hidden_size=2, num_layers=2, bidirectional=True),
     dict(hidden_size=3, num_layers=2, proj_size=1, bias=False),
 ]
 

@@ -3,6 +3,7 @@
 `make test` runs what proves the package on this machine, `make check` also what is marked `check`: all of the files below, and single
 tests by `@pytest.mark.check`.
 """
+
 import sys
 from pathlib import Path
 
@@ -12,9 +13,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, certificate_search.py
 torch.set_num_threads(1)
 
-CHECK = ("test_install", "test_cuda_compile", "test_triton_compiled_recurrence", "test_triton_compiled_spectral",  # builds
-         "test_paper", "test_speed",  # benchmarks
-         "test_sharded")  # processes
+CHECK = (
+    "test_install",
+    "test_cuda_compile",
+    "test_triton_compiled_recurrence",
+    "test_triton_compiled_spectral",  # builds
+    "test_paper",
+    "test_speed",  # benchmarks
+    "test_sharded",
+)  # processes
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
 """The same values in other places of memory: what tests try every tensor argument in."""
+
 import torch
 
 
@@ -16,7 +17,9 @@ def _permuted(t):
 
 def _odd_ones(t):
     """Contiguous for torch, with strides of their own for the dimensions of size 1."""
-    return torch.as_strided(t.contiguous(), t.shape, [7 if size == 1 else stride for size, stride in zip(t.shape, t.contiguous().stride())])
+    return torch.as_strided(
+        t.contiguous(), t.shape, [7 if size == 1 else stride for size, stride in zip(t.shape, t.contiguous().stride())]
+    )
 
 
 LAYOUTS = {

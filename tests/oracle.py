@@ -1,4 +1,5 @@
 """What the recurrence on lanes means, one row, one lane and one step at a time, in float64: slow, and too plain to be wrong."""
+
 import torch
 
 
@@ -56,11 +57,15 @@ def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, h0, c0, row
                 leaves += [] if w_hr is None else [w_hr.clone().requires_grad_()]
                 h_real, c_real = before[times[t]]
                 dz = w_hh @ (h_real - h_prev)
-                forget = torch.sigmoid((xp[times[t]] + w_hh @ h_real).chunk(4)[1]).clamp(max=cap) if name == "lstm" else 0
+                forget = (
+                    torch.sigmoid((xp[times[t]] + w_hh @ h_real).chunk(4)[1]).clamp(max=cap) if name == "lstm" else 0
+                )
                 project = None if w_hr is None else leaves[4]
                 h, c = cell(name, *leaves[:4], project, cap, dz, forget * (c_real - c_prev))
                 outputs = [(h, dh + dy[times[t]])] + ([(c, dc)] if name == "lstm" else [])
-                grads = torch.autograd.grad([o for o, _ in outputs], leaves, [g for _, g in outputs], materialize_grads=True)
+                grads = torch.autograd.grad(
+                    [o for o, _ in outputs], leaves, [g for _, g in outputs], materialize_grads=True
+                )
                 dh, dc = grads[1], grads[2] if name == "lstm" else dc
                 if t < first + stride:
                     dxp[times[t]] += grads[0]

@@ -1,4 +1,5 @@
 """Weights and states that do not fit: an error that names them on every path, and for states the exception of torch's own modules."""
+
 import re
 
 import pytest
@@ -7,19 +8,40 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pack_sequence
 
-from stable_rnn import Chunked, Recurrent, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Verified, Windowed, _native
+from stable_rnn import (
+    Chunked,
+    Recurrent,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Verified,
+    Windowed,
+    _native,
+)
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["auto", "reference"] + (["cpu"] if _native.lib else [])
 FAULTS = {
-    "meta": lambda w: w.to("meta"), "float64": lambda w: w.double(), "bfloat16": lambda w: w.bfloat16(), "integers": lambda w: w.long(),
-    "complex": lambda w: w.to(torch.complex64), "sparse": lambda w: w.to_sparse(), "one": lambda w: w[:1], "scalar": lambda w: w[:1].sum(),
-    "more": lambda w: torch.cat([w, w]), "dimension": lambda w: w[None], "transposed": lambda w: w.mT if w.dim() > 1 else w[:, None],
+    "meta": lambda w: w.to("meta"),
+    "float64": lambda w: w.double(),
+    "bfloat16": lambda w: w.bfloat16(),
+    "integers": lambda w: w.long(),
+    "complex": lambda w: w.to(torch.complex64),
+    "sparse": lambda w: w.to_sparse(),
+    "one": lambda w: w[:1],
+    "scalar": lambda w: w[:1].sum(),
+    "more": lambda w: torch.cat([w, w]),
+    "dimension": lambda w: w[None],
+    "transposed": lambda w: w.mT if w.dim() > 1 else w[:, None],
 }
 PACKED = pack_sequence([torch.randn(5, 6), torch.randn(2, 6)])
 CALLS = {
-    "padded": lambda m: m(torch.randn(5, 2, 6)), "unbatched": lambda m: m(torch.randn(5, 6)), "packed": lambda m: m(PACKED),
-    "lengths": lambda m: m(torch.randn(5, 2, 6), lengths=torch.tensor([5, 2])), "one step": lambda m: m(torch.randn(1, 1, 6)),
+    "padded": lambda m: m(torch.randn(5, 2, 6)),
+    "unbatched": lambda m: m(torch.randn(5, 6)),
+    "packed": lambda m: m(PACKED),
+    "lengths": lambda m: m(torch.randn(5, 2, 6), lengths=torch.tensor([5, 2])),
+    "one step": lambda m: m(torch.randn(1, 1, 6)),
     "vmap": lambda m: vmap(lambda x: m(x)[0])(torch.randn(3, 5, 2, 6)),
 }
 
@@ -41,7 +63,11 @@ def set_weight(m, name, w):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights(backend, plan, fault):
     """Every weight, every way of calling, with gradients and without. (The first weight's dtype is compared to the input's by torch.)"""
-    for cls, options in ((StableRNN, {}), (StableLSTM, {}), (StableLSTM, dict(proj_size=3, num_layers=2, bidirectional=True))):
+    for cls, options in (
+        (StableRNN, {}),
+        (StableLSTM, {}),
+        (StableLSTM, dict(proj_size=3, num_layers=2, bidirectional=True)),
+    ):
         for name, w in cls(6, 6, **options).state_dict().items():
             bad = FAULTS[fault](w)
             if bad.shape == w.shape and bad.dtype == w.dtype and bad.device == w.device and bad.layout == w.layout:
@@ -63,7 +89,9 @@ def test_weights_of_torchs_own_recurrence(fault):
         m = StableLSTM(6, 6, backend="torch", stability=None)
         set_weight(m, name, FAULTS[fault](w))
         for call in set(CALLS) - {"lengths", "vmap"}:
-            with pytest.raises((RuntimeError, ValueError), match=f"^{name} is .*; expected|does not match weight dtype"):
+            with pytest.raises(
+                (RuntimeError, ValueError), match=f"^{name} is .*; expected|does not match weight dtype"
+            ):
                 CALLS[call](m)
 
 
@@ -91,7 +119,9 @@ def test_a_partly_loaded_module(cls, plain, gradient):
     """Made on the meta device, loaded from a checkpoint that lacks a weight."""
     for missing in plain(6, 6, num_layers=2).state_dict():
         m = cls(6, 6, num_layers=2, stability=None, device="meta")
-        m.load_state_dict({k: v for k, v in plain(6, 6, num_layers=2).state_dict().items() if k != missing}, strict=False, assign=True)
+        m.load_state_dict(
+            {k: v for k, v in plain(6, 6, num_layers=2).state_dict().items() if k != missing}, strict=False, assign=True
+        )
         for plan in PLANS:
             m.plan = plan
             raises(missing, lambda m=m: m(torch.randn(5, 2, 6)), gradient)
@@ -107,7 +137,9 @@ def test_weights_in_graphs():
         raises(name, lambda run=run: run(torch.randn(5, 2, 6)))
         torch._dynamo.reset()
         raises(name, lambda run=run: torch.compile(run, backend="aot_eager")(torch.randn(5, 2, 6)))
-    many = {k: torch.stack([w, 2 * w]) for k, w in weights.items()}  # one of each for every sample: their shapes inside are as ever
+    many = {
+        k: torch.stack([w, 2 * w]) for k, w in weights.items()
+    }  # one of each for every sample: their shapes inside are as ever
     x = torch.randn(5, 2, 6)
     y = vmap(lambda w: functional_call(m, w, (x,))[0])(many)
     torch.testing.assert_close(y[0], m(x)[0])
@@ -143,19 +175,41 @@ def parts(shape):
     """What may stand where a state of this shape belongs."""
     h = torch.zeros(shape)
     return {
-        "0-D": torch.zeros(()), "1-D": torch.zeros(6), "2-D": torch.zeros(3, 6), "3-D": torch.zeros(1, 3, 6),
+        "0-D": torch.zeros(()),
+        "1-D": torch.zeros(6),
+        "2-D": torch.zeros(3, 6),
+        "3-D": torch.zeros(1, 3, 6),
         "4-D": torch.zeros(1, 1, 3, 6),
-        "wide": torch.zeros(*shape[:-1], 7), "batch": torch.zeros(1, 2, 6), "float64": h.double(), "integers": h.long(),
-        "bfloat16": h.bfloat16(), "complex": h.to(torch.complex64), "meta": h.to("meta"), "None": None, "int": 3, "float": 1.0, "str": "ab",
-        "list": [], "dict": {},
+        "wide": torch.zeros(*shape[:-1], 7),
+        "batch": torch.zeros(1, 2, 6),
+        "float64": h.double(),
+        "integers": h.long(),
+        "bfloat16": h.bfloat16(),
+        "complex": h.to(torch.complex64),
+        "meta": h.to("meta"),
+        "None": None,
+        "int": 3,
+        "float": 1.0,
+        "str": "ab",
+        "list": [],
+        "dict": {},
     }
 
 
 def states(shape):
     """Name -> hx, of all kinds, alone and in pairs."""
     h = torch.zeros(shape)
-    found = {"three": (h, h, h), "one": (h,), "none": (), "list of three": [h, h, h], "list of one": [h], "nested": ((h, h), (h, h)),
-             "dict": {"h": h, "c": h}, "array": h.numpy(), "bool": True}
+    found = {
+        "three": (h, h, h),
+        "one": (h,),
+        "none": (),
+        "list of three": [h, h, h],
+        "list of one": [h],
+        "nested": ((h, h), (h, h)),
+        "dict": {"h": h, "c": h},
+        "array": h.numpy(),
+        "bool": True,
+    }
     for name, part in parts(shape).items():
         found |= {} if part is None else {name: part}
         found |= {f"({name}, h)": (part, h), f"(h, {name})": (h, part), f"({name}, {name})": (part, part)}
@@ -174,8 +228,15 @@ def words(hx):
     """Ways to say what hx is."""
     if isinstance(hx, torch.Tensor):
         size = list(hx.shape)
-        return [str(tuple(size)), str(size), str([*size[:1], 1, *size[1:]]), f"{hx.dim()}-D", f"{hx.dim()}D", str(hx.dtype),
-                *(f"{word} {part}" for part in size for word in ("size", "got"))]
+        return [
+            str(tuple(size)),
+            str(size),
+            str([*size[:1], 1, *size[1:]]),
+            f"{hx.dim()}-D",
+            f"{hx.dim()}D",
+            str(hx.dtype),
+            *(f"{word} {part}" for part in size for word in ("size", "got")),
+        ]
     if isinstance(hx, (tuple, list)):
         return [f"{type(hx).__name__} of {len(hx)}", *(word for part in hx for word in words(part))]
     return [type(hx).__name__]
@@ -239,8 +300,13 @@ def test_states_of_cells(theirs, ours, backend, gradient):
     """nn.LSTMCell promotes dtypes of c; unbatched, it drops a third state and takes the first two rows of one tensor."""
     with torch.set_grad_enabled(gradient):
         for shape, x in (((3, 6), torch.randn(3, 4)), ((6,), torch.randn(4))):
-            compare(theirs(4, 6), ours(4, 6, backend=backend), x, shape,
-                    accepted=[r"^\(h, (float64|integers|bfloat16|complex)", "three", "^2-D", "^batch"])
+            compare(
+                theirs(4, 6),
+                ours(4, 6, backend=backend),
+                x,
+                shape,
+                accepted=[r"^\(h, (float64|integers|bfloat16|complex)", "three", "^2-D", "^batch"],
+            )
 
 
 @pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])

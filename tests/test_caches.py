@@ -1,4 +1,5 @@
 """What the package remembers between calls: none of it grows with the sizes that calls bring, or with their number."""
+
 import inspect
 from importlib import import_module
 from pkgutil import walk_packages
@@ -22,8 +23,11 @@ def caches():
         except ModuleNotFoundError as error:
             assert error.name in OPTIONAL, error
             continue
-        yield from ((f"{found.name}.{name}", value) for name, value in vars(module).items()
-                    if hasattr(value, "cache_parameters") and value.__module__ == found.name)
+        yield from (
+            (f"{found.name}.{name}", value)
+            for name, value in vars(module).items()
+            if hasattr(value, "cache_parameters") and value.__module__ == found.name
+        )
 
 
 def test_a_cache_without_a_limit_knows_devices_at_most():

@@ -1,4 +1,5 @@
 """StableRNNCell and StableLSTMCell are torch's cells; step by step they give what a full pass gives."""
+
 import itertools
 
 import pytest
@@ -9,8 +10,11 @@ from stable_rnn import ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableR
 from stable_rnn.ops.recurrence.function import layer
 from stable_rnn.ops.recurrence.problem import Problem
 
-KINDS = [("tanh", nn.RNNCell, StableRNNCell, dict(nonlinearity="tanh")), ("relu", nn.RNNCell, StableRNNCell, dict(nonlinearity="relu")),
-         ("lstm", nn.LSTMCell, StableLSTMCell, {})]
+KINDS = [
+    ("tanh", nn.RNNCell, StableRNNCell, dict(nonlinearity="tanh")),
+    ("relu", nn.RNNCell, StableRNNCell, dict(nonlinearity="relu")),
+    ("lstm", nn.LSTMCell, StableLSTMCell, {}),
+]
 IDS = [k[0] for k in KINDS]
 compiled = pytest.mark.skipif(not _native.lib, reason="compiled module not built")
 
@@ -34,7 +38,11 @@ def test_equals_torch(kind, dtype, bias):
     a, b = pair(kind, dtype, bias=bias)
     lstm = kind[0] == "lstm"
     for shape in ((3,), ()):
-        x, h, c = torch.randn(*shape, 5, dtype=dtype), torch.randn(*shape, 7, dtype=dtype), torch.randn(*shape, 7, dtype=dtype)
+        x, h, c = (
+            torch.randn(*shape, 5, dtype=dtype),
+            torch.randn(*shape, 7, dtype=dtype),
+            torch.randn(*shape, 7, dtype=dtype),
+        )
         for hx in (None, (h, c) if lstm else h):
             for gradient in (False, True):
                 found = []
@@ -54,8 +62,13 @@ def test_equals_torch(kind, dtype, bias):
 def test_same_errors_as_torch(kind):
     a, b = pair(kind, torch.float32)
     h = lambda *s: (torch.zeros(*s), torch.zeros(*s)) if kind[0] == "lstm" else torch.zeros(*s)  # noqa: E731
-    for x, hx in [(torch.zeros(2, 3, 5), None), (torch.zeros(2, 4), None), (torch.zeros(2, 5), h(3, 7)), (torch.zeros(2, 5), h(2, 6)),
-                  (torch.zeros(2, 5), h(1, 1, 2, 7))]:
+    for x, hx in [
+        (torch.zeros(2, 3, 5), None),
+        (torch.zeros(2, 4), None),
+        (torch.zeros(2, 5), h(3, 7)),
+        (torch.zeros(2, 5), h(2, 6)),
+        (torch.zeros(2, 5), h(1, 1, 2, 7)),
+    ]:
         for gradient in (False, True):
             errors = []
             for m in (a, b):
@@ -78,7 +91,10 @@ def test_steps_are_bitwise_the_full_pass(cell, dtype):
     for hidden in (1, 31, 64, 200):
         gates = 4 if cell == "lstm" else 1
         steps, batch = 12, 3
-        xp, w = torch.randn(steps * batch, gates * hidden).to(dtype), (torch.randn(gates * hidden, hidden) / hidden ** 0.5).to(dtype)
+        xp, w = (
+            torch.randn(steps * batch, gates * hidden).to(dtype),
+            (torch.randn(gates * hidden, hidden) / hidden**0.5).to(dtype),
+        )
         h0 = torch.randn(batch, hidden).to(dtype)
         c0 = torch.randn(batch, hidden).to(dtype) if cell == "lstm" else None
 
@@ -111,7 +127,9 @@ def test_the_one_call_step_is_the_recurrence_step(kind, dtype):
         fast = outputs(b(x, hx))
     slow = outputs(b(x, hx))
     for a, e in zip(fast, slow, strict=True):
-        assert float((a.float() - e.detach().float()).abs().max()) <= 16 * torch.finfo(dtype).eps * max(1.0, float(e.detach().abs().max()))
+        assert float((a.float() - e.detach().float()).abs().max()) <= 16 * torch.finfo(dtype).eps * max(
+            1.0, float(e.detach().abs().max())
+        )
 
 
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM])

@@ -1,4 +1,5 @@
 """Certificates: what one can ask them, rounding, jumps, and every kind of input, good and bad."""
+
 import math
 import pickle
 from fractions import Fraction
@@ -31,7 +32,11 @@ from stable_rnn.stability.weights import read_module
 
 
 def test_window_is_the_least():
-    for module in (StableLSTM(4, 8, 2), StableRNN(4, 8), StableLSTM(3, 5, bidirectional=True, stability=Certified(rate=0.8))):
+    for module in (
+        StableLSTM(4, 8, 2),
+        StableRNN(4, 8),
+        StableLSTM(3, 5, bidirectional=True, stability=Certified(rate=0.8)),
+    ):
         found = module.certificate()
         for eps in (0.3, 1e-2, 1e-6, 1e-12):
             k = found.window(eps)
@@ -99,7 +104,10 @@ def test_every_form_of_input():
     batch_first.load_state_dict(module.state_dict())
     packed = pack_padded_sequence(padded, lengths, enforce_sorted=False)
     rows = torch.cat([x[:n, row] for row, n in enumerate(lengths)])
-    masked = certificate(module, padded, lengths=lengths), batch_first.certificate(padded.transpose(0, 1), lengths=lengths)
+    masked = (
+        certificate(module, padded, lengths=lengths),
+        batch_first.certificate(padded.transpose(0, 1), lengths=lengths),
+    )
     rates = {found.rate for found in (*masked, module.certificate(packed), module.certificate(rows))}
     assert len(rates) == 1
     assert module.certificate(padded).rate > rates.pop()
@@ -120,7 +128,9 @@ def test_cells_and_plain_modules_agree_with_the_stable_ones():
 
 def test_state_dicts():
     lstm, rnn = StableLSTM(3, 5, 2, bidirectional=True, proj_size=2), nn.RNN(3, 4)
-    model = nn.ModuleDict({"enc": lstm, "dec": rnn, "gru": nn.GRU(3, 4), "cell": nn.LSTMCell(2, 3), "lin": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"enc": lstm, "dec": rnn, "gru": nn.GRU(3, 4), "cell": nn.LSTMCell(2, 3), "lin": nn.Linear(2, 2)}
+    )
     with pytest.warns(UserWarning, match="gru looks like a GRU"):
         found = certificate_from_state_dict(model.state_dict())
     assert set(found) == {"enc", "dec", "cell"}
@@ -136,8 +146,17 @@ def test_state_dicts():
 
 def test_str_states_the_assumptions():
     text = str(StableLSTM(3, 4, 2).certificate())
-    for part in ("stable: rate", "l0:", "l1:", "forget gate <=", "window for an error of 0.001", "|inputs| <= 1", "zero initial state",
-                 "eval mode", "exact arithmetic"):
+    for part in (
+        "stable: rate",
+        "l0:",
+        "l1:",
+        "forget gate <=",
+        "window for an error of 0.001",
+        "|inputs| <= 1",
+        "zero initial state",
+        "eval mode",
+        "exact arithmetic",
+    ):
         assert part in text
     assert pickle.loads(pickle.dumps(StableLSTM(3, 4).certificate())).stable
 
@@ -161,10 +180,17 @@ def test_torchs_defaults_do_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [
-    lambda: nn.RNN(64, 64), lambda: nn.RNN(8, 32, 2), lambda: nn.RNN(4, 32, nonlinearity="relu"), lambda: nn.LSTM(16, 32),
-    lambda: nn.LSTM(8, 16, 2, bidirectional=True), lambda: nn.LSTM(8, 16, proj_size=4),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.RNN(64, 64),
+        lambda: nn.RNN(8, 32, 2),
+        lambda: nn.RNN(4, 32, nonlinearity="relu"),
+        lambda: nn.LSTM(16, 32),
+        lambda: nn.LSTM(8, 16, 2, bidirectional=True),
+        lambda: nn.LSTM(8, 16, proj_size=4),
+    ],
+)
 def test_rounding_of_real_runs(make, dtype):
     """Runs of torch's own modules against float64 stay within half of the term, which stands for two runs."""
     module = make()
@@ -186,7 +212,10 @@ def test_rounding_of_real_runs(make, dtype):
     if isinstance(module, nn.RNN) and module.num_layers == 1 and module.nonlinearity == "tanh":
         assert found.rounding_error(dtype) < 200 * measured
     k = found.window(1e-9)
-    assert found.truncation_error(k, dtype=dtype) >= found.rounding_error(dtype) * 0.999 or found.truncation_error(k, dtype) >= 1
+    assert (
+        found.truncation_error(k, dtype=dtype) >= found.rounding_error(dtype) * 0.999
+        or found.truncation_error(k, dtype) >= 1
+    )
     with pytest.raises(ValueError, match="rounding in"):
         found.window(found.rounding_error(torch.float32) / 10, dtype=torch.float32)
 
@@ -250,14 +279,17 @@ def test_errors():
         certificate(nn.Linear(3, 4))
 
 
-@pytest.mark.parametrize("lengths, error, text", [
-    (torch.tensor([6, 2]), ValueError, r"shape \(3,\), one per sequence; got \(2,\)"),
-    (torch.tensor([[6, 2, 1]]), ValueError, r"shape \(3,\)"),
-    (torch.tensor([6, 7, 1]), ValueError, r"0\.\.6, got \[6, 7, 1\]"),
-    (torch.tensor([6, -1, 1]), ValueError, r"0\.\.6"),
-    (torch.tensor([6.0, 2.0, 1.0]), TypeError, "integers"),
-    ([6, 2, 1], TypeError, "must be a Tensor"),
-])
+@pytest.mark.parametrize(
+    "lengths, error, text",
+    [
+        (torch.tensor([6, 2]), ValueError, r"shape \(3,\), one per sequence; got \(2,\)"),
+        (torch.tensor([[6, 2, 1]]), ValueError, r"shape \(3,\)"),
+        (torch.tensor([6, 7, 1]), ValueError, r"0\.\.6, got \[6, 7, 1\]"),
+        (torch.tensor([6, -1, 1]), ValueError, r"0\.\.6"),
+        (torch.tensor([6.0, 2.0, 1.0]), TypeError, "integers"),
+        ([6, 2, 1], TypeError, "must be a Tensor"),
+    ],
+)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_that_do_not_fit(lengths, error, text, batch_first):
     module = nn.LSTM(2, 4, batch_first=batch_first)
@@ -285,9 +317,14 @@ def test_weights_that_are_no_numbers_are_named(name, value):
         certificate_from_state_dict(module.state_dict())
 
 
-@pytest.mark.parametrize("make", [
-    lambda: StableLSTM(3, 6, 2, bidirectional=True), lambda: StableRNN(3, 6, 2), lambda: StableLSTM(3, 6, proj_size=2),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StableLSTM(3, 6, 2, bidirectional=True),
+        lambda: StableRNN(3, 6, 2),
+        lambda: StableLSTM(3, 6, proj_size=2),
+    ],
+)
 def test_plans_of_a_module_stay_within_the_bound(make):
     module = make().double()
     x = torch.rand(50, 2, 3, dtype=torch.float64) * 2 - 1
@@ -302,15 +339,21 @@ def test_plans_of_a_module_stay_within_the_bound(make):
                 assert (module(x)[0] - truth).abs().max().item() <= found.truncation_error(k, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("make, dtype", [
-    (lambda: certificate(nn.RNN(3, 4, dtype=torch.complex64)), "weight_ih_l0 .*complex64"),
-    (lambda: StableRNN(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
-    (lambda: StableLSTM(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
-    (lambda: StableRNNCell(3, 4, dtype=torch.complex64), "weight_ih .*complex64"),
-    (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.complex64)), "input .*complex64"),
-    (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.int64)), "input .*int64"),
-    (lambda: certificate_from_state_dict({name: w.long() for name, w in nn.RNN(3, 4).state_dict().items()}), "weight_ih_l0 .*int64"),
-])
+@pytest.mark.parametrize(
+    "make, dtype",
+    [
+        (lambda: certificate(nn.RNN(3, 4, dtype=torch.complex64)), "weight_ih_l0 .*complex64"),
+        (lambda: StableRNN(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
+        (lambda: StableLSTM(3, 4, dtype=torch.complex64), "weight_ih_l0 .*complex64"),
+        (lambda: StableRNNCell(3, 4, dtype=torch.complex64), "weight_ih .*complex64"),
+        (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.complex64)), "input .*complex64"),
+        (lambda: StableRNN(3, 4).certificate(torch.zeros(5, 1, 3, dtype=torch.int64)), "input .*int64"),
+        (
+            lambda: certificate_from_state_dict({name: w.long() for name, w in nn.RNN(3, 4).state_dict().items()}),
+            "weight_ih_l0 .*int64",
+        ),
+    ],
+)
 def test_proofs_are_about_real_numbers(make, dtype):
     with pytest.raises(TypeError, match=dtype.replace(" ", " must have a real floating dtype, got ")):
         make()

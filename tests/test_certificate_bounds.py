@@ -1,4 +1,5 @@
 """Certificates: bounds that search can't pass and sometimes reaches, and the figures of the mathematics."""
+
 import math
 from dataclasses import replace
 
@@ -15,7 +16,15 @@ from stable_rnn import (
 )
 from stable_rnn.stability.bounds import drive_of_bound
 from stable_rnn.stability.contraction import norm2
-from stable_rnn.stability.lstm import LstmBounds, forget_slope, joint, lstm_bounds, lstm_contractions, lstm_step, lstm_two_at
+from stable_rnn.stability.lstm import (
+    LstmBounds,
+    forget_slope,
+    joint,
+    lstm_bounds,
+    lstm_contractions,
+    lstm_step,
+    lstm_two_at,
+)
 from stable_rnn.stability.radius import SHORT, proven, radius, weighing
 from stable_rnn.stability.rnn import rnn_bounds
 from stable_rnn.stability.weights import LayerWeights, read_module
@@ -34,11 +43,17 @@ def test_no_input_passes_the_bound(kind):
     assert max(reached) > 0.2
 
 
-@pytest.mark.parametrize("make", [
-    lambda: StableLSTM(2, 3, 2, bidirectional=True), lambda: StableLSTM(2, 4, proj_size=2),
-    lambda: StableLSTM(3, 3, stability=Certified(clamp=True)), lambda: StableLSTM(2, 3, stability=Certified(norm="inf")),
-    lambda: StableRNN(2, 4, 2, "relu"), lambda: StableRNN(2, 4, 2),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StableLSTM(2, 3, 2, bidirectional=True),
+        lambda: StableLSTM(2, 4, proj_size=2),
+        lambda: StableLSTM(3, 3, stability=Certified(clamp=True)),
+        lambda: StableLSTM(2, 3, stability=Certified(norm="inf")),
+        lambda: StableRNN(2, 4, 2, "relu"),
+        lambda: StableRNN(2, 4, 2),
+    ],
+)
 def test_no_input_passes_the_bound_of_a_projected_module(make):
     module = make()
     with torch.no_grad():
@@ -150,7 +165,9 @@ def test_the_forget_gates_share(rate, share):
     found = forget_slope(most, rate, torch.tensor(share, dtype=torch.float64))
     f = torch.linspace(0, 1, 100001, dtype=torch.float64)[:, None] * most
     spare = 1 - most / rate
-    worst = f**2 / (rate * most) + spare * ((f * (1 - f) / found) ** 2 + (1 - share))  # the largest ratio, by Cauchy-Schwarz
+    worst = f**2 / (rate * most) + spare * (
+        (f * (1 - f) / found) ** 2 + (1 - share)
+    )  # the largest ratio, by Cauchy-Schwarz
     assert (worst.amax(0) <= 1 + 1e-12).all() and (worst.amax(0) > 1 - 1e-6).all()
 
 
@@ -187,11 +204,18 @@ def test_no_input_passes_the_bound_of_the_radius(options):
     module = nn.RNN(2, 4, **options).double()
     with torch.no_grad():
         for name, p in module.named_parameters():
-            p.copy_(SHIFT * 1.1 + 0.02 * torch.randn(4, 4) if "weight_hh" in name else p.abs())  # no unit of the relu is dead
+            p.copy_(
+                SHIFT * 1.1 + 0.02 * torch.randn(4, 4) if "weight_hh" in name else p.abs()
+            )  # no unit of the relu is dead
     found, levels = certificate(module), read_module(module)
     assert norm2(levels[0][0].w_hh) > 1.05 and found.rate < 1
-    kept = tuple(tuple(replace(layer, contractions=tuple(c for c in layer.contractions if c.norm == "2" and c.rate < 1)) for layer in level)
-                 for level in found.levels)
+    kept = tuple(
+        tuple(
+            replace(layer, contractions=tuple(c for c in layer.contractions if c.norm == "2" and c.rate < 1))
+            for layer in level
+        )
+        for level in found.levels
+    )
     assert all(layer.contractions for level in kept for layer in level)
     for k in (1, 4, 8):
         assert 0 < worst(levels, k, steps=16) <= replace(found, levels=kept).truncation_error(k)
@@ -199,7 +223,14 @@ def test_no_input_passes_the_bound_of_the_radius(options):
 
 def test_numerical_radii():
     torch.manual_seed(0)
-    for w in (SHIFT, torch.randn(1, 1), torch.randn(30, 30), nn.init.orthogonal_(torch.empty(9, 9)), torch.zeros(3, 3), SHIFT * 1e300):
+    for w in (
+        SHIFT,
+        torch.randn(1, 1),
+        torch.randn(30, 30),
+        nn.init.orthogonal_(torch.empty(9, 9)),
+        torch.zeros(3, 3),
+        SHIFT * 1e300,
+    ):
         angles = torch.linspace(0, math.pi, 700, dtype=torch.float64)[:, None, None] * 1j
         parts = torch.exp(angles) * (w.double() / w.abs().max().clamp(min=1e-9)).to(torch.complex128)
         exact = float(torch.linalg.eigvalsh((parts + parts.mH) / 2).max()) * float(w.double().abs().max())

@@ -1,4 +1,5 @@
 """`stable-rnn certify` on files of every kind: what is read, what is said of the rest. No code of a file is run."""
+
 import argparse
 import collections
 import dataclasses
@@ -63,11 +64,26 @@ class Runs:
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("beside", [
-    argparse.Namespace(lr=0.1, path=pathlib.Path("/data")), pathlib.PureWindowsPath("C:/data"), np.float64(0.1), np.zeros(3), Config(),
-    collections.defaultdict(list, {"a": [1]}), AttributeDict(size=3), collections.Counter("ab"), complex(1, 2), {1, 2}, b"bytes",
-    torch.float16, torch.device("cpu"), slice(3), len,
-])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        argparse.Namespace(lr=0.1, path=pathlib.Path("/data")),
+        pathlib.PureWindowsPath("C:/data"),
+        np.float64(0.1),
+        np.zeros(3),
+        Config(),
+        collections.defaultdict(list, {"a": [1]}),
+        AttributeDict(size=3),
+        collections.Counter("ab"),
+        complex(1, 2),
+        {1, 2},
+        b"bytes",
+        torch.float16,
+        torch.device("cpu"),
+        slice(3),
+        len,
+    ],
+)
 def test_objects_beside_the_weights_are_passed_over(certify, beside, old):
     state = {"state_dict": lstm("enc."), "hyper_parameters": beside}
     code, out, err = certify(state, _use_new_zipfile_serialization=not old)
@@ -76,7 +92,9 @@ def test_objects_beside_the_weights_are_passed_over(certify, beside, old):
 
 def test_a_module_beside_the_weights(certify):
     assert certify({"a": lstm(), "b": nn.Linear(2, 2)})[0] == 0
-    line = refused(certify({"a": lstm(), "b": nn.Linear(2, 2)}, _use_new_zipfile_serialization=False))  # with its source, before torch 1.6
+    line = refused(
+        certify({"a": lstm(), "b": nn.Linear(2, 2)}, _use_new_zipfile_serialization=False)
+    )  # with its source, before torch 1.6
     assert "write model.state_dict() with torch.save" in line
 
 
@@ -90,13 +108,19 @@ def test_no_code_of_a_file_is_run(certify, tmp_path):
             certify(value, _use_new_zipfile_serialization=not old)
     assert not (tmp_path / "ran").exists()
     blocked = type("System", (), {"__reduce__": lambda self: (os.mkdir, (str(tmp_path / "ran"),))})()
-    assert "(posix.mkdir), which are not loaded since they can run code" in refused(certify({"a": lstm(), "b": blocked}))
+    assert "(posix.mkdir), which are not loaded since they can run code" in refused(
+        certify({"a": lstm(), "b": blocked})
+    )
     assert not (tmp_path / "ran").exists()
 
 
 def test_weights_in_objects_are_not_read_and_it_is_said(certify):
     line = refused(certify({"model": nn.LSTM(2, 4), "options": Config()}))
-    assert "torch.nn.modules.rnn.LSTM" in line and "Config" in line and "save model.state_dict() instead of the model" in line
+    assert (
+        "torch.nn.modules.rnn.LSTM" in line
+        and "Config" in line
+        and "save model.state_dict() instead of the model" in line
+    )
     line = refused(certify({key: value.numpy() for key, value in lstm().items()}))
     assert "holds NumPy arrays" in line and "torch.from_numpy" in line
     assert "Unsupported operand" in refused(certify(lstm(), pickle_protocol=4))
@@ -112,31 +136,53 @@ def test_a_file_cut_anywhere_is_called_cut(certify, tmp_path, old):
         assert "part.pt: is damaged or cut short" in refused(certify(part)), end
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda w: w.fill_(float("nan")), "holds NaN or infinite values"), (lambda w: w.fill_(float("inf")), "holds NaN or infinite values"),
-    (lambda w: w.long(), "must have a real floating dtype"), (lambda w: w.to_sparse(), "must be a dense tensor"),
-    (lambda w: w.to("meta"), "is on the meta device"), (lambda w: w.T, "which doesn't fit"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda w: w.fill_(float("nan")), "holds NaN or infinite values"),
+        (lambda w: w.fill_(float("inf")), "holds NaN or infinite values"),
+        (lambda w: w.long(), "must have a real floating dtype"),
+        (lambda w: w.to_sparse(), "must be a dense tensor"),
+        (lambda w: w.to("meta"), "is on the meta device"),
+        (lambda w: w.T, "which doesn't fit"),
+    ],
+)
 def test_one_bad_layer_hides_no_other(certify, change, reason):
     state = {"enc": lstm(), "run": {**lstm("bad."), **lstm("good.")}, "tail": lstm()}
     state["run"]["bad.weight_ih_l0"] = change(state["run"]["bad.weight_ih_l0"])
     code, out, err = certify(state)
-    assert code == 3 and [line for line in out.splitlines() if "---" in line] == ["--- enc ---", "--- run.good ---", "--- tail ---"]
+    assert code == 3 and [line for line in out.splitlines() if "---" in line] == [
+        "--- enc ---",
+        "--- run.good ---",
+        "--- tail ---",
+    ]
     assert err.startswith("stable-rnn certify: run.bad.weight_ih_l0 ") and reason in err and err.count("\n") == 1
 
 
 def test_a_layer_that_looks_too_large_for_any_memory_hides_no_other(certify):
     few = torch.zeros(4)
-    for huge in (few[:1].expand(2**30, 2**30), few.as_strided((2**15, 2**15), (0, 0)), few.to("meta").new_zeros(2**20, 2**20)):
+    for huge in (
+        few[:1].expand(2**30, 2**30),
+        few.as_strided((2**15, 2**15), (0, 0)),
+        few.to("meta").new_zeros(2**20, 2**20),
+    ):
         code, out, err = certify({"bad.weight_hh_l0": huge, "bad.weight_ih_l0": huge, **lstm("good.")})
         assert code == 3 and "--- good ---" in out and err.count("\n") == 1
-        assert "bad.weight_ih_l0 is on the meta device" in err if huge.is_meta else "bad.weight_ih_l0 has the shape" in err
+        assert (
+            "bad.weight_ih_l0 is on the meta device" in err if huge.is_meta else "bad.weight_ih_l0 has the shape" in err
+        )
 
 
 def test_all_layers_bad(certify):
     bad = {key: value * float("nan") for key, value in {**lstm("a."), **lstm("b.")}.items()}
     code, out, err = certify(bad)
-    assert code == 2 and out == "" and "a.weight_ih_l0 holds" in err and "b.weight_ih_l0 holds" in err and err.count("\n") == 3
+    assert (
+        code == 2
+        and out == ""
+        and "a.weight_ih_l0 holds" in err
+        and "b.weight_ih_l0 holds" in err
+        and err.count("\n") == 3
+    )
 
 
 def test_the_next_step_is_said_where_there_is_no_proof(certify):
@@ -189,7 +235,9 @@ def test_safetensors_without_its_package(certify, tmp_path, monkeypatch):
 
 def test_the_index_of_a_checkpoint_in_parts(certify, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": {"enc.weight_hh_l0": "part-2.safetensors", "embedding": "part-1.safetensors"}}))
+    path.write_text(
+        json.dumps({"weight_map": {"enc.weight_hh_l0": "part-2.safetensors", "embedding": "part-1.safetensors"}})
+    )
     line = refused(certify(path))
     assert "index of a checkpoint in several files" in line and "part-2.safetensors" in line and "part-1" not in line
     for text in ("{}", '{"weight_map": 3}', "{" * 10**5):
@@ -237,4 +285,6 @@ def test_files_made_to_be_endless(certify):
     for _ in range(100):
         deep = {"x" * 10**4: deep}
     assert len("".join(certify(deep)[1:])) < 3000
-    assert "has the layers 99999999 only" in refused(certify({f"{key}{'9' * 5000}": value for key, value in lstm().items()}))
+    assert "has the layers 99999999 only" in refused(
+        certify({f"{key}{'9' * 5000}": value for key, value in lstm().items()})
+    )

@@ -1,4 +1,5 @@
 """What a state dict says of the cell that its weights were trained in, and what it is silent about."""
+
 import copy
 import io
 import warnings
@@ -27,17 +28,24 @@ def said(load):
 
 
 @pytest.mark.parametrize("cls", [StableLSTM, StableLSTMCell])
-@pytest.mark.parametrize("carry", [lambda state: state, copy.deepcopy, through_a_file], ids=["as it is", "copy", "file"])
+@pytest.mark.parametrize(
+    "carry", [lambda state: state, copy.deepcopy, through_a_file], ids=["as it is", "copy", "file"]
+)
 def test_another_clamp_is_said(cls, carry):
     for a in CLAMPS:
         for b in CLAMPS:
-            source, target = nn.Sequential(nn.Identity(), cls(3, 4, stability=a)), nn.Sequential(nn.Identity(), cls(3, 4, stability=b))
+            source, target = (
+                nn.Sequential(nn.Identity(), cls(3, 4, stability=a)),
+                nn.Sequential(nn.Identity(), cls(3, 4, stability=b)),
+            )
             found = said(lambda: target.load_state_dict(carry(source.state_dict())))  # noqa: B023
             here, there = target[1]._cap, source[1]._cap
             assert len(found) == (here != there)
             for text in found:
                 assert "load_state_dict: 1 computes another function" in text
-                assert all(str(cap) in text.replace(str(b), "") if cap < 1 else "no clamp" in text for cap in (here, there))
+                assert all(
+                    str(cap) in text.replace(str(b), "") if cap < 1 else "no clamp" in text for cap in (here, there)
+                )
     root = cls(3, 4, stability=ForgetCap(0.5))
     assert "this " + cls.__name__ in said(lambda: root.load_state_dict(cls(3, 4).state_dict()))[0]
 
@@ -62,8 +70,13 @@ def test_nothing_is_said_where_nothing_is_known():
     other = StableLSTM(3, 4, stability=None)
     assert not said(lambda: m.load_state_dict(nn.LSTM(3, 4).state_dict()))
     assert not said(lambda: m.load_state_dict(dict(other.state_dict())))
-    assert not said(lambda: StableRNN(3, 4, stability=Certified(clamp=True)).load_state_dict(StableRNN(3, 4).state_dict()))
-    net, half = nn.ModuleDict({"a": m, "b": nn.Linear(1, 1)}), nn.ModuleDict({"a": other, "b": nn.Linear(1, 1)}).state_dict()
+    assert not said(
+        lambda: StableRNN(3, 4, stability=Certified(clamp=True)).load_state_dict(StableRNN(3, 4).state_dict())
+    )
+    net, half = (
+        nn.ModuleDict({"a": m, "b": nn.Linear(1, 1)}),
+        nn.ModuleDict({"a": other, "b": nn.Linear(1, 1)}).state_dict(),
+    )
     for name in [name for name in half if name.startswith("a")]:
         del half[name]
     assert not said(lambda: net.load_state_dict(half, strict=False))

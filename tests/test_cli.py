@@ -1,4 +1,5 @@
 """doctor and certify: what they print, and one clear line for what cannot be done."""
+
 import contextlib
 import io
 import math
@@ -49,7 +50,12 @@ def test_doctor_tells_every_backend_and_why(capsys):
     out = capsys.readouterr().out
     for backend in stable_rnn.backends():
         assert backend.name in out and backend.reason in out
-    for fact in (stable_rnn.__version__, torch.__version__, f"{torch.get_num_threads()} of {os.cpu_count()} cores", "cuda"):
+    for fact in (
+        stable_rnn.__version__,
+        torch.__version__,
+        f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "cuda",
+    ):
         assert fact in out
     assert (_native.reason or "loaded") in out
 
@@ -69,8 +75,13 @@ def test_doctor_says_that_a_backend_is_none(capsys, monkeypatch):
 
 
 def test_doctor_without_the_binary():
-    run = subprocess.run([sys.executable, "-m", "stable_rnn.cli", "doctor"], text=True, capture_output=True,
-                         env=os.environ | {"STABLE_RNN_NATIVE": "off"}, cwd=Path(stable_rnn.__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-m", "stable_rnn.cli", "doctor"],
+        text=True,
+        capture_output=True,
+        env=os.environ | {"STABLE_RNN_NATIVE": "off"},
+        cwd=Path(stable_rnn.__file__).parent.parent,
+    )
     assert run.returncode == 0 and "switched off by STABLE_RNN_NATIVE=off" in run.stdout
 
 
@@ -83,9 +94,18 @@ def test_certify_prints_each_layer_of_a_tree(capsys, tmp_path):
         assert name in out and str(certificate) in out
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s, "epoch": 3}, lambda s: {"state_dict": s},
-                                  lambda s: {"run": {"ema": s}, "optimizer": {"state": {0: {"step": 1}}}}, lambda s: {"ema": [0, (s,)]},
-                                  lambda s: holds_itself({"a": s}), lambda s: {f"[/red]x.{key}": value for key, value in s.items()}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"state_dict": s},
+        lambda s: {"run": {"ema": s}, "optimizer": {"state": {0: {"step": 1}}}},
+        lambda s: {"ema": [0, (s,)]},
+        lambda s: holds_itself({"a": s}),
+        lambda s: {f"[/red]x.{key}": value for key, value in s.items()},
+    ],
+)
 def test_certify_finds_nested_state_dicts(capsys, tmp_path, wrap):
     assert main(["certify", str(save(tmp_path / "nested.pt", wrap(nn.LSTM(2, 4).state_dict())))]) == 0
     assert capsys.readouterr().out
@@ -122,8 +142,12 @@ def test_certify_tells_what_a_file_is_instead(capsys, tmp_path, recwarn):
     state, path = nn.LSTM(2, 4).state_dict(), tmp_path / "other.pt"
     arrays = {key: value.numpy() for key, value in state.items()}
     for protocol in (2, 4):
-        for value, text in (({"a": 1}, "holds no tensors"), (arrays, "holds NumPy arrays"), (state, "write them with torch.save"),
-                            (nn.LSTM(2, 4), "save model.state_dict() instead of the model")):
+        for value, text in (
+            ({"a": 1}, "holds no tensors"),
+            (arrays, "holds NumPy arrays"),
+            (state, "write them with torch.save"),
+            (nn.LSTM(2, 4), "save model.state_dict() instead of the model"),
+        ):
             path.write_bytes(pickle.dumps(value, protocol))
             assert text in refused(capsys, "certify", path)
     assert "holds NumPy arrays" in refused(capsys, "certify", save(path, arrays))
@@ -136,10 +160,14 @@ def test_certify_tells_what_a_file_is_instead(capsys, tmp_path, recwarn):
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
-@pytest.mark.parametrize("change, text", [
-    (lambda w: w.to(torch.complex64), "real floating dtype, got torch.complex64"), (lambda w: w.long(), "got torch.int64"),
-    (lambda w: w.to_sparse(), "must be a dense tensor"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda w: w.to(torch.complex64), "real floating dtype, got torch.complex64"),
+        (lambda w: w.long(), "got torch.int64"),
+        (lambda w: w.to_sparse(), "must be a dense tensor"),
+    ],
+)
 def test_certify_refuses_other_tensors(capsys, tmp_path, change, text):
     state = {key: change(value) if "weight" in key else value for key, value in nn.RNN(2, 4).state_dict().items()}
     assert text in refused(capsys, "certify", save(tmp_path / "other.pt", state))
@@ -148,8 +176,12 @@ def test_certify_refuses_other_tensors(capsys, tmp_path, change, text):
 @pytest.mark.parametrize("where, text", [("/dev/full", "No space left"), ("&-", "closed")])
 def test_output_that_cannot_be_written(tmp_path, where, text):
     path = save(tmp_path / "lstm.pt", nn.LSTM(2, 4).state_dict())
-    run = subprocess.run(["sh", "-c", f'"$0" -m stable_rnn.cli certify "$1" >{where}', sys.executable, str(path)], text=True,
-                         stderr=subprocess.PIPE, cwd=Path(stable_rnn.__file__).parent.parent)
+    run = subprocess.run(
+        ["sh", "-c", f'"$0" -m stable_rnn.cli certify "$1" >{where}', sys.executable, str(path)],
+        text=True,
+        stderr=subprocess.PIPE,
+        cwd=Path(stable_rnn.__file__).parent.parent,
+    )
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and f"standard output: {text}" in run.stderr
 
 
@@ -161,14 +193,24 @@ def test_certify_refuses_weights_that_are_no_numbers(capsys, tmp_path):
     refused(capsys, "certify", save(tmp_path / "part.pt", state))
 
 
-@pytest.mark.parametrize("name, shape", [
-    ("bias_ih_l0", (15,)), ("bias_hh_l0", (4, 4)), ("weight_ih_l0", (12, 2)), ("weight_ih_l0", (32,)), ("weight_hh_l0", (16,)),
-    ("weight_hr_l0", (4, 4)), ("weight_hr_l0", (4,)),
-])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("bias_ih_l0", (15,)),
+        ("bias_hh_l0", (4, 4)),
+        ("weight_ih_l0", (12, 2)),
+        ("weight_ih_l0", (32,)),
+        ("weight_hh_l0", (16,)),
+        ("weight_hr_l0", (4, 4)),
+        ("weight_hr_l0", (4,)),
+    ],
+)
 def test_certify_refuses_shapes_that_contradict(capsys, tmp_path, name, shape):
     state = nn.LSTM(2, 4, proj_size=3 if "hr" in name else 0).state_dict()
     state[name] = torch.zeros(shape)
-    line = refused(capsys, "certify", save(tmp_path / "shapes.pt", {f"enc.{key}": value for key, value in state.items()}))
+    line = refused(
+        capsys, "certify", save(tmp_path / "shapes.pt", {f"enc.{key}": value for key, value in state.items()})
+    )
     assert f"enc.{name} has the shape {shape}" in line
 
 
@@ -176,20 +218,38 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
-@pytest.mark.parametrize("make, reason", [
-    (lambda: nn.utils.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
-     "has no weight_hh_l0, only enc.weight_hh_l0_g, enc.weight_hh_l0_v (a computed weight"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
-     "has no weight_hh_l0, only enc.parametrizations.weight_hh_l0.original0"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.RNNCell(2, 4), "weight_ih").state_dict(),
-     "has no weight_ih, only enc.parametrizations"),
-    (lambda: without(nn.LSTM(2, 4, 2, bidirectional=True).state_dict(), "weight_ih_l1"), "has no weight_ih_l1; skipped"),
-    (lambda: {key: value for key, value in nn.LSTM(2, 4, 3).state_dict().items() if "_l1" not in key}, "has the layers 0, 2 only"),
-    (lambda: nn.LSTM(2, 4, 2).state_dict() | {"weight_ih_l1": torch.zeros(16, 5)}, "inputs of size 5, the layer below gives 4"),
-    (lambda: nn.LSTM(2, 4, 2).state_dict() | nn.RNN(2, 4).state_dict(), "layers of several kinds (lstm, rnn_tanh)"),
-    (lambda: nn.GRU(2, 4).state_dict(), "looks like a GRU"),
-    (lambda: {"weight_ih_l0": torch.zeros(8, 2), "weight_hh_l0": torch.zeros(8, 4)}, "(8, 4), of no RNN or LSTM"),
-])
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (
+            lambda: nn.utils.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
+            "has no weight_hh_l0, only enc.weight_hh_l0_g, enc.weight_hh_l0_v (a computed weight",
+        ),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(2, 4), "weight_hh_l0").state_dict(),
+            "has no weight_hh_l0, only enc.parametrizations.weight_hh_l0.original0",
+        ),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.RNNCell(2, 4), "weight_ih").state_dict(),
+            "has no weight_ih, only enc.parametrizations",
+        ),
+        (
+            lambda: without(nn.LSTM(2, 4, 2, bidirectional=True).state_dict(), "weight_ih_l1"),
+            "has no weight_ih_l1; skipped",
+        ),
+        (
+            lambda: {key: value for key, value in nn.LSTM(2, 4, 3).state_dict().items() if "_l1" not in key},
+            "has the layers 0, 2 only",
+        ),
+        (
+            lambda: nn.LSTM(2, 4, 2).state_dict() | {"weight_ih_l1": torch.zeros(16, 5)},
+            "inputs of size 5, the layer below gives 4",
+        ),
+        (lambda: nn.LSTM(2, 4, 2).state_dict() | nn.RNN(2, 4).state_dict(), "layers of several kinds (lstm, rnn_tanh)"),
+        (lambda: nn.GRU(2, 4).state_dict(), "looks like a GRU"),
+        (lambda: {"weight_ih_l0": torch.zeros(8, 2), "weight_hh_l0": torch.zeros(8, 4)}, "(8, 4), of no RNN or LSTM"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_certify_says_what_it_skips_and_why(capsys, tmp_path, make, reason):
     state = {f"enc.{key}": value for key, value in make().items()}
@@ -236,15 +296,27 @@ def evil(state):
     return {f"{EVIL}.{key}": value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("make, code", [
-    (lambda: evil(nn.LSTM(2, 4).state_dict()), 0),
-    (lambda: {EVIL: nn.LSTM(2, 4).state_dict()}, 0),
-    (lambda: evil(nn.GRU(2, 4).state_dict()), 2),
-    (lambda: evil({key: value.long() for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
-    (lambda: evil({key: value * math.nan for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
-    (lambda: evil(nn.RNN(2, 4).state_dict() | {"bias_hh_l0": torch.zeros(3)}), 2),
-    (lambda: evil({"weight_hh_l0_g": torch.zeros(4), "weight_hh_l0_v": torch.zeros(4, 4), "weight_ih_l0": torch.zeros(4, 2)}), 2),
-])
+@pytest.mark.parametrize(
+    "make, code",
+    [
+        (lambda: evil(nn.LSTM(2, 4).state_dict()), 0),
+        (lambda: {EVIL: nn.LSTM(2, 4).state_dict()}, 0),
+        (lambda: evil(nn.GRU(2, 4).state_dict()), 2),
+        (lambda: evil({key: value.long() for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
+        (lambda: evil({key: value * math.nan for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
+        (lambda: evil(nn.RNN(2, 4).state_dict() | {"bias_hh_l0": torch.zeros(3)}), 2),
+        (
+            lambda: evil(
+                {
+                    "weight_hh_l0_g": torch.zeros(4),
+                    "weight_hh_l0_v": torch.zeros(4, 4),
+                    "weight_ih_l0": torch.zeros(4, 2),
+                }
+            ),
+            2,
+        ),
+    ],
+)
 def test_names_in_a_checkpoint_are_only_shown(capsys, tmp_path, make, code):
     state = make()
     assert main(["certify", str(save(tmp_path / "names.pt", state))]) == code
@@ -259,11 +331,23 @@ def test_names_in_a_checkpoint_are_only_shown(capsys, tmp_path, make, code):
         assert said is None or only_shown(str(said[0].message))
 
 
-@pytest.mark.parametrize("argv", [
-    [EVIL], ["certify", EVIL], ["certify", "x", EVIL], ["certify", "x", "--input-bound", EVIL], ["doctor", f"--{EVIL}"],
-    ["doctor", "--shape", EVIL], ["demo", "--steps", EVIL], ["demo", "--seed", EVIL], ["demo", "--text", EVIL], ["demo", "--data", EVIL],
-    ["demo", "--plan", EVIL], ["demo", "--out", f"/dev/null/{EVIL}"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [EVIL],
+        ["certify", EVIL],
+        ["certify", "x", EVIL],
+        ["certify", "x", "--input-bound", EVIL],
+        ["doctor", f"--{EVIL}"],
+        ["doctor", "--shape", EVIL],
+        ["demo", "--steps", EVIL],
+        ["demo", "--seed", EVIL],
+        ["demo", "--text", EVIL],
+        ["demo", "--data", EVIL],
+        ["demo", "--plan", EVIL],
+        ["demo", "--out", f"/dev/null/{EVIL}"],
+    ],
+)
 def test_arguments_are_only_shown(capsys, argv):
     line = refused(capsys, *argv)
     assert only_shown(line) and SHOWN[:12] in line and len(line) < 1000
@@ -273,7 +357,9 @@ def test_files_names_and_variables_are_only_shown(capsys, tmp_path, monkeypatch)
     path = tmp_path / EVIL
     path.write_text("no checkpoint")
     assert SHOWN in refused(capsys, "certify", path) and SHOWN in refused(capsys, "demo", "--text", path)
-    assert SHOWN in refused(capsys, "certify", path.rename(tmp_path / f"{EVIL}.pt").parent)  # lists what is in the folder
+    assert SHOWN in refused(
+        capsys, "certify", path.rename(tmp_path / f"{EVIL}.pt").parent
+    )  # lists what is in the folder
     monkeypatch.setenv("STABLE_RNN_BACKEND", EVIL)
     monkeypatch.setattr(_native, "lib", None)
     monkeypatch.setattr(_native, "reason", f"does not load: {EVIL}[/red]")
@@ -289,16 +375,26 @@ def test_long_names_are_cut_and_others_are_whole(capsys, tmp_path, monkeypatch):
             name = "x" + "y" * (size - 2) + "z"
             main(["certify", str(save(tmp_path / "long.pt", {f"{name}.{key}": value for key, value in state.items()}))])
             said = "".join(capsys.readouterr())
-            assert len(said) < most and ((name in said) if size < 200 else ("xyyy" in said and "y[...]y" in said and "yyyz" in said))
+            assert len(said) < most and (
+                (name in said) if size < 200 else ("xyyy" in said and "y[...]y" in said and "yyyz" in said)
+            )
 
 
 def python(*arguments, **more):
-    return subprocess.run([sys.executable, *arguments], text=True, capture_output=True, cwd=Path(stable_rnn.__file__).parent.parent, **more)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        text=True,
+        capture_output=True,
+        cwd=Path(stable_rnn.__file__).parent.parent,
+        **more,
+    )
 
 
 def test_arguments_are_looked_at_before_torch_is_imported():
     """And the package is whole as soon as anything else is asked of it."""
-    run = python("-c", """
+    run = python(
+        "-c",
+        """
 import contextlib, io, sys
 from stable_rnn.cli import main
 for argv in (["--version"], ["--help"], ["certify", "--help"], ["certify"], ["demo", "--steps", "x"], ["nonsense"]):
@@ -314,11 +410,14 @@ assert set(stable_rnn.__all__) <= set(dir(stable_rnn)) and StableLSTM is stable_
 assert torch.ops.stable_rnn.recurrence and pickle.loads(pickle.dumps(Chunked(3, 1))) == Chunked(3, 1)
 assert not hasattr(stable_rnn, "nonsense")
 print("whole")
-""")
+""",
+    )
     assert run.stdout == "whole\n", run.stderr
     for module in ("stable_rnn", "stable_rnn.cli"):
         run = python("-X", "importtime", "-m", module, "--version")
-        assert run.stdout == f"stable-rnn {stable_rnn.__version__}\n" and "| torch" not in run.stderr.replace("| torch.", "")
+        assert run.stdout == f"stable-rnn {stable_rnn.__version__}\n" and "| torch" not in run.stderr.replace(
+            "| torch.", ""
+        )
 
 
 def test_a_plain_import_registers_the_ops():
@@ -326,11 +425,22 @@ def test_a_plain_import_registers_the_ops():
     assert run.stdout == "stable_rnn.recurrence\n", run.stderr
 
 
-@pytest.mark.parametrize("torch, code, text", [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", 130, ""),
-    ("raise OSError('libcudart.so: cannot open shared object file')", 1, "stable-rnn doctor: cannot be loaded here: libcudart.so: cannot"),
-    ("import a_module_that_is_missing", 1, "stable-rnn doctor: cannot be loaded here: No module named 'a_module_that_is_missing'\n"),
-])
+@pytest.mark.parametrize(
+    "torch, code, text",
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", 130, ""),
+        (
+            "raise OSError('libcudart.so: cannot open shared object file')",
+            1,
+            "stable-rnn doctor: cannot be loaded here: libcudart.so: cannot",
+        ),
+        (
+            "import a_module_that_is_missing",
+            1,
+            "stable-rnn doctor: cannot be loaded here: No module named 'a_module_that_is_missing'\n",
+        ),
+    ],
+)
 def test_what_happens_while_torch_is_imported(tmp_path, torch, code, text):
     (tmp_path / "torch.py").write_text(torch)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

@@ -1,4 +1,5 @@
 """Libraries that ask `isinstance(m, nn.LSTM)`, with their modules swapped. README.md has the same lines."""
+
 import copy
 import warnings
 
@@ -18,10 +19,14 @@ def test_torchrl():
         warnings.simplefilter("ignore")
         modules = pytest.importorskip("torchrl.modules")
     tensordict = pytest.importorskip("tensordict")
-    plain = modules.LSTMModule(input_size=5, hidden_size=6, num_layers=2, in_key="observation", out_key="out", recurrent_backend="pad")
+    plain = modules.LSTMModule(
+        input_size=5, hidden_size=6, num_layers=2, in_key="observation", out_key="out", recurrent_backend="pad"
+    )
     ours = stabilize(copy.deepcopy(plain))
     ours.lstm.register_forward_pre_hook(mask_to_lengths, with_kwargs=True)
-    data = tensordict.TensorDict({"observation": torch.randn(3, 20, 5), "is_init": torch.zeros(3, 20, 1, dtype=torch.bool)}, [3, 20])
+    data = tensordict.TensorDict(
+        {"observation": torch.randn(3, 20, 5), "is_init": torch.zeros(3, 20, 1, dtype=torch.bool)}, [3, 20]
+    )
     data["is_init"][1, 7] = data["is_init"][2, 3] = True
     with modules.set_recurrent_mode(True):
         expected, found = plain(data.clone()), ours(data.clone())

@@ -1,4 +1,5 @@
 """`python -m benchmarks.compare`: the order of turns, the ratios, what a tree lacks, what is refused. Real builds take too long here."""
+
 import os
 import statistics
 import subprocess
@@ -33,9 +34,14 @@ def test_turns_alternate_and_a_drift_meets_both():
     asked, Clock.now = [], 100.0
     row = compare.run_case("x", {"ref": Clock("ref", 1e-3, asked), "here": Clock("here", 1e-3, asked)}, 8, 2.0)
     measured = [side for side, what in asked if "calls" in what]
-    assert measured == ["ref", "here", "here", "ref"] * 4 and len({what["calls"] for _, what in asked if "calls" in what}) == 1
+    assert (
+        measured == ["ref", "here", "here", "ref"] * 4
+        and len({what["calls"] for _, what in asked if "calls" in what}) == 1
+    )
     low, high = row["range"]
-    assert low < 1 < high and abs(row["ratio"] - 1) < 1e-3 < high - 1  # a round is off by a step of the drift, their median is not
+    assert (
+        low < 1 < high and abs(row["ratio"] - 1) < 1e-3 < high - 1
+    )  # a round is off by a step of the drift, their median is not
 
 
 def test_ratios_and_their_spread():
@@ -45,7 +51,9 @@ def test_ratios_and_their_spread():
     assert row["ref_ms"] == 4000.0 and row["here_ms"] == 2000.0
 
 
-@pytest.mark.parametrize("here, said", [([1.0, 2.0], "faster in every round"), ([4.0, 5.0], "slower in every round"), ([1.0, 5.0], None)])
+@pytest.mark.parametrize(
+    "here, said", [([1.0, 2.0], "faster in every round"), ([4.0, 5.0], "slower in every round"), ([1.0, 5.0], None)]
+)
 def test_a_line_says_what_every_round_says(here, said):
     shown = compare.line({"case": "x"} | compare.summary([2.0, 3.0], here))
     assert ("in every round" in shown) is (said is not None) and (said or "") in shown
@@ -59,7 +67,8 @@ def bare(tmp_path):
     (tmp_path / "stable_rnn" / "__init__.py").write_text(
         "import os\nfrom torch import nn\nprint('a word of its own')\n"
         "def StableRNNCell(inputs, hidden, stability): return nn.RNNCell(inputs, hidden)\n"
-        "def StableLSTMCell(inputs, hidden, stability): os._exit(5)\n")
+        "def StableLSTMCell(inputs, hidden, stability): os._exit(5)\n"
+    )
     return tmp_path
 
 
@@ -72,7 +81,10 @@ def test_two_trees_in_two_processes(bare):
         assert len(row["ratios"]) == 2 and min(row["ratios"]) > 0 and row["ref_ms"] > 0
         missing = compare.run_case("LSTM Verified() B=1 T=4096 H=256 forward", workers, 2, 1e-3)["note"]
         assert missing.startswith("not in ref: ") and "Verified" in missing and "here" not in missing
-        assert compare.run_case("LSTMCell step B=1 H=64", workers, 2, 1e-3)["note"] == "not in ref: the process ended, exit status 5"
+        assert (
+            compare.run_case("LSTMCell step B=1 H=64", workers, 2, 1e-3)["note"]
+            == "not in ref: the process ended, exit status 5"
+        )
         assert compare.run_case(STEP, workers, 2, 1e-3)["ratio"] > 0  # with another process
     finally:
         for worker in workers.values():
@@ -96,11 +108,18 @@ def test_every_case_runs():
             make()()
 
 
-@pytest.mark.parametrize("given, said", [
-    (["no-such-ref"], "'no-such-ref' is no commit of"), (["--", "--version"], "'--version' is no commit of"),
-    (["HEAD", "--only", "["], "is no regular expression"), (["HEAD", "--only", "gru"], "no case has it"),
-    (["HEAD", "--rounds", "1"], "must be 2 or more"), (["HEAD", "--seconds", "0"], "must be above 0"), ([], "required"),
-])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["no-such-ref"], "'no-such-ref' is no commit of"),
+        (["--", "--version"], "'--version' is no commit of"),
+        (["HEAD", "--only", "["], "is no regular expression"),
+        (["HEAD", "--only", "gru"], "no case has it"),
+        (["HEAD", "--rounds", "1"], "must be 2 or more"),
+        (["HEAD", "--seconds", "0"], "must be above 0"),
+        ([], "required"),
+    ],
+)
 def test_bad_input_is_one_line(given, said, capsys, monkeypatch):
     if "HEAD" in given:  # also where the sources have no history
         monkeypatch.setattr(compare, "commit", lambda ref: "0" * 40)
@@ -127,7 +146,11 @@ def test_a_build_that_fails_shows_its_end(tmp_path):
 
 def test_a_commit_that_does_not_build_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "CMakeLists.txt").write_text(FAILS)
-    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "-m", "fails"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "-m", "fails"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     sha = compare.commit("HEAD")

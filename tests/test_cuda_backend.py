@@ -1,4 +1,5 @@
 """Modules and plans on the `cuda` backend: on a GPU where there is one, else with the kernels in the block executor on CPU tensors."""
+
 import pytest
 import torch
 from backend_runs import PLANS, assert_captured, assert_close, made
@@ -69,7 +70,9 @@ def test_tf32_follows_torchs_switch(device, monkeypatch):
         monkeypatch.setattr(cuda, "tf32_allowed", lambda: True)
         rounded = m(x)[0]
     error = (plain - rounded).abs().max()
-    assert 2**-18 < error < 2**-7  # products of 11 bits: the sums of 40 are off by about 2^-11, and plain float32 by 2^-22
+    assert (
+        2**-18 < error < 2**-7
+    )  # products of 11 bits: the sums of 40 are off by about 2^-11, and plain float32 by 2^-22
 
 
 def test_empty_shapes(device):
@@ -84,7 +87,9 @@ def test_what_it_does_not_take_is_named(device):
     with pytest.raises(ValueError, match="cannot run this problem: .*proj_size"):
         m(torch.zeros(4, 2, 7, device=device))
     with pytest.raises(ValueError, match="float64"):
-        made(StableLSTM, torch.float64, device, backend="cuda")(torch.zeros(4, 2, 7, dtype=torch.float64, device=device))
+        made(StableLSTM, torch.float64, device, backend="cuda")(
+            torch.zeros(4, 2, 7, dtype=torch.float64, device=device)
+        )
 
 
 def test_the_same_bits_each_time_and_for_any_number_of_lanes(device):

@@ -1,5 +1,6 @@
 """The CUDA sources compile for every architecture without a warning, and what `ptxas -v` says of each kernel stays within the budget: no
 spills, no static shared memory, registers for the threads that it is launched with. Needs nvcc, no GPU."""
+
 import ctypes
 import hashlib
 import json
@@ -20,8 +21,15 @@ pytestmark = pytest.mark.skipif(not NVCC, reason="no nvcc (CUDACXX, PATH, /usr/l
 SOURCES = sorted((build.ROOT / "csrc/cuda").glob("*.cu"))
 ARCHS = ["80", "90a", "100", "120"]
 REGISTERS = 65536  # of a multiprocessor, and the most that a block may have
-FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden",
-         *build.INCLUDE]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "--expt-relaxed-constexpr",
+    "-cudart=static",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    *build.INCLUDE,
+]
 STRICT = ["-Xcompiler=-Wall,-Wextra", "--Werror=all-warnings", "-Xptxas=-v"]
 
 
@@ -37,8 +45,11 @@ def compiled(source: Path) -> list[dict]:
         folder = kept.with_suffix(f".{os.getpid()}")
         folder.mkdir(parents=True)
         try:
-            done = subprocess.run([*command, "--keep", "--keep-dir", str(folder), "-c", str(source), "-o", str(folder / "made.o")],
-                                  capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--keep", "--keep-dir", str(folder), "-c", str(source), "-o", str(folder / "made.o")],
+                capture_output=True,
+                text=True,
+            )
             assert done.returncode == 0, done.stdout + done.stderr
             bounds = "".join(ptx.read_text() for ptx in folder.glob("*.ptx"))
             build.move_into(kept, lambda name: Path(name).write_text(json.dumps(read(done.stderr, bounds))))
@@ -52,27 +63,48 @@ def read(report: str, ptx: str) -> list[dict]:
     kernels = []
     for part in re.split(r"Compiling entry function ", report)[1:]:
         name, arch = re.match(r"'(\w+)' for 'sm_(\w+)'", part).groups()
-        number = {what: int((re.search(rf"(\d+) bytes {what}", part) or [0, 0])[1])
-                  for what in ("stack frame", "spill stores", "spill loads", "smem")}
-        kernels.append(dict(name=name, arch=arch, registers=int(re.search(r"Used (\d+) registers", part)[1]), threads=bounds.get(name),
-                            spills=number["spill stores"] + number["spill loads"], stack=number["stack frame"], shared=number["smem"]))
+        number = {
+            what: int((re.search(rf"(\d+) bytes {what}", part) or [0, 0])[1])
+            for what in ("stack frame", "spill stores", "spill loads", "smem")
+        }
+        kernels.append(
+            dict(
+                name=name,
+                arch=arch,
+                registers=int(re.search(r"Used (\d+) registers", part)[1]),
+                threads=bounds.get(name),
+                spills=number["spill stores"] + number["spill loads"],
+                stack=number["stack frame"],
+                shared=number["smem"],
+            )
+        )
     return kernels
 
 
 @pytest.fixture(scope="module")
 def kernels(request):
     """The compilations of the sources that the selected tests ask for, two at a time."""
-    tests = [item for item in request.session.items if getattr(item, "originalname", None) == "test_kernels_stay_within_their_budget"]
+    tests = [
+        item
+        for item in request.session.items
+        if getattr(item, "originalname", None) == "test_kernels_stay_within_their_budget"
+    ]
     wanted = [test.callspec.params["source"] for test in tests]
     with ThreadPoolExecutor(2) as pool:
         return {source: pool.submit(compiled, source) for source in wanted}
 
 
 def shown(kernel: dict) -> str:
-    name = subprocess.run(["c++filt", kernel["name"]], capture_output=True, text=True).stdout if shutil.which("c++filt") else kernel["name"]
+    name = (
+        subprocess.run(["c++filt", kernel["name"]], capture_output=True, text=True).stdout
+        if shutil.which("c++filt")
+        else kernel["name"]
+    )
     name = re.sub(r"\(anonymous namespace\)::|stable_rnn::|^void |\(.*", "", name.strip())
-    return (f"sm_{kernel['arch']:<4} {kernel['registers']:4d} registers {kernel['threads'] or '?':>5} threads "
-            f"{kernel['spills']:5d} bytes spilled {kernel['stack']:5d} on the stack   {name}")
+    return (
+        f"sm_{kernel['arch']:<4} {kernel['registers']:4d} registers {kernel['threads'] or '?':>5} threads "
+        f"{kernel['spills']:5d} bytes spilled {kernel['stack']:5d} on the stack   {name}"
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
@@ -110,8 +142,21 @@ def test_a_spill_would_be_seen(tmp_path):
 def test_the_message_names_driver_and_runtime():
     """The device layer alone, linked as in the module: what it says on this machine."""
     library = build.CACHE / "limits.so"
-    build.move_into(library, lambda name: build.run([NVCC, *FLAGS, "-arch=sm_80", "-shared", "-Xcompiler=-fvisibility=default",
-                                                     str(build.ROOT / "csrc/cuda/limits.cu"), "-o", name]))
+    build.move_into(
+        library,
+        lambda name: build.run(
+            [
+                NVCC,
+                *FLAGS,
+                "-arch=sm_80",
+                "-shared",
+                "-Xcompiler=-fvisibility=default",
+                str(build.ROOT / "csrc/cuda/limits.cu"),
+                "-o",
+                name,
+            ]
+        ),
+    )
     ask = ctypes.CDLL(str(library))._ZN10stable_rnn19cuda_driver_problemEv
     ask.restype = ctypes.c_char_p
     version = re.search(r"release ([0-9.]+)", build.run([NVCC, "--version"]))[1]

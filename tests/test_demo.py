@@ -1,4 +1,5 @@
 """The demo in small, its parts, and what it refuses."""
+
 import errno
 import io
 import json
@@ -31,17 +32,51 @@ def text(tmp_path):
 
 def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "stable_rnn.cli", "demo", "--text", str(text), "--steps", "3", "--hidden", "8", "--length", "300",
-               "--threads", "1", "--out", str(out), "--plan", "windowed:4", "--plan", "verified", "--plan", "chunked:64,16"]
-    run = subprocess.run(command, cwd=Path(stable_rnn.__file__).parent.parent, env=os.environ | {"COLUMNS": "300"}, text=True,
-                         capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "stable_rnn.cli",
+        "demo",
+        "--text",
+        str(text),
+        "--steps",
+        "3",
+        "--hidden",
+        "8",
+        "--length",
+        "300",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        "--plan",
+        "windowed:4",
+        "--plan",
+        "verified",
+        "--plan",
+        "chunked:64,16",
+    ]
+    run = subprocess.run(
+        command,
+        cwd=Path(stable_rnn.__file__).parent.parent,
+        env=os.environ | {"COLUMNS": "300"},
+        text=True,
+        capture_output=True,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert sorted(file.name for file in out.iterdir()) == ["demo.json", "demo.png"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
 
     lines = run.stdout.splitlines()  # no terminal: a line for each part
-    assert all(f"train {name}: 3 steps" in lines and f"run {name}: 25 turns" in lines and f"windows of {name}: 9 windows" in lines
-               for name in train.LAYERS) and "speed of Certified(): 125 turns" in lines
+    assert (
+        all(
+            f"train {name}: 3 steps" in lines
+            and f"run {name}: 25 turns" in lines
+            and f"windows of {name}: 9 windows" in lines
+            for name in train.LAYERS
+        )
+        and "speed of Certified(): 125 turns" in lines
+    )
 
     found = json.loads((out / "demo.json").read_text())
     assert found["cut"] == [] and "Cut short" not in run.stdout
@@ -60,14 +95,34 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
 
 
 def small(text, out, *more):
-    return ["demo", "--text", str(text), "--steps", "3", "--hidden", "8", "--length", "300", "--threads", "1", "--out", str(out), *more]
+    return [
+        "demo",
+        "--text",
+        str(text),
+        "--steps",
+        "3",
+        "--hidden",
+        "8",
+        "--length",
+        "300",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_a_budget_that_is_too_small_ends_and_invents_nothing(text, tmp_path, capsys, recwarn):
     text = text.rename(text.with_name("$\\wrong{$.txt"))  # no formula for the picture
     assert main(small(text, tmp_path / "out", "--budget", "1e-9")) == 0
     out, err = capsys.readouterr()
-    assert "Nan" not in out and "1 of 3 steps of training, time was up" in out and "not run, time was up" in out and err == ""
+    assert (
+        "Nan" not in out
+        and "1 of 3 steps of training, time was up" in out
+        and "not run, time was up" in out
+        and err == ""
+    )
     found = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert len(found["cut"]) == 10 and found["cut"][:2] == ["train nn.LSTM: 1 of 3 steps", "run nn.LSTM: 0 of 30 turns"]
     assert all(cut in out for cut in found["cut"])
@@ -135,22 +190,47 @@ def test_a_disk_that_is_full_is_named_by_the_file_and_leaves_no_half(text, tmp_p
     assert {file.name for file in tmp_path.iterdir()} == {"text.txt", "demo.json"} - {name}
 
 
-@pytest.mark.parametrize(("given", "plan"), [
-    ("recurrent", Recurrent()), ("windowed:32", Windowed(32)), ("chunked:256,0", Chunked(256, 0)),
-    ("verified", Verified()), ("verified:0", Verified(tol=0.0)), ("verified:1e-5", Verified(tol=1e-5)),
-])
+@pytest.mark.parametrize(
+    ("given", "plan"),
+    [
+        ("recurrent", Recurrent()),
+        ("windowed:32", Windowed(32)),
+        ("chunked:256,0", Chunked(256, 0)),
+        ("verified", Verified()),
+        ("verified:0", Verified(tol=0.0)),
+        ("verified:1e-5", Verified(tol=1e-5)),
+    ],
+)
 def test_plans_are_read(given, plan):
     assert parse_plan(given) == plan
 
 
-@pytest.mark.parametrize("given", ["", "fast", "windowed", "windowed:0", "windowed:x", "windowed:1,2", "chunked:8", "chunked:0,1",
-                                   "chunked:8,-1", "recurrent:1", "verified:-1", "verified:nan", "verified:1,2"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "fast",
+        "windowed",
+        "windowed:0",
+        "windowed:x",
+        "windowed:1,2",
+        "chunked:8",
+        "chunked:0,1",
+        "chunked:8,-1",
+        "recurrent:1",
+        "verified:-1",
+        "verified:nan",
+        "verified:1,2",
+    ],
+)
 def test_wrong_plans_are_named(given):
     with pytest.raises(UserError, match=f"--plan {given}: .*allowed are"):
         parse_plan(given)
 
 
-@pytest.mark.parametrize(("steps", "plan"), [(48, Chunked(8, 5)), (48, Chunked(16, 0)), (49, Chunked(7, 9)), (30, Chunked(40, 3))])
+@pytest.mark.parametrize(
+    ("steps", "plan"), [(48, Chunked(8, 5)), (48, Chunked(16, 0)), (49, Chunked(7, 9)), (30, Chunked(40, 3))]
+)
 def test_overlapping_chunks_are_the_chunked_plan(steps, plan):
     plain, x = nn.LSTM(3, 6).requires_grad_(False), torch.randn(steps, 1, 3)
     exact = StableLSTM(3, 6, stability=None, backend="reference")
@@ -158,7 +238,9 @@ def test_overlapping_chunks_are_the_chunked_plan(steps, plan):
     exact.double().requires_grad_(False)
     error = (compare.overlapping(plain, x, plan) - compare.under(exact, x.double(), plan)).abs().max()
     eager = (plain(x)[0] - compare.under(exact, x.double(), Recurrent())).abs().max()
-    assert error <= 2 * eager + 4 * torch.finfo(torch.float32).eps  # outputs are within 1: each is rounded in a few places
+    assert (
+        error <= 2 * eager + 4 * torch.finfo(torch.float32).eps
+    )  # outputs are within 1: each is rounded in a few places
 
 
 def test_a_partial_last_chunk_warms_up_longer():

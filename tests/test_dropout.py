@@ -1,4 +1,5 @@
 """Dropout between layers draws the masks of nn.RNN and nn.LSTM: the same seed, the same outputs and gradients."""
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from stable_rnn import Chunked, StableLSTM, StableRNN, Windowed, _native
 
-KINDS = {"rnn": (nn.RNN, StableRNN, {}), "lstm": (nn.LSTM, StableLSTM, {}), "projected": (nn.LSTM, StableLSTM, {"proj_size": 3})}
+KINDS = {
+    "rnn": (nn.RNN, StableRNN, {}),
+    "lstm": (nn.LSTM, StableLSTM, {}),
+    "projected": (nn.LSTM, StableLSTM, {"proj_size": 3}),
+}
 BACKENDS = ["reference", "torch"] + (["cpu"] if _native.lib else [])
 LENGTHS = {"packed": (7, 5, 2), "unsorted": (2, 7, 5)}
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -26,12 +31,19 @@ def run(m, x, **more):
     torch.manual_seed(3)
     y, hidden = m(x, **more)
     y = y.data if isinstance(y, PackedSequence) else y
-    return [y, *(hidden if isinstance(hidden, tuple) else (hidden,)), *torch.autograd.grad(y.square().sum(), m.parameters()), torch.rand(1)]
+    return [
+        y,
+        *(hidden if isinstance(hidden, tuple) else (hidden,)),
+        *torch.autograd.grad(y.square().sum(), m.parameters()),
+        torch.rand(1),
+    ]
 
 
 def close(found, expected):
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32, sums in another order; another mask differs in the first digit
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5
+        )  # float32, sums in another order; another mask differs in the first digit
 
 
 @pytest.mark.parametrize("layout", ["padded", "unbatched", *LENGTHS])
@@ -44,7 +56,9 @@ def test_masks_of_torch(kind, backend, both, first, layout):
         a, b = pair(kind, backend, num_layers=layers, bidirectional=both, batch_first=first)
         x = torch.randn(7, 4) if layout == "unbatched" else torch.randn(*((3, 7) if first else (7, 3)), 4)
         if layout in LENGTHS:
-            x = pack_padded_sequence(x, torch.tensor(LENGTHS[layout]), batch_first=first, enforce_sorted=layout == "packed")
+            x = pack_padded_sequence(
+                x, torch.tensor(LENGTHS[layout]), batch_first=first, enforce_sorted=layout == "packed"
+            )
         close(run(b, x), run(a, x))
 
 
@@ -78,8 +92,13 @@ def test_rows_of_every_layout_are_dropped(first):
         for name, w in m.named_parameters():
             w.copy_(torch.eye(5) if "ih" in name else torch.zeros(5, 5))
     x = torch.rand(4, 6, 5) + 1
-    packed = pack_padded_sequence(x, torch.tensor([6, 3, 5, 1] if first else [4, 2, 4, 1, 3, 1]), batch_first=first, enforce_sorted=False)
-    for y, whole in ((m(x)[0], x), (pad_packed_sequence(m(packed)[0], batch_first=first)[0], pad_packed_sequence(packed, first)[0])):
+    packed = pack_padded_sequence(
+        x, torch.tensor([6, 3, 5, 1] if first else [4, 2, 4, 1, 3, 1]), batch_first=first, enforce_sorted=False
+    )
+    for y, whole in (
+        (m(x)[0], x),
+        (pad_packed_sequence(m(packed)[0], batch_first=first)[0], pad_packed_sequence(packed, first)[0]),
+    ):
         assert torch.equal(y[y != 0], 2 * whole[y != 0]) and 0 < int((y != 0).sum()) < int((whole != 0).sum())
 
 

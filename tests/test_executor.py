@@ -1,5 +1,6 @@
 """The primitives of `csrc/cuda/device.cuh`: each against its meaning, in the block executor (two schedules) and, where there is one, on a
 GPU. What a device leaves undefined must show in the executor."""
+
 import ctypes
 import shutil
 import subprocess
@@ -26,12 +27,29 @@ class Place:
         self.library = build.gpu_primitives() if self.gpu else build.primitives()
         self.device = "cuda" if self.gpu else "cpu"
 
-    def run(self, kernel, blocks, threads, *, out, cluster=1, shared=0, cooperative=False, given=None, more=None, init=None, flags=None,
-            count=0, mode=0):
+    def run(
+        self,
+        kernel,
+        blocks,
+        threads,
+        *,
+        out,
+        cluster=1,
+        shared=0,
+        cooperative=False,
+        given=None,
+        more=None,
+        init=None,
+        flags=None,
+        count=0,
+        mode=0,
+    ):
         """Fills `out`; raises RuntimeError with the launch's message."""
         tensors = [None if t is None else t.to(self.device).contiguous() for t in (given, more, init, out, flags)]
         with build.schedule(self.library, self.descending):
-            message = run_kernel(self.library, kernel, blocks, threads, cluster, shared, cooperative, tensors, count, mode)
+            message = run_kernel(
+                self.library, kernel, blocks, threads, cluster, shared, cooperative, tensors, count, mode
+            )
         if message:
             raise RuntimeError(message.decode())
         return out.copy_(tensors[3])
@@ -40,8 +58,18 @@ class Place:
 def run_kernel(library, kernel, blocks, threads, cluster, shared, cooperative, tensors, count, mode):
     library.run_kernel.restype = ctypes.c_char_p
     addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    return library.run_kernel(kernel.encode(), blocks, threads, cluster, ctypes.c_int64(shared), int(cooperative), None, *addresses, count,
-                              mode)
+    return library.run_kernel(
+        kernel.encode(),
+        blocks,
+        threads,
+        cluster,
+        ctypes.c_int64(shared),
+        int(cooperative),
+        None,
+        *addresses,
+        count,
+        mode,
+    )
 
 
 @pytest.fixture(params=SCHEDULES + GPU)
@@ -55,7 +83,9 @@ def executor(request):
 
 
 def empty(*shape, dtype=torch.float32):
-    return torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.full(shape, -7, dtype=dtype)
+    return (
+        torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.full(shape, -7, dtype=dtype)
+    )
 
 
 def test_threads_know_where_they_are(place):
@@ -68,14 +98,18 @@ def test_threads_know_where_they_are(place):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shuffle(place, dtype):
     values, source = torch.randn(2, 3, 32, dtype=dtype), torch.randint(32, (2, 3, 32), dtype=torch.int32)
-    out = place.run("shuffles", 2, 96, given=values, more=source, out=empty(2, 3, 32, dtype=dtype), mode=int(dtype == torch.float64))
+    out = place.run(
+        "shuffles", 2, 96, given=values, more=source, out=empty(2, 3, 32, dtype=dtype), mode=int(dtype == torch.float64)
+    )
     assert torch.equal(out, values.gather(2, source.long()))
 
 
 @pytest.mark.parametrize("mask", [1, 2, 4, 8, 16, 31])
 def test_shuffle_xor(place, mask):
     values = torch.randn(32)
-    out = place.run("shuffles", 1, 32, given=values, more=torch.zeros(32, dtype=torch.int32), out=empty(32), count=mask, mode=2)
+    out = place.run(
+        "shuffles", 1, 32, given=values, more=torch.zeros(32, dtype=torch.int32), out=empty(32), count=mask, mode=2
+    )
     assert torch.equal(out, values[torch.arange(32) ^ mask])
 
 
@@ -102,7 +136,9 @@ def c_any(group, thread, i):
 
 def fragments(matrix, where, count):
     """[32, count]: each lane's elements of a matrix."""
-    return torch.stack([torch.stack([matrix[where(lane >> 2, lane % 4, i)] for i in range(count)]) for lane in range(32)])
+    return torch.stack(
+        [torch.stack([matrix[where(lane >> 2, lane % 4, i)] for i in range(count)]) for lane in range(32)]
+    )
 
 
 @pytest.mark.parametrize("dtype, code", [(torch.bfloat16, 1), (torch.float16, 2), (torch.float32, 3)])
@@ -112,16 +148,31 @@ def test_mma(place, dtype, code):
     a, b, c = torch.randn(16, k).to(dtype), torch.randn(k, 8).to(dtype), torch.randn(16, 8)
     if tf32:
         a, b = keep_10_bits(a), keep_10_bits(b)
-    registers = [fragments(a, a_tf32 if tf32 else a_16bit, k * 16 // 32), fragments(b, b_tf32 if tf32 else b_16bit, k * 8 // 32)]
+    registers = [
+        fragments(a, a_tf32 if tf32 else a_16bit, k * 16 // 32),
+        fragments(b, b_tf32 if tf32 else b_16bit, k * 8 // 32),
+    ]
     registers = [r.contiguous().view(torch.int32) for r in registers]
     assert [tuple(r.shape) for r in registers] == [(32, 4), (32, 2)]
-    out = place.run("products", 1, 32, given=registers[0], more=registers[1], init=fragments(c, c_any, 4), out=empty(32, 4), count=1,
-                    mode=code).double()
-    terms = [fragments(m, c_any, 4) for m in (c.double() + a.double() @ b.double(), c.double().abs() + a.double().abs() @ b.double().abs())]
+    out = place.run(
+        "products",
+        1,
+        32,
+        given=registers[0],
+        more=registers[1],
+        init=fragments(c, c_any, 4),
+        out=empty(32, 4),
+        count=1,
+        mode=code,
+    ).double()
+    terms = [
+        fragments(m, c_any, 4)
+        for m in (c.double() + a.double() @ b.double(), c.double().abs() + a.double().abs() @ b.double().abs())
+    ]
     exact, size = terms
     if place.gpu:  # truncated when added: less than an ulp of the largest partial sum for each of the terms
         assert (out - exact).abs().le(size * (k + 1) * 2**-23).all()
-    else:          # truncated once: less than an ulp, and never away from zero
+    else:  # truncated once: less than an ulp, and never away from zero
         assert (out - exact).abs().le(exact.abs() * 2**-23).all() and out.abs().le(exact.abs()).all()
 
 
@@ -140,8 +191,29 @@ def keep_10_bits(x):
 
 def awkward_floats():
     """Every exponent and sign, with mantissas at, just below and just above the ties of 7 and 10 bits; infinities and zeros."""
-    mantissas = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0x17FFF, 0x18000, 0x7FE000,
-                              0x7FEFFF, 0x7FF000, 0x7F8000, 0x7FFFFF, *torch.randint(1 << 23, (100,)).tolist()])
+    mantissas = torch.tensor(
+        [
+            0,
+            1,
+            0xFFF,
+            0x1000,
+            0x1001,
+            0x2FFF,
+            0x3000,
+            0x3001,
+            0x7FFF,
+            0x8000,
+            0x8001,
+            0x17FFF,
+            0x18000,
+            0x7FE000,
+            0x7FEFFF,
+            0x7FF000,
+            0x7F8000,
+            0x7FFFFF,
+            *torch.randint(1 << 23, (100,)).tolist(),
+        ]
+    )
     bits = (torch.arange(255)[:, None] << 23 | mantissas).flatten()
     bits = torch.cat([bits, torch.tensor([0x7F800000])])
     return torch.cat([bits, bits | 1 << 31]).to(torch.uint32).view(torch.float32)
@@ -158,7 +230,9 @@ def test_storage_types_round_as_torch_does(place, dtype, mode):
 
 @pytest.mark.parametrize("mode, bits", [(1, 0x7FFF), (2, 0x7FFF), (3, 0x7FFFFFFF)])
 def test_conversions_keep_nan(place, mode, bits):
-    out = place.run("conversions", 1, 32, given=torch.tensor([float("nan"), -float("nan")]), out=empty(2, 2), count=2, mode=mode)
+    out = place.run(
+        "conversions", 1, 32, given=torch.tensor([float("nan"), -float("nan")]), out=empty(2, 2), count=2, mode=mode
+    )
     assert out[0].view(torch.int32).tolist() == [bits, bits]
 
 
@@ -171,7 +245,15 @@ def test_to_tf32_rounds_ties_away(place):
 
 
 def neighbours(place, mode=0, threads=128, steps=3):
-    out = place.run("neighbours", 1, threads, shared=4 * threads, out=empty(steps, threads, dtype=torch.int32), count=steps, mode=mode)
+    out = place.run(
+        "neighbours",
+        1,
+        threads,
+        shared=4 * threads,
+        out=empty(steps, threads, dtype=torch.int32),
+        count=steps,
+        mode=mode,
+    )
     return torch.equal(out, (1000 * torch.arange(steps)[:, None] + torch.arange(threads).roll(-32)).int())
 
 
@@ -190,7 +272,9 @@ def test_each_schedule_shows_what_the_other_hides(mode, sound):
     threads = torch.arange(128)
     want = (threads + 32).where(threads < 96, threads) if mode == 3 else (threads - 32).where(threads >= 32, threads)
     for schedule, right in zip(SCHEDULES, sound):
-        out = Place(schedule).run("neighbours", 1, 128, shared=512, out=empty(128, dtype=torch.int32), count=1, mode=mode)
+        out = Place(schedule).run(
+            "neighbours", 1, 128, shared=512, out=empty(128, dtype=torch.int32), count=1, mode=mode
+        )
         assert torch.equal(out, want.int()) == right
 
 
@@ -208,20 +292,30 @@ def test_copies_read_before_copy_wait_are_nan(executor):
     assert out[[0, 1, 3]].isnan().all() and torch.equal(out[2], given[:n]) and torch.equal(out[4:].flatten(), given)
 
 
-@pytest.mark.parametrize("mode, message", [
-    (1, "copy_async of 8 bytes at an address that is not a multiple of that"),
-    (2, "copy_async to outside its block's 640 bytes of shared memory"),
-    (3, "copy_async: its source was written before copy_wait"),
-    (4, "copy_async: its destination was written before copy_wait"),
-])
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (1, "copy_async of 8 bytes at an address that is not a multiple of that"),
+        (2, "copy_async to outside its block's 640 bytes of shared memory"),
+        (3, "copy_async: its source was written before copy_wait"),
+        (4, "copy_async: its destination was written before copy_wait"),
+    ],
+)
 def test_wrong_copies_are_named(executor, mode, message):
     with pytest.raises(RuntimeError, match=f"block 0, thread [0-9]+: {message}"):
         executor.run("copies", 1, 32, shared=640, given=torch.randn(160), out=empty(9, 32), mode=mode)
 
 
 def exchange(place, mode=0, blocks=8, cluster=4):
-    return place.run("cluster_exchange", blocks, 64, cluster=cluster, shared=4 * cluster, out=empty(blocks, cluster, dtype=torch.int32),
-                     mode=mode)
+    return place.run(
+        "cluster_exchange",
+        blocks,
+        64,
+        cluster=cluster,
+        shared=4 * cluster,
+        out=empty(blocks, cluster, dtype=torch.int32),
+        mode=mode,
+    )
 
 
 def peers(blocks=8, cluster=4):
@@ -239,11 +333,14 @@ def test_shared_memory_of_blocks_that_have_not_begun_or_have_ended(executor):
     assert late.eq(NAN_BITS).any()
 
 
-@pytest.mark.parametrize("mode, message", [
-    (3, "cluster_arrive twice without cluster_wait"),
-    (4, "cluster_wait without cluster_arrive"),
-    (5, "cluster_map of an address outside its block's 16 bytes of shared memory"),
-])
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (3, "cluster_arrive twice without cluster_wait"),
+        (4, "cluster_wait without cluster_arrive"),
+        (5, "cluster_map of an address outside its block's 16 bytes of shared memory"),
+    ],
+)
 def test_wrong_cluster_calls_are_named(executor, mode, message):
     with pytest.raises(RuntimeError, match=message):
         exchange(executor, mode)
@@ -261,15 +358,18 @@ def test_flags_order_the_blocks_of_a_cooperative_grid(place):
 
 
 def test_a_wait_that_never_ends_is_named(executor):
-    with pytest.raises(RuntimeError, match="the kernel hangs, its threads are: block 0: 63 in block_sync, 1 in flag_wait; block 1: .*; and "
-                                           "1 more blocks"):
+    with pytest.raises(
+        RuntimeError,
+        match="the kernel hangs, its threads are: block 0: 63 in block_sync, 1 in flag_wait; block 1: .*; and "
+        "1 more blocks",
+    ):
         pass_token(executor, mode=1)
     with pytest.raises(RuntimeError, match="the kernel hangs"):
         pass_token(executor, cooperative=False)  # blocks of an ordinary grid need not run at the same time
-    if executor.descending:                      # nor in order
+    if executor.descending:  # nor in order
         with pytest.raises(RuntimeError, match="the kernel hangs"):
             pass_token(executor, cooperative=False, rounds=1)
-    assert pass_token(executor) == 35            # the next launch is sound
+    assert pass_token(executor) == 35  # the next launch is sound
 
 
 def test_loads_and_stores_through_l2(place):
@@ -282,12 +382,15 @@ def test_misaligned_vectors_are_named(executor):
         executor.run("through_l2", 1, 64, given=torch.randn(7 * 64 + 1), out=empty(7 * 64), mode=1)
 
 
-@pytest.mark.parametrize("mode, message", [
-    (0, "the kernel hangs, its threads are: block [0-2]: 1 ended, 63 in block_sync"),
-    (1, "is at shuffle(_xor)?, but other lanes of its warp are at shuffle"),
-    (2, "its block wrote past its 256 bytes of shared memory"),
-    (6, "store_l2 of shared memory that was never written"),
-])
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (0, "the kernel hangs, its threads are: block [0-2]: 1 ended, 63 in block_sync"),
+        (1, "is at shuffle(_xor)?, but other lanes of its warp are at shuffle"),
+        (2, "its block wrote past its 256 bytes of shared memory"),
+        (6, "store_l2 of shared memory that was never written"),
+    ],
+)
 def test_faults_are_named(executor, mode, message):
     with pytest.raises(RuntimeError, match=message):
         executor.run("faults", 3, 64, shared=256, out=empty(64), mode=mode)
@@ -302,17 +405,23 @@ def test_shared_memory_begins_as_nan(executor):
     assert executor.run("faults", 3, 64, shared=256, out=torch.zeros(64), mode=3).isnan().all()
 
 
-@pytest.mark.parametrize("grid, message", [
-    (dict(blocks=0, threads=32), "invalid configuration argument"),
-    (dict(blocks=1, threads=1056), "invalid configuration argument"),
-    (dict(blocks=3, threads=32, cluster=2), "invalid configuration argument"),
-    (dict(blocks=1, threads=33), "not a multiple of 32"),
-    (dict(blocks=1, threads=32, shared=1025), "invalid argument"),
-    (dict(blocks=8, threads=32, cluster=8), "cluster target block count not available"),
-    (dict(blocks=5, threads=32, cooperative=True), "too many blocks in cooperative launch"),
-])
+@pytest.mark.parametrize(
+    "grid, message",
+    [
+        (dict(blocks=0, threads=32), "invalid configuration argument"),
+        (dict(blocks=1, threads=1056), "invalid configuration argument"),
+        (dict(blocks=3, threads=32, cluster=2), "invalid configuration argument"),
+        (dict(blocks=1, threads=33), "not a multiple of 32"),
+        (dict(blocks=1, threads=32, shared=1025), "invalid argument"),
+        (dict(blocks=8, threads=32, cluster=8), "cluster target block count not available"),
+        (dict(blocks=5, threads=32, cooperative=True), "too many blocks in cooperative launch"),
+    ],
+)
 def test_grids_that_the_device_refuses(executor, grid, message):
-    with build.limits(executor.library, arch=90, sms=4, shared_bytes=1024, max_cluster=4), pytest.raises(RuntimeError, match=message):
+    with (
+        build.limits(executor.library, arch=90, sms=4, shared_bytes=1024, max_cluster=4),
+        pytest.raises(RuntimeError, match=message),
+    ):
         executor.run("where", out=empty(1), **grid)
 
 
@@ -325,8 +434,20 @@ def test_clusters_need_their_architecture(executor):
 def recurrence(place, blocks, threads, mode, w, x):
     hidden = blocks * threads
     flags = torch.zeros(blocks, dtype=torch.int32)
-    return place.run("recurrence", blocks, threads, cluster=1 if mode else blocks, cooperative=bool(mode), shared=8 * hidden,
-                     given=w, more=x, flags=flags, out=empty(len(x), hidden), count=len(x), mode=mode)
+    return place.run(
+        "recurrence",
+        blocks,
+        threads,
+        cluster=1 if mode else blocks,
+        cooperative=bool(mode),
+        shared=8 * hidden,
+        given=w,
+        more=x,
+        flags=flags,
+        out=empty(len(x), hidden),
+        count=len(x),
+        mode=mode,
+    )
 
 
 def test_a_recurrence_is_the_same_in_any_team(place):
@@ -366,28 +487,38 @@ def sanitized():
 
     def run(lines):
         code = textwrap.dedent(SANITIZED) + lines
-        return subprocess.run([sys.executable, "-c", code, str(library)], env=build.sanitized_environment(), capture_output=True, text=True,
-                              timeout=120)
+        return subprocess.run(
+            [sys.executable, "-c", code, str(library)],
+            env=build.sanitized_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     return run
 
 
 def test_sound_kernels_run_clean_under_address_sanitizer(sanitized):
-    done = sanitized("results = []\n"
-                     "for descending in (0, 1):\n"
-                     "    library.executor_schedule(descending)\n"
-                     "    results += [run('recurrence', 2, 32, 2, 512, 0, 3, 0), run('recurrence', 2, 32, 1, 512, 1, 3, 1)]\n"
-                     "assert all(r == results[0] for r in results) and results[0][5] != 0.01\n")
+    done = sanitized(
+        "results = []\n"
+        "for descending in (0, 1):\n"
+        "    library.executor_schedule(descending)\n"
+        "    results += [run('recurrence', 2, 32, 2, 512, 0, 3, 0), run('recurrence', 2, 32, 1, 512, 1, 3, 1)]\n"
+        "assert all(r == results[0] for r in results) and results[0][5] != 0.01\n"
+    )
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("call, report", [
-    ("run('faults', 1, 64, 1, 256, 0, 1, 2)", "heap-buffer-overflow"),     # just past shared memory
-    ("run('faults', 1, 1024, 1, 256, 0, 1, 3)", "heap-buffer-overflow"),     # shared memory has 64 floats
-    ("run('faults', 1, 32, 1, 256, 0, 1024, 4)", "heap-buffer-overflow"),    # and the global array 1024
-    ("run('cluster_exchange', 8, 64, 4, 16, 0, 1, 2)", "use-after-poison"),  # a block that has ended
-    ("run('faults', 1, 32, 1, 256, 0, 1, 5)", "misaligned address"),
-])
+@pytest.mark.parametrize(
+    "call, report",
+    [
+        ("run('faults', 1, 64, 1, 256, 0, 1, 2)", "heap-buffer-overflow"),  # just past shared memory
+        ("run('faults', 1, 1024, 1, 256, 0, 1, 3)", "heap-buffer-overflow"),  # shared memory has 64 floats
+        ("run('faults', 1, 32, 1, 256, 0, 1024, 4)", "heap-buffer-overflow"),  # and the global array 1024
+        ("run('cluster_exchange', 8, 64, 4, 16, 0, 1, 2)", "use-after-poison"),  # a block that has ended
+        ("run('faults', 1, 32, 1, 256, 0, 1, 5)", "misaligned address"),
+    ],
+)
 def test_address_sanitizer_finds(sanitized, call, report):
     done = sanitized(call)
     assert done.returncode != 0 and report in done.stderr, done.stderr

@@ -1,4 +1,5 @@
 """`stable_rnn.functional`: the recurrences as functions, held against torch's modules; shapes and types refused by name."""
+
 import pytest
 import torch
 from torch import nn
@@ -37,8 +38,11 @@ def test_rnn_is_nn_rnn_and_so_are_its_gradients(nonlinearity):
     y, h = plain(x)
     ours, h_n = F.rnn(x, *weights(plain), nonlinearity=nonlinearity)
     close(ours, y), close(h_n, h[0])
-    for a, b in zip(torch.autograd.grad(ours.pow(2).sum(), weights(plain)), torch.autograd.grad(y.pow(2).sum(), weights(plain)),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours.pow(2).sum(), weights(plain)),
+        torch.autograd.grad(y.pow(2).sum(), weights(plain)),
+        strict=True,
+    ):
         close(a, b)
 
 
@@ -50,7 +54,9 @@ def test_plans_lengths_and_clamp_are_the_modules(plan):
     ours, (h_n, c_n) = F.lstm(x, *weights(module), lengths=lengths, plan=plan)
     for a, b in ((ours, y), (h_n, h[0]), (c_n, c[0])):
         assert torch.equal(a, b)
-    assert not torch.equal(F.lstm(x, *weights(module), plan=plan, clamp=0.3)[0], F.lstm(x, *weights(module), plan=plan)[0])
+    assert not torch.equal(
+        F.lstm(x, *weights(module), plan=plan, clamp=0.3)[0], F.lstm(x, *weights(module), plan=plan)[0]
+    )
 
 
 def test_one_bias_is_enough_and_autocast_is_followed():
@@ -62,27 +68,33 @@ def test_one_bias_is_enough_and_autocast_is_followed():
         assert F.lstm(x, w_ih, w_hh, b_ih, b_hh)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("change, error, text", [
-    (dict(w_hh=torch.zeros(4 * H, H + 1)), ValueError, "w_hh must have shape"),
-    (dict(w_ih=torch.zeros(4 * H, I + 1)), ValueError, "w_ih must have shape"),
-    (dict(b_ih=torch.zeros(H)), ValueError, "b_ih must have shape"),
-    (dict(h0=torch.zeros(1, B, H)), ValueError, "h0 must have shape"),
-    (dict(c0=torch.zeros(B, H, dtype=torch.float64)), ValueError, "c0 must be dense, torch.float32"),
-    (dict(w_hr=torch.zeros(H, 2)), ValueError, "w_hr must have shape"),
-    (dict(w_hh=torch.zeros(4 * H, H).to_sparse()), ValueError, "w_hh must be dense, .*got .*sparse"),
-    (dict(input=torch.zeros(T, B, I).to_sparse()), ValueError, "input must be dense"),
-    (dict(input=torch.zeros(T, B, I).int(), w_ih=torch.zeros(4 * H, I).int(), w_hh=torch.zeros(4 * H, H).int()), ValueError,
-     "input must be dense and of a real floating dtype, got .*int32"),
-    (dict(input=torch.zeros(T, B, I, dtype=torch.cfloat)), ValueError, "real floating dtype, got .*complex64"),
-    (dict(input=torch.zeros(T, I)), ValueError, "3 dimensions"),
-    (dict(input=torch.zeros(0, B, I)), RuntimeError, "at least one step"),
-    (dict(input=[1.0]), TypeError, "input must be a Tensor"),
-    (dict(b_hh=0.0), TypeError, "b_hh must be a Tensor or None"),
-    (dict(plan=Chunked), TypeError, "plan must be"),
-    (dict(clamp=0.0), ValueError, "clamp must lie in"),
-    (dict(backend="fast"), ValueError, "backend must be"),
-    (dict(lengths=torch.tensor([T + 1, 1, 1])), ValueError, "lengths must lie in"),
-])
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(w_hh=torch.zeros(4 * H, H + 1)), ValueError, "w_hh must have shape"),
+        (dict(w_ih=torch.zeros(4 * H, I + 1)), ValueError, "w_ih must have shape"),
+        (dict(b_ih=torch.zeros(H)), ValueError, "b_ih must have shape"),
+        (dict(h0=torch.zeros(1, B, H)), ValueError, "h0 must have shape"),
+        (dict(c0=torch.zeros(B, H, dtype=torch.float64)), ValueError, "c0 must be dense, torch.float32"),
+        (dict(w_hr=torch.zeros(H, 2)), ValueError, "w_hr must have shape"),
+        (dict(w_hh=torch.zeros(4 * H, H).to_sparse()), ValueError, "w_hh must be dense, .*got .*sparse"),
+        (dict(input=torch.zeros(T, B, I).to_sparse()), ValueError, "input must be dense"),
+        (
+            dict(input=torch.zeros(T, B, I).int(), w_ih=torch.zeros(4 * H, I).int(), w_hh=torch.zeros(4 * H, H).int()),
+            ValueError,
+            "input must be dense and of a real floating dtype, got .*int32",
+        ),
+        (dict(input=torch.zeros(T, B, I, dtype=torch.cfloat)), ValueError, "real floating dtype, got .*complex64"),
+        (dict(input=torch.zeros(T, I)), ValueError, "3 dimensions"),
+        (dict(input=torch.zeros(0, B, I)), RuntimeError, "at least one step"),
+        (dict(input=[1.0]), TypeError, "input must be a Tensor"),
+        (dict(b_hh=0.0), TypeError, "b_hh must be a Tensor or None"),
+        (dict(plan=Chunked), TypeError, "plan must be"),
+        (dict(clamp=0.0), ValueError, "clamp must lie in"),
+        (dict(backend="fast"), ValueError, "backend must be"),
+        (dict(lengths=torch.tensor([T + 1, 1, 1])), ValueError, "lengths must lie in"),
+    ],
+)
 def test_bad_input_is_named(change, error, text):
     good = dict(input=torch.zeros(T, B, I), w_ih=torch.zeros(4 * H, I), w_hh=torch.zeros(4 * H, H))
     with pytest.raises(error, match=text):

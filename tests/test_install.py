@@ -1,4 +1,5 @@
 """What a user installs: the sdist, the wheel built from it without torch, the pure-Python wheel, and imports with no or a broken binary."""
+
 import os
 import shutil
 import subprocess
@@ -30,14 +31,18 @@ def run(*command, ok=True, **environment):
     """Output of a command whose Python sees neither this source tree nor the installed package's variables."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("STABLE_RNN", "PYTHON"))}
     cwd = environment.pop("cwd", "/")
-    done = subprocess.run(command, env=clean | environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command, env=clean | environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert (done.returncode == 0) == ok, done.stdout
     return done.stdout
 
 
 def use(package, **environment):
     """Last line that `USE` prints with the package that lies in folder `package`."""
-    *_, where, state = run(sys.executable, "-W", "ignore", "-c", USE, PYTHONPATH=str(package), **environment).splitlines()
+    *_, where, state = run(
+        sys.executable, "-W", "ignore", "-c", USE, PYTHONPATH=str(package), **environment
+    ).splitlines()
     assert Path(where).is_relative_to(package)
     return state
 
@@ -57,8 +62,20 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pure_wheel(tree, tmp_path_factory):
     out = tmp_path_factory.mktemp("pure")
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", out,
-        cwd=tree, STABLE_RNN_NATIVE="off", PATH=str(Path(sys.executable).parent))  # no compiler on the path
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        cwd=tree,
+        STABLE_RNN_NATIVE="off",
+        PATH=str(Path(sys.executable).parent),
+    )  # no compiler on the path
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -101,14 +118,25 @@ def test_sdist_gives_the_native_wheel_without_torch_in_the_build(tree, tmp_path)
 
 
 def test_without_a_compiler_the_message_names_the_way_out(tree):
-    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", "nowhere", ok=False, cwd=tree, PATH=str(Path(sys.executable).parent))
+    out = run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        "nowhere",
+        ok=False,
+        cwd=tree,
+        PATH=str(Path(sys.executable).parent),
+    )
     assert "no C++ compiler was found" in out and "STABLE_RNN_NATIVE=off" in out
 
 
 def test_a_wrong_choice_is_named(tree):
     out = run(sys.executable, "setup.py", "--version", ok=False, cwd=tree, STABLE_RNN_NATIVE="maybe")
     assert "STABLE_RNN_NATIVE='maybe': allowed are 'on', 'off'" in out
-    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", "nowhere", ok=False, cwd=tree, STABLE_RNN_CUDA="maybe")
+    out = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", "nowhere", ok=False, cwd=tree, STABLE_RNN_CUDA="maybe"
+    )
     assert "STABLE_RNN_CUDA='maybe': allowed are 'auto', 'on', 'off'" in out
 
 
@@ -116,7 +144,9 @@ def test_cuda_without_its_compiler_is_an_error_where_asked_for_and_left_out_else
     hidden = dict(cwd=tree, CUDACXX="", CUDA_HOME="", PATH=str(Path(sys.executable).parent))
     if shutil.which("/usr/local/cuda/bin/nvcc"):
         pytest.skip("nvcc lies where it is always looked for")
-    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, ok=False, STABLE_RNN_CUDA="on", **hidden)
+    out = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, ok=False, STABLE_RNN_CUDA="on", **hidden
+    )
     assert "nvcc was not found" in out and "STABLE_RNN_CUDA=off" in out
 
 
@@ -131,8 +161,20 @@ def test_a_compiler_without_openmp_is_named_with_the_way_out(tree, tmp_path):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_the_cuda_wheel_loads_without_a_driver(tree, tmp_path):
-    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path, cwd=tree,
-        STABLE_RNN_CUDA="on", STABLE_RNN_CUDA_ARCHS="90a-real")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        cwd=tree,
+        STABLE_RNN_CUDA="on",
+        STABLE_RNN_CUDA_ARCHS="90a-real",
+    )
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     binary = next((tmp_path / "installed").rglob("_C*"))
@@ -144,11 +186,14 @@ def test_the_cuda_wheel_loads_without_a_driver(tree, tmp_path):
     assert "available=True" in out or "driver" in out or "on cpu" in out
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    (f"_C{EXT}", "not a shared object"),
-    ("_C.py", "raise RuntimeError('a module built for another machine')"),
-    ("_C.py", "import a_module_that_is_missing"),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (f"_C{EXT}", "not a shared object"),
+        ("_C.py", "raise RuntimeError('a module built for another machine')"),
+        ("_C.py", "import a_module_that_is_missing"),
+    ],
+)
 def test_a_broken_binary_never_breaks_the_import(pure, name, content):
     (pure / "stable_rnn" / name).write_text(content)
     assert use(pure).startswith("False does not load: ")
@@ -157,15 +202,23 @@ def test_a_broken_binary_never_breaks_the_import(pure, name, content):
 def test_a_binary_of_other_sources_is_not_used(pure):
     """Its kernels would take addresses for sizes."""
     (pure / "stable_rnn" / "_C.py").write_text("interface = 1")
-    assert use(pure) == ("False was built from other sources than this Python code; install the package again, or `make build` in a "
-                         "source tree")
+    assert use(pure) == (
+        "False was built from other sources than this Python code; install the package again, or `make build` in a "
+        "source tree"
+    )
     (pure / "stable_rnn" / "_C.py").unlink()
     header = (ROOT / "csrc/include/stable_rnn/params.h").read_text()
     assert f"interface_number = {_native.INTERFACE};" in header
 
 
 def test_the_binary_can_be_switched_off():
-    out = run(sys.executable, "-c", "from stable_rnn import _native; print(_native.lib, _native.reason)", STABLE_RNN_NATIVE="off", cwd=ROOT)
+    out = run(
+        sys.executable,
+        "-c",
+        "from stable_rnn import _native; print(_native.lib, _native.reason)",
+        STABLE_RNN_NATIVE="off",
+        cwd=ROOT,
+    )
     assert out == "None switched off by STABLE_RNN_NATIVE=off\n"
 
 

@@ -1,4 +1,5 @@
 """Rows in JSON Lines: what is added stays, an interrupted writer costs a line at most, and the committed results are in that form."""
+
 import json
 import warnings
 from pathlib import Path
@@ -20,7 +21,14 @@ def test_rows_and_what_they_share(tmp_path):
     about, rows = jsonl.read(file)
     assert about == log.about == {"what": "y", "rates": {"a": 1, "b": 2}, "list": [1]}
     assert rows == log.rows == [{"n": 1}, {"n": 2}, {"n": 3}]
-    assert [list(json.loads(line)) for line in file.read_text().splitlines()] == [["about"], ["n"], ["n"], ["about"], ["n"], ["about"]]
+    assert [list(json.loads(line)) for line in file.read_text().splitlines()] == [
+        ["about"],
+        ["n"],
+        ["n"],
+        ["about"],
+        ["n"],
+        ["about"],
+    ]
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -50,7 +58,9 @@ def test_a_file_cut_at_any_byte_is_read_and_goes_on(tmp_path, blocks):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             log = jsonl.Log(file, resume=True, blocks=blocks)
-        assert [f"{file}, line {kept + 1}: cut short by an interrupted run, left out"] * torn == [str(w.message) for w in said]
+        assert [f"{file}, line {kept + 1}: cut short by an interrupted run, left out"] * torn == [
+            str(w.message) for w in said
+        ]
         rows = kept // 2 if blocks else kept
         assert log.rows == ROWS[:rows]
         log.add({"n": "next"})

@@ -1,4 +1,5 @@
 """The package's layers: a module imports from its own layer's neighbours and from below, never from above, and never in a circle."""
+
 import ast
 from pathlib import Path
 
@@ -16,12 +17,28 @@ LAYERS = [
     ("bookkeeping", "watch", "validate", "checkpoint"),
     ("plans", "stability", "layout"),
     ("_ops",),  # the registry: from here down, ops and what they run on
-    ("ops.spectral.__init__", "ops.spectral.project", "ops.spectral.certified", "ops.spectral.function", "ops.spectral.rows",
-     "ops.recurrence.function", "ops.recurrence.batching"),
+    (
+        "ops.spectral.__init__",
+        "ops.spectral.project",
+        "ops.spectral.certified",
+        "ops.spectral.function",
+        "ops.spectral.rows",
+        "ops.recurrence.function",
+        "ops.recurrence.batching",
+    ),
     ("ops.spectral.registration", "ops.recurrence.run"),
     ("ops.recurrence.verified", "ops.recurrence.checks", "ops.recurrence.backends"),
-    ("ops.recurrence.native", "ops.recurrence.cuda", "ops.recurrence.triton", "ops.spectral.native", "ops.spectral.cuda",
-     "ops.spectral.triton", "ops.spectral.triton_step", "ops.recurrence.triton_small", "ops.recurrence.triton_large"),
+    (
+        "ops.recurrence.native",
+        "ops.recurrence.cuda",
+        "ops.recurrence.triton",
+        "ops.spectral.native",
+        "ops.spectral.cuda",
+        "ops.spectral.triton",
+        "ops.spectral.triton_step",
+        "ops.recurrence.triton_small",
+        "ops.recurrence.triton_large",
+    ),
     ("ops.recurrence", "ops.spectral"),  # problems, fields, references, and what the backends share
     ("ops",),
     ("cells", "common", "precision"),
@@ -46,14 +63,22 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.Import):
-            found.update(module(alias.name.split(".")) for alias in node.names if alias.name.split(".")[0] == "stable_rnn")
+            found.update(
+                module(alias.name.split(".")) for alias in node.names if alias.name.split(".")[0] == "stable_rnn"
+            )
         if isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
             parts = [*start, *(node.module or "").split(".")] if node.module else start
             if parts[:1] == ["stable_rnn"]:
                 for alias in node.names:
                     inner = ".".join([*parts[1:], alias.name])
-                    found.add(inner if inner in known else module([*parts, alias.name]) if f"{inner}.__init__" in known else module(parts))
+                    found.add(
+                        inner
+                        if inner in known
+                        else module([*parts, alias.name])
+                        if f"{inner}.__init__" in known
+                        else module(parts)
+                    )
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -74,7 +99,9 @@ def layer(name: str) -> int:
 def test_imports_of_every_form_are_seen():
     known = modules()
     seen = {name: imports(name, path, known) for name, path in known.items()}
-    assert {"_ops", "functional", "stability.__init__", "modules"} <= seen["__init__"]  # from . import x; from .x import y
+    assert {"_ops", "functional", "stability.__init__", "modules"} <= seen[
+        "__init__"
+    ]  # from . import x; from .x import y
     assert {"_native", "ops.cuda_device", "ops.backends", "ops.recurrence.triton"} <= seen["ops.recurrence.backends"]
     assert "ops.spectral.triton_step" in seen["ops.spectral.triton"]  # inside a function
     assert "stability.sets" not in seen["stability.projection"]  # for type checkers alone
@@ -93,7 +120,7 @@ def test_no_circle():
     done: set[str] = set()
 
     def walk(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, " imports ".join((*trail[trail.index(name):], name))
+        assert name not in trail, " imports ".join((*trail[trail.index(name) :], name))
         if name not in done:
             for other in sorted(graph[name]):
                 walk(other, (*trail, name))

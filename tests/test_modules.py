@@ -1,4 +1,5 @@
 """StableRNN and StableLSTM are nn.RNN and nn.LSTM: every option, outputs, gradients, errors."""
+
 import copy
 import io
 import itertools
@@ -10,16 +11,43 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from stable_rnn import Certified, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, _native, stabilize, use_plan
+from stable_rnn import (
+    Certified,
+    Chunked,
+    ForgetCap,
+    Recurrent,
+    StableLSTM,
+    StableRNN,
+    Verified,
+    Windowed,
+    _native,
+    stabilize,
+    use_plan,
+)
 
-KINDS = [("rnn_tanh", nn.RNN, StableRNN, dict(nonlinearity="tanh")), ("rnn_relu", nn.RNN, StableRNN, dict(nonlinearity="relu")),
-         ("lstm", nn.LSTM, StableLSTM, {})]
+KINDS = [
+    ("rnn_tanh", nn.RNN, StableRNN, dict(nonlinearity="tanh")),
+    ("rnn_relu", nn.RNN, StableRNN, dict(nonlinearity="relu")),
+    ("lstm", nn.LSTM, StableLSTM, {}),
+]
 IDS = [k[0] for k in KINDS]
-OPTIONS = [dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True),
-           dict(num_layers=2, bidirectional=True, batch_first=True), dict(proj_size=3), dict(proj_size=2, num_layers=2, bidirectional=True)]
+OPTIONS = [
+    dict(),
+    dict(bias=False),
+    dict(num_layers=2),
+    dict(bidirectional=True),
+    dict(batch_first=True),
+    dict(num_layers=2, bidirectional=True, batch_first=True),
+    dict(proj_size=3),
+    dict(proj_size=2, num_layers=2, bidirectional=True),
+]
 
-CASES = [pytest.param(kind, options, id=f"{kind[0]}-{options}") for kind in KINDS for options in OPTIONS
-         if kind[0] == "lstm" or "proj_size" not in options]
+CASES = [
+    pytest.param(kind, options, id=f"{kind[0]}-{options}")
+    for kind in KINDS
+    for options in OPTIONS
+    if kind[0] == "lstm" or "proj_size" not in options
+]
 
 
 def pair(kind, dtype=torch.float64, backend="reference", plan=Recurrent(), **options):
@@ -55,7 +83,10 @@ def compare(a, b, make_input, hx=None, rtol=1e-9):
 
 def state_for(m, batch, dtype=torch.float64, unbatched=False):
     count = m.num_layers * (2 if m.bidirectional else 1)
-    h, c = torch.randn(count, batch, m.proj_size or m.hidden_size, dtype=dtype), torch.randn(count, batch, m.hidden_size, dtype=dtype)
+    h, c = (
+        torch.randn(count, batch, m.proj_size or m.hidden_size, dtype=dtype),
+        torch.randn(count, batch, m.hidden_size, dtype=dtype),
+    )
     return (h[:, 0], c[:, 0]) if unbatched else (h, c)
 
 
@@ -86,7 +117,9 @@ def test_packed_equals_torch(kind, options, ordered):
 
     def packed():
         g = torch.Generator().manual_seed(3)
-        parts = [torch.randn(n, 4, generator=g, dtype=torch.float64) for n in ((7, 5, 5, 1) if ordered else (2, 7, 1, 5))]
+        parts = [
+            torch.randn(n, 4, generator=g, dtype=torch.float64) for n in ((7, 5, 5, 1) if ordered else (2, 7, 1, 5))
+        ]
         x = pack_sequence(parts, enforce_sorted=ordered)
         data = x.data.requires_grad_()
         return PackedSequence(data, *x[1:]), data
@@ -112,7 +145,9 @@ def test_lengths_equal_packed(kind, options):
     hx = hx if m.mode == "LSTM" else hx[0]
     y, hidden = m(x, hx, lengths=lengths)
     expected, hidden_expected = m(pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False), hx)
-    torch.testing.assert_close(y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12)  # float64: the same steps,
+    torch.testing.assert_close(
+        y, pad_packed_sequence(expected, batch_first=first)[0], rtol=1e-12, atol=1e-12
+    )  # float64: the same steps,
     torch.testing.assert_close(hidden, hidden_expected, rtol=1e-12, atol=1e-12)  # products of other shapes
 
     y, hidden = m(x, hx, lengths=torch.tensor([0, 7, 0]))
@@ -122,7 +157,9 @@ def test_lengths_equal_packed(kind, options):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
-@pytest.mark.parametrize("plan", [Windowed(3), Windowed(50), Chunked(3, 2), Chunked(50, 2), Verified(tol=0, chunk=3, warmup=1)], ids=str)
+@pytest.mark.parametrize(
+    "plan", [Windowed(3), Windowed(50), Chunked(3, 2), Chunked(50, 2), Verified(tol=0, chunk=3, warmup=1)], ids=str
+)
 def test_plans_under_every_layout(kind, plan):
     """packed == lengths == each sequence alone, for every plan, two layers and two directions, outputs and gradients."""
     _, m = pair(kind, num_layers=2, bidirectional=True, plan=plan)
@@ -133,7 +170,7 @@ def test_plans_under_every_layout(kind, plan):
     one = lambda b: tuple(h[:, b : b + 1] for h in hx) if m.mode == "LSTM" else hx[:, b : b + 1]  # noqa: E731
 
     def gradient(outputs):
-        return torch.autograd.grad(sum((o ** 2).sum() for o in outputs), list(m.parameters()))
+        return torch.autograd.grad(sum((o**2).sum() for o in outputs), list(m.parameters()))
 
     alone = [m(x[:, None], one(b)) for b, x in enumerate(parts)]
     packed, hidden = m(pack_sequence(parts, enforce_sorted=False), hx)
@@ -243,9 +280,20 @@ def test_dropout_acts_between_layers_in_training_only():
 def test_same_errors_as_torch(kind):
     """Type and message of torch's own errors, constructor and forward."""
     _, theirs, ours, extra = kind
-    bad = [dict(hidden_size=0), dict(input_size=-1), dict(num_layers=0), dict(dropout=2), dict(dropout=True), dict(bias=1),
-           dict(batch_first=0), dict(hidden_size=2.5), dict(input_size="a")]
-    bad += [dict(proj_size=-1), dict(proj_size=6)] if theirs is nn.LSTM else [dict(nonlinearity="gelu"), dict(proj_size=1)]
+    bad = [
+        dict(hidden_size=0),
+        dict(input_size=-1),
+        dict(num_layers=0),
+        dict(dropout=2),
+        dict(dropout=True),
+        dict(bias=1),
+        dict(batch_first=0),
+        dict(hidden_size=2.5),
+        dict(input_size="a"),
+    ]
+    bad += (
+        [dict(proj_size=-1), dict(proj_size=6)] if theirs is nn.LSTM else [dict(nonlinearity="gelu"), dict(proj_size=1)]
+    )
     for change in bad:
         arguments = dict(input_size=4, hidden_size=6, **extra) | change
         errors = []
@@ -256,9 +304,15 @@ def test_same_errors_as_torch(kind):
         assert errors[0] == errors[1]
     a, b = pair(kind, dtype=torch.float32)
     h = lambda *s: torch.zeros(*s) if a.mode != "LSTM" else (torch.zeros(*s), torch.zeros(*s))  # noqa: E731
-    calls = [(torch.zeros(2, 3, 4, 5), None), (torch.zeros(2, 3, 5), None), (torch.zeros(2, 3, 4, dtype=torch.float64), None),
-             (torch.zeros(2, 3, 4), h(1, 2, 6)), (torch.zeros(2, 3, 4), h(3, 6)), (torch.zeros(2, 4), h(1, 1, 6)),
-             (torch.zeros(0, 3, 4), None)]
+    calls = [
+        (torch.zeros(2, 3, 4, 5), None),
+        (torch.zeros(2, 3, 5), None),
+        (torch.zeros(2, 3, 4, dtype=torch.float64), None),
+        (torch.zeros(2, 3, 4), h(1, 2, 6)),
+        (torch.zeros(2, 3, 4), h(3, 6)),
+        (torch.zeros(2, 4), h(1, 1, 6)),
+        (torch.zeros(0, 3, 4), None),
+    ]
     for x, hx in calls:
         errors = []
         for m in (a, b):
@@ -284,9 +338,13 @@ def test_own_errors_name_what_was_given():
     with pytest.raises(ValueError, match="ForgetCap"):
         StableRNN(4, 6, stability=ForgetCap(0.9))
     m, x = StableLSTM(4, 6), torch.zeros(5, 3, 4)
-    for lengths, error, text in [(torch.tensor([5, 6, 1]), ValueError, "0..5"), (torch.tensor([5, 1]), ValueError, r"\(3,\)"),
-                                 (torch.tensor([1.0, 2, 3]), TypeError, "float32"), ([1, 2, 3], TypeError, "list"),
-                                 (torch.tensor([-1, 2, 3]), ValueError, "0..5")]:
+    for lengths, error, text in [
+        (torch.tensor([5, 6, 1]), ValueError, "0..5"),
+        (torch.tensor([5, 1]), ValueError, r"\(3,\)"),
+        (torch.tensor([1.0, 2, 3]), TypeError, "float32"),
+        ([1, 2, 3], TypeError, "list"),
+        (torch.tensor([-1, 2, 3]), ValueError, "0..5"),
+    ]:
         with pytest.raises(error, match=text):
             m(x, lengths=lengths)
     with pytest.raises(ValueError, match="PackedSequence"):
@@ -309,7 +367,8 @@ def test_state_dict_copies_pickle():
         assert other.plan == m.plan and other.stability == m.stability
     assert list(m.state_dict()) == list(nn.LSTM(4, 6, num_layers=2, bidirectional=True).state_dict())
     assert [[tuple(w.shape) for w in ws] for ws in m.all_weights] == [
-        [tuple(w.shape) for w in ws] for ws in nn.LSTM(4, 6, num_layers=2, bidirectional=True).all_weights]
+        [tuple(w.shape) for w in ws] for ws in nn.LSTM(4, 6, num_layers=2, bidirectional=True).all_weights
+    ]
     m.flatten_parameters()
 
 
@@ -371,7 +430,12 @@ def test_stabilize():
     before = dict(net.named_parameters())
     with pytest.warns(UserWarning, match="GRU"):
         assert stabilize(net, stability=Certified(), plan=Windowed(7)) is net
-    assert type(net.body[1]) is StableLSTM and type(net.other) is StableRNN and net.same is net.other and type(net.gru) is nn.GRU
+    assert (
+        type(net.body[1]) is StableLSTM
+        and type(net.other) is StableRNN
+        and net.same is net.other
+        and type(net.gru) is nn.GRU
+    )
     assert all(p is before[name] for name, p in net.named_parameters())
     assert net.body[1].plan == Windowed(7) and net.body[1].stability == Certified() and net.body[1].batch_first
     assert type(stabilize(nn.LSTM(3, 4))) is StableLSTM
@@ -398,11 +462,21 @@ def test_use_plan():
         pass
 
 
-@pytest.mark.parametrize("make,error", [
-    (lambda: Windowed(0), ValueError), (lambda: Windowed(2.0), TypeError), (lambda: Windowed(True), TypeError),
-    (lambda: Chunked(-1, 2), ValueError), (lambda: Chunked(4, -2), ValueError), (lambda: Verified(tol=-1), ValueError),
-    (lambda: Verified(tol=float("nan")), ValueError), (lambda: Verified(tol="a"), TypeError), (lambda: Verified(chunk=0), ValueError),
-    (lambda: Verified(max_passes=0), ValueError)])
+@pytest.mark.parametrize(
+    "make,error",
+    [
+        (lambda: Windowed(0), ValueError),
+        (lambda: Windowed(2.0), TypeError),
+        (lambda: Windowed(True), TypeError),
+        (lambda: Chunked(-1, 2), ValueError),
+        (lambda: Chunked(4, -2), ValueError),
+        (lambda: Verified(tol=-1), ValueError),
+        (lambda: Verified(tol=float("nan")), ValueError),
+        (lambda: Verified(tol="a"), TypeError),
+        (lambda: Verified(chunk=0), ValueError),
+        (lambda: Verified(max_passes=0), ValueError),
+    ],
+)
 def test_bad_plans(make, error):
     with pytest.raises(error, match="must be"):
         make()
@@ -419,10 +493,16 @@ def test_every_option_and_plan_runs():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("change", [
-    lambda m: nn.utils.weight_norm(m, "weight_hh_l0"), lambda m: nn.utils.spectral_norm(m, "weight_hh_l0"),
-    lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.3), lambda m: nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
-], ids=["weight_norm", "spectral_norm", "prune", "parametrization"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: nn.utils.weight_norm(m, "weight_hh_l0"),
+        lambda m: nn.utils.spectral_norm(m, "weight_hh_l0"),
+        lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.3),
+        lambda m: nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune", "parametrization"],
+)
 def test_stabilize_leaves_computed_weights_alone(change):
     net = nn.Sequential(nn.LSTM(4, 4), nn.Identity(), nn.RNN(4, 4))
     change(net[0])

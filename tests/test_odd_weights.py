@@ -21,7 +21,11 @@ def snapshot(module):
 
 def refused(module, text, error=ValueError, certified=True):
     before = snapshot(module)
-    for call in (lambda: module.project_(), lambda: module.project_(certify=False), *([lambda: certificate(module)] if certified else [])):
+    for call in (
+        lambda: module.project_(),
+        lambda: module.project_(certify=False),
+        *([lambda: certificate(module)] if certified else []),
+    ):
         with pytest.raises(error, match=text):
             call()
     assert all(p.is_meta or torch.equal(p, before[name]) for name, p in module.named_parameters())
@@ -46,7 +50,12 @@ def test_several_devices():
 @pytest.mark.parametrize("norm", ["2", "inf", "radius"])
 @pytest.mark.parametrize("make", [StableLSTM, StableRNN])
 def test_several_dtypes(make, norm):
-    kinds = {"weight_ih": torch.float64, "weight_hh": torch.bfloat16, "bias_ih": torch.float32, "bias_hh": torch.float16}
+    kinds = {
+        "weight_ih": torch.float64,
+        "weight_hh": torch.bfloat16,
+        "bias_ih": torch.float32,
+        "bias_hh": torch.float16,
+    }
     for certify in (False, True):
         module = spoiled(make(3, 4, 2, stability=Certified(norm=norm)))
         for name, p in list(module.named_parameters()):
@@ -68,10 +77,16 @@ def test_sizes_of_zero(certify):
         assert module.certificate().rate <= (0.99 if certify else 1.0)
 
 
-@pytest.mark.parametrize("name, shape, needed", [
-    ("weight_hh_l0", (16, 5), (16, 4)), ("weight_ih_l1", (16, 3), (16, 8)), ("bias_ih_l0_reverse", (4,), (16,)),
-    ("weight_hh_l1", (64,), (16, 4)), ("bias_hh_l0", (1, 16), (16,)),
-])
+@pytest.mark.parametrize(
+    "name, shape, needed",
+    [
+        ("weight_hh_l0", (16, 5), (16, 4)),
+        ("weight_ih_l1", (16, 3), (16, 8)),
+        ("bias_ih_l0_reverse", (4,), (16,)),
+        ("weight_hh_l1", (64,), (16, 4)),
+        ("bias_hh_l0", (1, 16), (16,)),
+    ],
+)
 def test_other_shapes_than_the_sizes_say(name, shape, needed):
     module = spoiled(StableLSTM(3, 4, 2, bidirectional=True))
     setattr(module, name, nn.Parameter(torch.randn(shape)))

@@ -151,11 +151,26 @@ def projects(step, model, size=1.0):
         for p in model.parameters():
             p.mul_(50)
     step()
-    return all(module.certificate().rate <= 0.99 for module in model.modules() if isinstance(module, (StableLSTM, StableRNN)))
+    return all(
+        module.certificate().rate <= 0.99 for module in model.modules() if isinstance(module, (StableLSTM, StableRNN))
+    )
 
 
 def optimizers():
-    for name in ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD", "Adafactor"):
+    for name in (
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Adamax",
+        "NAdam",
+        "RAdam",
+        "RMSprop",
+        "Rprop",
+        "Adagrad",
+        "Adadelta",
+        "ASGD",
+        "Adafactor",
+    ):
         if hasattr(torch.optim, name):
             yield name, lambda p, name=name: getattr(torch.optim, name)(p, 0.1)
     for option in ("foreach", "fused"):
@@ -250,7 +265,9 @@ class Around(torch.optim.Optimizer):
 
 def test_wrappers_that_are_known_are_seen_through():
     model = nn.Sequential(StableLSTM(3, 4))
-    wrapped = type("AcceleratedOptimizer", (Around,), {"__module__": "accelerate.optimizer"})(torch.optim.Adam(model.parameters(), 0.1))
+    wrapped = type("AcceleratedOptimizer", (Around,), {"__module__": "accelerate.optimizer"})(
+        torch.optim.Adam(model.parameters(), 0.1)
+    )
     handle = project_after_step(wrapped, model, certify=True)
     assert projects(wrapped.step, model)
     wrapped.sync = False
@@ -277,10 +294,16 @@ def test_wrappers_that_are_not_known_are_refused_with_the_way_out():
     """What they do after the inner step may undo the projection: master weights copied back, slow weights mixed in."""
     model = nn.Sequential(StableLSTM(3, 4))
     inner = torch.optim.Adam(model.parameters(), 0.1)
-    with pytest.raises(TypeError, match=r"Around runs no step hooks.*pass the Adam that it holds \(.optimizer\) if Around moves no weight"):
+    with pytest.raises(
+        TypeError,
+        match=r"Around runs no step hooks.*pass the Adam that it holds \(.optimizer\) if Around moves no weight",
+    ):
         project_after_step(Around(inner), model)
     plain = type("FP16_Optimizer", (), {"optim": inner})()
-    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got FP16_Optimizer; pass the Adam that it holds \(.optim\) if"):
+    with pytest.raises(
+        TypeError,
+        match=r"must be a torch.optim.Optimizer, got FP16_Optimizer; pass the Adam that it holds \(.optim\) if",
+    ):
         project_after_step(plain, model)
     own = type("Own", (torch.optim.SGD,), {"step": lambda self, closure=None: torch.optim.SGD.step(self, closure)})
     optimizer = own(model.parameters(), 0.1)  # torch's __init__ puts the hooks around any step

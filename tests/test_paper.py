@@ -1,4 +1,5 @@
 """The paper's experiments in small: loaders, F1, models, measurements, resuming, the budget, the report, and what is refused."""
+
 import math
 from dataclasses import replace
 
@@ -60,7 +61,9 @@ def test_utterances(root):
     assert [found.labels[i] for i in labels] == "O O O B-city I-city O B-time I-time O".split()
     assert len(set(words.tolist())) == 9 and words.min() > 0  # every word is known, 838 as 000
     assert found.test[1][0].tolist()[2] == 0  # "home" is not
-    assert found.labels[-1] == "B-place" and found.outputs == len(found.labels) - 1  # seen in the test part alone: cannot be predicted
+    assert (
+        found.labels[-1] == "B-place" and found.outputs == len(found.labels) - 1
+    )  # seen in the test part alone: cannot be predicted
 
 
 def test_texts(root):
@@ -87,15 +90,18 @@ def test_wikitext_says_where_its_training_part_is(root, capsys):
     assert data.wikitext(root).symbols == 3 and data.WIKITEXT_BLOB in data.wikitext(root).note
 
 
-@pytest.mark.parametrize(("labels", "expected"), [
-    ("O B-a I-a O", {(1, 3, "a")}),
-    ("B-a B-a", {(0, 1, "a"), (1, 2, "a")}),
-    ("I-a I-a O I-b", {(0, 2, "a"), (3, 4, "b")}),  # I- after O begins a chunk
-    ("B-a I-b I-b", {(0, 1, "a"), (1, 3, "b")}),  # and so does another type
-    ("B-x.y-z I-x.y-z", {(0, 2, "x.y-z")}),
-    ("O O", set()),
-    ("", set()),
-])
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ("O B-a I-a O", {(1, 3, "a")}),
+        ("B-a B-a", {(0, 1, "a"), (1, 2, "a")}),
+        ("I-a I-a O I-b", {(0, 2, "a"), (3, 4, "b")}),  # I- after O begins a chunk
+        ("B-a I-b I-b", {(0, 1, "a"), (1, 3, "b")}),  # and so does another type
+        ("B-x.y-z I-x.y-z", {(0, 2, "x.y-z")}),
+        ("O O", set()),
+        ("", set()),
+    ],
+)
 def test_chunks(labels, expected):
     assert chunks(labels.split()) == expected
 
@@ -141,7 +147,9 @@ def test_configurations():
     assert len({parse(name).slug for name in CONFIGS}) == len(CONFIGS)
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm/odd", "lstm/certified:rate=2", "rnn/forgetcap:.9", "tcn/certified", "lstm/certified:x", ""])
+@pytest.mark.parametrize(
+    "name", ["gru", "lstm/odd", "lstm/certified:rate=2", "rnn/forgetcap:.9", "tcn/certified", "lstm/certified:x", ""]
+)
 def test_bad_configurations_are_one_line(name, root, capsys):
     assert main(["jsb", "--data", str(root), "--config", name]) == 2
     said = capsys.readouterr().err
@@ -169,7 +177,11 @@ def test_models_of_a_task_are_of_one_size(name):
         width = fitting_width(config, task, inputs, outputs)
         with torch.device("meta"):
             size = count(Model(config, task, inputs, outputs, width, 0.0))
-        assert abs(size / task.parameters - 1) < 0.12, (config.name, width, size)  # half a step of the width of two layers of attention
+        assert abs(size / task.parameters - 1) < 0.12, (
+            config.name,
+            width,
+            size,
+        )  # half a step of the width of two layers of attention
 
 
 def test_the_search_is_the_same_for_all_and_stays_inside():
@@ -225,7 +237,9 @@ def test_measured_forgetting_of_a_known_model(root):
     measured = measure.forgetting(model, found.test)
     # tanh' = 1 - h^2 with |h| < 1e-3, and float32 sums
     assert measured["lyapunov"] == pytest.approx(0.5, rel=1e-5)
-    assert all(worst == pytest.approx(0.5, rel=1e-5) for worst in measured["worst"].values()) and set(measured["worst"]) >= {"1", "32"}
+    assert all(worst == pytest.approx(0.5, rel=1e-5) for worst in measured["worst"].values()) and set(
+        measured["worst"]
+    ) >= {"1", "32"}
     sweep = measure.truncation(model, task, found)
     off = [point["largest"] for point in sweep["windows"]]
     assert off[0] > off[2] > off[4] and off[-1] == 0 and sweep["steps"] == 39 + 36  # no row is 256 steps long
@@ -237,7 +251,9 @@ def test_training_improves_and_keeps_the_certificate(root):
     curve = train(model, task, found, Setting(1e-2, 0.1, 8, 4, None), 0)
     assert len(curve) == 4 and curve[-1] < curve[0] and model.body.certificate().rate <= 0.99
     known = measure.certificates(model, task, found)
-    assert known["certified"]["stable"] and known["certified_on_data"]["rate"] <= known["certified"]["rate"] * (1 + 1e-9)
+    assert known["certified"]["stable"] and known["certified_on_data"]["rate"] <= known["certified"]["rate"] * (
+        1 + 1e-9
+    )
 
 
 def test_truncated_training_with_long_windows_is_full_training(root):
@@ -252,14 +268,39 @@ def test_truncated_training_with_long_windows_is_full_training(root):
 
 
 def command(root, out, *more):
-    return ["jsb", "--data", str(root), "--out", str(out / "paper" / "jsb"), "--trials", "1", "--refine", "1", "--seeds", "1",
-            "--epochs", "1",
-            "--config", "lstm", "--config", "lstm/certified", "--config", "tcn", *more]
+    return [
+        "jsb",
+        "--data",
+        str(root),
+        "--out",
+        str(out / "paper" / "jsb"),
+        "--trials",
+        "1",
+        "--refine",
+        "1",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--config",
+        "lstm",
+        "--config",
+        "lstm/certified",
+        "--config",
+        "tcn",
+        *more,
+    ]
 
 
 def test_runs_resume_and_are_reported(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "speed", lambda models, data, seconds: [
-        dict(way=name, context=None, median=1e-3, low=1e-3, high=2e-3, off=None, note="", steps=64, threads=1) for name in models])
+    monkeypatch.setattr(
+        measure,
+        "speed",
+        lambda models, data, seconds: [
+            dict(way=name, context=None, median=1e-3, low=1e-3, high=2e-3, off=None, note="", steps=64, threads=1)
+            for name in models
+        ],
+    )
     monkeypatch.setattr(runs, "DISTANCE_WINDOWS", [1, 2])
     monkeypatch.setitem(TASKS, "jsb", replace(TASKS["jsb"], parameters=4000))
     out, place = tmp_path / "out", tmp_path / "out" / "paper" / "jsb"
@@ -268,10 +309,23 @@ def test_runs_resume_and_are_reported(root, tmp_path, monkeypatch, capsys):
     _, rows = jsonl.read(file)
     names = [row["run"] for row in rows]
     assert len(names) == len(set(names)) == 11 and set(names) == {"lstm.distance", "lstm-certified.distance"} | {
-        f"{slug}.{run}" for slug in ("lstm", "lstm-certified", "tcn") for run in ("search-0", "search-1", "seed-1")}
+        f"{slug}.{run}" for slug in ("lstm", "lstm-certified", "tcn") for run in ("search-0", "search-1", "seed-1")
+    }
     assert jsonl.read(place / "speed.jsonl")[0]["models"] == ["lstm", "lstm/certified", "tcn"]
     final = rows[names.index("lstm-certified.seed-1")]
-    assert {"task", "config", "setting", "seed", "test", "valid", "commit", "torch", "seconds", "certified", "measured"} <= set(final)
+    assert {
+        "task",
+        "config",
+        "setting",
+        "seed",
+        "test",
+        "valid",
+        "commit",
+        "torch",
+        "seconds",
+        "certified",
+        "measured",
+    } <= set(final)
     assert final["certified"]["stable"] and len(final["truncation"]["windows"]) == 9
 
     lines = file.read_bytes().splitlines(keepends=True)
@@ -281,13 +335,24 @@ def test_runs_resume_and_are_reported(root, tmp_path, monkeypatch, capsys):
     with pytest.warns(UserWarning, match="runs.jsonl, line 10: cut short"):
         assert main(command(root, out)) == 0
     after = file.read_bytes()
-    assert after.startswith(b"".join(kept)) and [row["run"] for row in jsonl.read(file)[1]][9:] == ["lstm.search-1", names[-1]]
+    assert after.startswith(b"".join(kept)) and [row["run"] for row in jsonl.read(file)[1]][9:] == [
+        "lstm.search-1",
+        names[-1],
+    ]
     assert main(command(root, out)) == 0 and file.read_bytes() == after
     assert not [file for file in place.iterdir() if file.name.startswith(".")]
 
     assert main(["report", "--out", str(out)]) == 0
     text = (out / "REPORT.md").read_text()
-    for part in ("## JSB Chorales", "price of stability", "lstm/certified", "146.7", "unverified, from memory", "What was not run", "ATIS"):
+    for part in (
+        "## JSB Chorales",
+        "price of stability",
+        "lstm/certified",
+        "146.7",
+        "unverified, from memory",
+        "What was not run",
+        "ATIS",
+    ):
         assert part in text
     assert f"{final['test']:.2f}" in text
     for picture in ("truncation.svg", "distance.svg"):
@@ -302,14 +367,26 @@ def test_the_budget_ends_a_run_and_leaves_nothing_half(root, tmp_path, capsys):
     assert "budget" in capsys.readouterr().out and not list(out.rglob("*.jsonl"))
     with pytest.raises(runs.OutOfTime):
         task, found = TASKS["jsb"], data.music("JSB_Chorales")(root)
-        train(build(parse("rnn"), task, found, Setting(1e-2, 0, 8, 1, None), 0), task, found, Setting(1e-2, 0, 8, 1, None), 0, deadline=0.0)
+        train(
+            build(parse("rnn"), task, found, Setting(1e-2, 0, 8, 1, None), 0),
+            task,
+            found,
+            Setting(1e-2, 0, 8, 1, None),
+            0,
+            deadline=0.0,
+        )
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (["chess"], "invalid choice"), (["jsb", "--minutes", "0"], "must be above 0"), (["jsb", "--trials", "x"], "invalid int"),
-    (["jsb", "--refine", "-1"], "invalid choice"),
-    ([], "required"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["chess"], "invalid choice"),
+        (["jsb", "--minutes", "0"], "must be above 0"),
+        (["jsb", "--trials", "x"], "invalid int"),
+        (["jsb", "--refine", "-1"], "invalid choice"),
+        ([], "required"),
+    ],
+)
 def test_bad_arguments_are_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -36,16 +36,19 @@ def spoil(module, scale):
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e6])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("make", [
-    lambda s: StableRNN(3, 9, stability=s),
-    lambda s: StableRNN(3, 4, 2, "relu", bidirectional=True, bias=False, stability=s),
-    lambda s: StableLSTM(3, 8, stability=s),
-    lambda s: StableLSTM(3, 4, 2, bidirectional=True, stability=s),
-    lambda s: StableLSTM(3, 8, 2, proj_size=3, stability=s),
-    lambda s: StableLSTM(5, 4, bias=False, stability=s),
-    lambda s: StableLSTMCell(3, 4, stability=s),
-    lambda s: StableRNNCell(3, 4, stability=s),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: StableRNN(3, 9, stability=s),
+        lambda s: StableRNN(3, 4, 2, "relu", bidirectional=True, bias=False, stability=s),
+        lambda s: StableLSTM(3, 8, stability=s),
+        lambda s: StableLSTM(3, 4, 2, bidirectional=True, stability=s),
+        lambda s: StableLSTM(3, 8, 2, proj_size=3, stability=s),
+        lambda s: StableLSTM(5, 4, bias=False, stability=s),
+        lambda s: StableLSTMCell(3, 4, stability=s),
+        lambda s: StableRNNCell(3, 4, stability=s),
+    ],
+)
 def test_any_weights_become_certified(make, norm, scale):
     stability = Certified(rate=0.9, norm=norm)
     module = spoil(make(stability), scale)
@@ -72,7 +75,10 @@ def test_with_a_clamp_no_input_weight_is_touched(scale, rate, forget):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 def test_other_dtypes(dtype, norm):
-    for make in (lambda s: StableLSTM(6, 16, dtype=dtype, stability=s), lambda s: StableRNN(6, 16, dtype=dtype, stability=s)):
+    for make in (
+        lambda s: StableLSTM(6, 16, dtype=dtype, stability=s),
+        lambda s: StableRNN(6, 16, dtype=dtype, stability=s),
+    ):
         module = spoil(make(Certified(0.95, norm)), 3.0)
         module.project_()
         assert module.certificate().rate <= 0.95
@@ -187,7 +193,11 @@ def test_steps_end_at_the_nearest_weights(seed, way):
             w = project(w + 0.02 * (goal - w))
         return clip(w, bound)
 
-    project = (lambda w: into_ball(w, SCALES, bound)) if way == "at once" else (lambda w: step_into_ball(w, SCALES, bound, kept))
+    project = (
+        (lambda w: into_ball(w, SCALES, bound))
+        if way == "at once"
+        else (lambda w: step_into_ball(w, SCALES, bound, kept))
+    )
     near, other = rest(project), rest(lambda w: clip(w, bound))
     u, s, vh = torch.linalg.svd(rows * near, full_matrices=False)
     push = vh.mT @ (u.mT @ ((goal - near) / rows) @ vh.mT / s) @ vh  # goal - near = D^2 near push
@@ -210,8 +220,13 @@ def test_steps_with_kept_directions_do_what_all_of_them_do(shape):
         noise = torch.randn(shape[0], 6) @ (few + torch.randn(6, shape[1])) / shape[1] ** 0.5
         grown = w + 0.1 * drift + 0.1 * noise
         used += kept.block is not None
-        w, all_ways = step_into_ball(grown, SCALES.float(), bound, kept), step_into_ball(grown, SCALES.float(), bound, Directions())
-        outside.append([float(torch.linalg.matrix_norm(rows_of(SCALES, w) * each, 2)) - bound for each in (grown, w, all_ways)])
+        w, all_ways = (
+            step_into_ball(grown, SCALES.float(), bound, kept),
+            step_into_ball(grown, SCALES.float(), bound, Directions()),
+        )
+        outside.append(
+            [float(torch.linalg.matrix_norm(rows_of(SCALES, w) * each, 2)) - bound for each in (grown, w, all_ways)]
+        )
         assert (w - grown).norm() < 1.05 * (clip(all_ways, bound) - grown).norm()
     before, after, best = torch.tensor(outside).mean(0).tolist()
     assert used > 30 and before > 1.3 and after < 0.13 and after < best + 0.07
@@ -242,13 +257,18 @@ def test_the_forget_gate_is_bounded_by_its_weights():
     old = (before["bias_ih_l0"].double() + before["bias_hh_l0"].double())[8:16]
     assert torch.equal(bias[old < 0], old[old < 0]) and (bias[old > 0] >= 0).all()
     for gate in (0, 2, 3):  # i, g, o keep their input weights
-        assert torch.equal(module.weight_ih_l0[8 * gate : 8 * gate + 8], before["weight_ih_l0"][8 * gate : 8 * gate + 8])
+        assert torch.equal(
+            module.weight_ih_l0[8 * gate : 8 * gate + 8], before["weight_ih_l0"][8 * gate : 8 * gate + 8]
+        )
 
 
 def test_the_cheap_step_brings_training_steps_back():
     """Small steps out of the set and one uncertified step each, in all norms: the certificate is missed by little, if at all."""
     for norm in NORMS:
-        for module in (StableLSTM(4, 24, 2, stability=Certified(norm=norm)), StableRNN(4, 24, stability=Certified(norm=norm))):
+        for module in (
+            StableLSTM(4, 24, 2, stability=Certified(norm=norm)),
+            StableRNN(4, 24, stability=Certified(norm=norm)),
+        ):
             for _ in range(30):
                 with torch.no_grad():
                     for p in module.parameters():
@@ -262,7 +282,12 @@ def test_the_cheap_step_brings_training_steps_back():
 def test_the_cheap_step_leaves_weights_inside_alone():
     module = StableLSTM(4, 8)
     with torch.no_grad():
-        module.weight_hh_l0.mul_(0.5), module.weight_ih_l0.mul_(0.5), module.bias_ih_l0.mul_(0.5), module.bias_hh_l0.mul_(0.5)
+        (
+            module.weight_hh_l0.mul_(0.5),
+            module.weight_ih_l0.mul_(0.5),
+            module.bias_ih_l0.mul_(0.5),
+            module.bias_hh_l0.mul_(0.5),
+        )
     before = snapshot(module)
     for _ in range(3):
         module.project_(certify=False)
@@ -336,16 +361,26 @@ def test_sets_are_values():
         assert 0 < Certified(rate, clamp=True).forget < rate
 
 
-@pytest.mark.parametrize("arguments, error, text", [
-    (dict(rate=1.0), ValueError, "between 0 and 1, got 1.0"), (dict(rate=0), ValueError, "got 0"), (dict(rate=-0.5), ValueError, "-0.5"),
-    (dict(rate=math.nan), ValueError, "nan"), (dict(rate="0.9"), TypeError, "'0.9'"),
-    (dict(norm="1"), ValueError, "2, inf, auto, radius, got '1'"),
-    (dict(norm=2), ValueError, "got 2"), (dict(forget=0.5), ValueError, "between 0.5 and the rate"),
-    (dict(forget=0.99), ValueError, "0.99"),
-    (dict(forget=0.6, rate=0.6), ValueError, "0.6"), (dict(forget=0.0, clamp=True), ValueError, "between 0 and"),
-    (dict(forget=1.0, clamp=True), ValueError, "got 1.0"), (dict(input_bound=-1), ValueError, "input_bound"),
-    (dict(input_bound=math.inf), ValueError, "finite"), (dict(cap=0.9), TypeError, "True or False"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        (dict(rate=1.0), ValueError, "between 0 and 1, got 1.0"),
+        (dict(rate=0), ValueError, "got 0"),
+        (dict(rate=-0.5), ValueError, "-0.5"),
+        (dict(rate=math.nan), ValueError, "nan"),
+        (dict(rate="0.9"), TypeError, "'0.9'"),
+        (dict(norm="1"), ValueError, "2, inf, auto, radius, got '1'"),
+        (dict(norm=2), ValueError, "got 2"),
+        (dict(forget=0.5), ValueError, "between 0.5 and the rate"),
+        (dict(forget=0.99), ValueError, "0.99"),
+        (dict(forget=0.6, rate=0.6), ValueError, "0.6"),
+        (dict(forget=0.0, clamp=True), ValueError, "between 0 and"),
+        (dict(forget=1.0, clamp=True), ValueError, "got 1.0"),
+        (dict(input_bound=-1), ValueError, "input_bound"),
+        (dict(input_bound=math.inf), ValueError, "finite"),
+        (dict(cap=0.9), TypeError, "True or False"),
+    ],
+)
 def test_arguments_that_make_no_set(arguments, error, text):
     with pytest.raises(error, match=text):
         Certified(**arguments)
@@ -401,13 +436,27 @@ def huge(module, scale):
     return module
 
 
-@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e7), (torch.float32, 3e38), (torch.float64, 1e15), (torch.float64, 1e300),
-                                          (torch.bfloat16, 300.0), (torch.bfloat16, 1e38), (torch.float16, 1e3), (torch.float16, 6e4)])
-@pytest.mark.parametrize("make", [
-    lambda d: StableLSTM(3, 9, dtype=d),
-    lambda d: StableLSTM(3, 8, 2, bidirectional=True, proj_size=3, dtype=d, stability=Certified(norm="inf")),
-    lambda d: StableLSTM(20, 10, dtype=d, stability=Certified(0.9, input_bound=1e3)),
-])
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [
+        (torch.float32, 1e7),
+        (torch.float32, 3e38),
+        (torch.float64, 1e15),
+        (torch.float64, 1e300),
+        (torch.bfloat16, 300.0),
+        (torch.bfloat16, 1e38),
+        (torch.float16, 1e3),
+        (torch.float16, 6e4),
+    ],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda d: StableLSTM(3, 9, dtype=d),
+        lambda d: StableLSTM(3, 8, 2, bidirectional=True, proj_size=3, dtype=d, stability=Certified(norm="inf")),
+        lambda d: StableLSTM(20, 10, dtype=d, stability=Certified(0.9, input_bound=1e3)),
+    ],
+)
 def test_weights_as_large_as_the_dtype_holds(make, dtype, scale):
     module = huge(make(dtype), scale)
     module.project_(certify=False)
@@ -424,7 +473,9 @@ def test_a_projection_that_fails_writes_nothing(monkeypatch):
     module = huge(StableLSTM(3, 4), 10.0)
     before = snapshot(module)
     monkeypatch.setattr("stable_rnn.stability.lstm.lower_forget", lambda *a: None)
-    with pytest.raises(RuntimeError, match=r"weight_hh_l0 does not reach the set: .*forget gate may reach .*allowed: 0.55"):
+    with pytest.raises(
+        RuntimeError, match=r"weight_hh_l0 does not reach the set: .*forget gate may reach .*allowed: 0.55"
+    ):
         module.project_()
     assert unchanged(module, before)
 

@@ -1,4 +1,5 @@
 """What must never corrupt memory, be silently wrong, or leave a module unusable."""
+
 import copy
 import pickle
 
@@ -37,8 +38,12 @@ def test_wrong_states_and_weights_raise(cls, plan):
         with pytest.raises(RuntimeError, match="hidden"):
             m(x, (torch.zeros(1, 2, 16), bad) if lstm else bad)
     gates = 4 if lstm else 1
-    for bad in (torch.randn(gates * 32, 32), torch.randn(gates * 16, 15), torch.randn(gates * 16, 16).bfloat16(),
-                torch.randn(gates * 16, 16).double()):
+    for bad in (
+        torch.randn(gates * 32, 32),
+        torch.randn(gates * 16, 15),
+        torch.randn(gates * 16, 16).bfloat16(),
+        torch.randn(gates * 16, 16).double(),
+    ):
         for gradient in (True, False):
             with pytest.raises(RuntimeError, match="weight_hh_l0"), torch.set_grad_enabled(gradient):
                 functional_call(m, dict(m.named_parameters()) | {"weight_hh_l0": bad}, (x,))
@@ -52,8 +57,14 @@ def test_ops_check_rows():
     numbers = ("rnn_tanh", 3, 2, 0, 0, -1.0, 1, 1.0, "auto", False)
     call = lambda base, lengths: torch.ops.stable_rnn.recurrence(xp, w, None, h, None, base, lengths, *numbers)  # noqa: E731
     call(None, torch.tensor([3, 0]))
-    for base, lengths in [(torch.tensor([0, 3]), None), (None, torch.tensor([4, 1])), (None, torch.tensor([-1, 1])),
-                          (torch.tensor([-1, 1]), torch.tensor([1, 1])), (torch.tensor([0.0, 1.0]), None), (torch.tensor([0]), None)]:
+    for base, lengths in [
+        (torch.tensor([0, 3]), None),
+        (None, torch.tensor([4, 1])),
+        (None, torch.tensor([-1, 1])),
+        (torch.tensor([-1, 1]), torch.tensor([1, 1])),
+        (torch.tensor([0.0, 1.0]), None),
+        (torch.tensor([0]), None),
+    ]:
         with pytest.raises(ValueError, match="base|lengths"):
             call(base, lengths)
 
@@ -65,8 +76,12 @@ def test_cells_check_their_tensors(gradient):
         for hx in ((h, h.bfloat16()), (h.double(), h), (h, h.long())):
             with pytest.raises((ValueError, RuntimeError)):
                 cell(x, hx)
-        for name, bad in [("weight_hh", torch.randn(10, 10)), ("weight_hh", torch.randn(32, 8).bfloat16()), ("bias_ih", torch.randn(8)),
-                          ("bias_hh", torch.randn(32).double())]:
+        for name, bad in [
+            ("weight_hh", torch.randn(10, 10)),
+            ("weight_hh", torch.randn(32, 8).bfloat16()),
+            ("bias_ih", torch.randn(8)),
+            ("bias_hh", torch.randn(32).double()),
+        ]:
             with pytest.raises((ValueError, RuntimeError)):
                 functional_call(cell, dict(cell.named_parameters()) | {name: bad}, (x, (h, h)))
     with pytest.raises(TypeError, match="pair"):
@@ -81,6 +96,7 @@ def test_cells_under_forward_mode_and_modes(monkeypatch):
     with torch.no_grad(), forward_ad.dual_level():
         assert forward_ad.unpack_dual(cell(forward_ad.make_dual(x, torch.ones_like(x)))[0]).tangent.any()
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         assert cell(torch.randn(2, 3))[0].shape == (2, 8)
     for name in ("reference", "torch"):
@@ -105,8 +121,11 @@ def test_checkpointing(plan):
     checkpoint(lambda x: cell(x)[0], torch.randn(2, 3), use_reentrant=False).sum().backward()
 
 
-@pytest.mark.parametrize("plan", [Windowed(10**9), Windowed(2**70), Chunked(4, 10**6), Chunked(2**70, 2**70),
-                                  Verified(chunk=4, warmup=10**6)], ids=str)
+@pytest.mark.parametrize(
+    "plan",
+    [Windowed(10**9), Windowed(2**70), Chunked(4, 10**6), Chunked(2**70, 2**70), Verified(chunk=4, warmup=10**6)],
+    ids=str,
+)
 def test_windows_longer_than_the_sequence(plan):
     """They are the plain recurrence, at its price."""
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
@@ -140,6 +159,7 @@ def test_meta_and_fake():
     with pytest.raises((ValueError, RuntimeError)):
         StableLSTM(3, 4)(x)
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
         StableLSTM(3, 4), StableRNNCell(3, 4)
 
@@ -189,7 +209,11 @@ def test_reports_of_repeated_backward_passes():
 
 def test_numpy_numbers():
     assert Windowed(np.int64(3)) == Windowed(3) and type(Windowed(np.int64(3)).k) is int
-    for value in (Verified(tol=np.float32(0.5)).tol, Certified(rate=np.float32(0.5)).rate, ForgetCap(torch.tensor(0.5)).forget):
+    for value in (
+        Verified(tol=np.float32(0.5)).tol,
+        Certified(rate=np.float32(0.5)).rate,
+        ForgetCap(torch.tensor(0.5)).forget,
+    ):
         assert value == 0.5 and type(value) is float
 
 

@@ -17,7 +17,9 @@ from stable_rnn import Certified, StableLSTM, StableRNN, certificate, project_af
 from stable_rnn.functional import spectral_norm_bound
 from stable_rnn.stability import certificate_from_state_dict
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo"
+)
 LIMIT = 300  # seconds, for all processes; they need 10
 
 
@@ -25,7 +27,9 @@ def _work(rank, ranks, port, functions, results):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, store=dist.TCPStore("127.0.0.1", port, ranks, is_master=False))
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=ranks, store=dist.TCPStore("127.0.0.1", port, ranks, is_master=False)
+    )
     try:
         for function in functions:
             results.put((rank, function.__name__, function(rank), None))
@@ -39,8 +43,13 @@ def on_ranks(ranks, *functions):
     """What each `function(rank)` gives (numbers, lists, strings), by its name: a list, by rank."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)  # the system chooses a free port
-    processes = [context.Process(target=_work, args=(rank, ranks, store.port, functions, results), daemon=True) for rank in range(ranks)]
+    store = dist.TCPStore(
+        "127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False
+    )  # the system chooses a free port
+    processes = [
+        context.Process(target=_work, args=(rank, ranks, store.port, functions, results), daemon=True)
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     found = {function.__name__: [None] * ranks for function in functions}
@@ -66,7 +75,10 @@ def mesh(*sizes):
 
 
 def values(module):
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().tolist() for name, p in module.named_parameters()}
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().tolist()
+        for name, p in module.named_parameters()
+    }
 
 
 def grown(module, scale=3.0):
@@ -150,8 +162,15 @@ def _two_dimensions(rank):
 
     def placed(module, on, placements):
         for name, p in list(module.named_parameters()):
-            setattr(module, name, nn.Parameter(distribute_tensor(p.detach(), on, [q if q.is_replicate() or q.dim < p.dim() else Replicate()
-                                                                                 for q in placements])))
+            setattr(
+                module,
+                name,
+                nn.Parameter(
+                    distribute_tensor(
+                        p.detach(), on, [q if q.is_replicate() or q.dim < p.dim() else Replicate() for q in placements]
+                    )
+                ),
+            )
         return module
 
     make, both = MODULES["lstm"], mesh(2, 2)
@@ -160,7 +179,9 @@ def _two_dimensions(rank):
         "rows and columns": compare(make(), placed(make(), both, (Shard(0), Shard(1)))),
         "replicas": compare(make(), placed(make(), both, (Replicate(), Replicate()))),
         "rows twice": compare(make(), placed(make(), both, (Shard(0), Shard(0)))),
-        "fsdp over tensor parallel": compare(make(), fully_shard(placed(make(), both["b"], (Shard(0),)), mesh=both["a"])),
+        "fsdp over tensor parallel": compare(
+            make(), fully_shard(placed(make(), both["b"], (Shard(0),)), mesh=both["a"])
+        ),
     }
 
 
@@ -271,7 +292,11 @@ def _sums_of_parts(rank):
     module = StableRNN(3, 4)
     module.weight_hh_l0 = nn.Parameter(DTensor.from_local(module.weight_hh_l0.detach(), mesh(2), [Partial()]))
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    for call in (module.project_, lambda: module.project_(certify=False), lambda: project_after_step(optimizer, module)):
+    for call in (
+        module.project_,
+        lambda: module.project_(certify=False),
+        lambda: project_after_step(optimizer, module),
+    ):
         try:
             call()
         except ValueError as error:
@@ -285,7 +310,11 @@ def _sums_of_parts(rank):
 
 def test_sums_of_parts_are_refused(two):
     for said in two["_sums_of_parts"]:
-        assert len(said) == 4 and all("weight_hh_l0 has the placements" in each for each in said[:3]) and "DTensor" in said[3]
+        assert (
+            len(said) == 4
+            and all("weight_hh_l0 has the placements" in each for each in said[:3])
+            and "DTensor" in said[3]
+        )
 
 
 def _first_generation(rank):
@@ -320,7 +349,9 @@ def _first_generation(rank):
 def test_fsdp1_is_refused_with_the_way_out(two):
     for whole, flat in two["_first_generation"]:
         assert len(whole) == 4 and len(flat) == 2 and whole[3] <= 0.99
-        assert all("weight_" in each and "summon_full_params" in each and "fully_shard" in each for each in whole[:3] + flat)
+        assert all(
+            "weight_" in each and "summon_full_params" in each and "fully_shard" in each for each in whole[:3] + flat
+        )
 
 
 def _zero_redundancy(rank):
@@ -348,7 +379,9 @@ def test_optimizers_of_torch_distributed(two):
     averages after the step of the optimizer inside."""
     first, second = two["_zero_redundancy"]
     assert first == second and max(first[1]) <= 0.99
-    assert "PostLocalSGDOptimizer runs no step hooks" in first[2] and "pass the SGD that it holds (.optim) if" in first[2]
+    assert (
+        "PostLocalSGDOptimizer runs no step hooks" in first[2] and "pass the SGD that it holds (.optim) if" in first[2]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +400,13 @@ def test_zero3_parts_are_refused_with_the_way_out():
     optimizer = torch.optim.SGD(lstm.parameters(), 0.1)
     for p in lstm.parameters():
         p.data = torch.empty(0)
-    for call in (lstm.project_, lstm.certificate, lambda: lstm.project_(certify=False), lambda: project_after_step(optimizer, lstm)):
-        with pytest.raises(ValueError, match=r"weight_ih_l0 of StableLSTM has the shape \(0,\), where \(24, 5\) .*GatheredParameters"):
+    for call in (
+        lstm.project_,
+        lstm.certificate,
+        lambda: lstm.project_(certify=False),
+        lambda: project_after_step(optimizer, lstm),
+    ):
+        with pytest.raises(
+            ValueError, match=r"weight_ih_l0 of StableLSTM has the shape \(0,\), where \(24, 5\) .*GatheredParameters"
+        ):
             call()

@@ -1,4 +1,5 @@
 """`python -m benchmarks.speed` in small: what it writes, that it notices wrong results, what it refuses."""
+
 import argparse
 import os
 import subprocess
@@ -18,14 +19,42 @@ from benchmarks.speed import cases, contestants, measure, models, pictures, resu
 from benchmarks.speed.__main__ import main  # noqa: E402
 from stable_rnn import Chunked, Recurrent, Verified, Windowed  # noqa: E402
 
-SMALL = ["--T", "32,64", "--B", "2", "--H", "8", "--k", "4,8", "--seconds", "0.02", "--longest", "5", "--devices", "cpu"]
+SMALL = [
+    "--T",
+    "32,64",
+    "--B",
+    "2",
+    "--H",
+    "8",
+    "--k",
+    "4,8",
+    "--seconds",
+    "0.02",
+    "--longest",
+    "5",
+    "--devices",
+    "cpu",
+]
 EVERYONE = contestants.Field(cases.PLANS, tuple(contestants.BASELINES))
 LIMITS = measure.Limits(0.02, 20.0, 2**32)
 
 
 def small(**changes):
-    return cases.Case(**dict(sweeps=("T",), cell="lstm", dtype="float32", device="cpu", model="certified", passes="forward", T=48, B=2, H=8,
-                             k=5) | changes)
+    return cases.Case(
+        **dict(
+            sweeps=("T",),
+            cell="lstm",
+            dtype="float32",
+            device="cpu",
+            model="certified",
+            passes="forward",
+            T=48,
+            B=2,
+            H=8,
+            k=5,
+        )
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +69,17 @@ def written(tmp_path_factory):
 def test_the_file_has_what_a_reader_needs(written):
     _, about, rows = written
     assert about["finished"] and not about["not_run"]
-    assert about["environment"].keys() >= {"commit", "date", "torch", "python", "processor", "cores", "threads", "backends", "load"}
+    assert about["environment"].keys() >= {
+        "commit",
+        "date",
+        "torch",
+        "python",
+        "processor",
+        "cores",
+        "threads",
+        "backends",
+        "load",
+    }
     assert set(about["gemm_rates"]) == {"cpu float32"} and min(about["gemm_rates"].values()) > 0
     seen = {(r["cell"], r["dtype"], r["passes"], r["computes"]) for r in rows}
     assert len(seen) == 2 * 2 * 3
@@ -68,11 +107,19 @@ def test_absent_baselines_are_listed_with_the_reason(written):
 
 def test_table_and_pictures(written):
     out, _, rows = written
-    assert sorted(file.name for file in out.iterdir()) == ["error.svg", "speed.jsonl", "speed.md", "speedup.svg", "time.svg"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "error.svg",
+        "speed.jsonl",
+        "speed.md",
+        "speedup.svg",
+        "time.svg",
+    ]
     table = (out / "speed.md").read_text()
     assert "| nn.LSTM |" in table and "Windowed(4) [cpu]" in table and "| flashrnn |" in table
     shown = ElementTree.parse(out / "time.svg").getroot().itertext()  # text that stays text
-    assert {"nn", "shifted GEMMs", "Chunked [cpu]", "lstm float32 cpu forward", "ms"} <= {text.strip() for text in shown}
+    assert {"nn", "shifted GEMMs", "Chunked [cpu]", "lstm float32 cpu forward", "ms"} <= {
+        text.strip() for text in shown
+    }
 
 
 def test_a_picture_drawn_again_is_the_same_file(written, tmp_path):
@@ -86,16 +133,29 @@ def test_a_picture_drawn_again_is_the_same_file(written, tmp_path):
 
 def test_every_number_of_the_sweeps_is_visited_once():
     grid = cases.Grid((64, 256), (1, 4), (16, 32), (4, 8), base=(("T", 100), ("B", 1), ("H", 30), ("k", 5)), T_of_B=64)
-    made = cases.cases({"cpu": grid}, list(cases.SWEEPS), ["lstm"], {"cpu": ["float32"]}, ["certified", "border"], list(cases.PASSES))
+    made = cases.cases(
+        {"cpu": grid}, list(cases.SWEEPS), ["lstm"], {"cpu": ["float32"]}, ["certified", "border"], list(cases.PASSES)
+    )
     assert len(made) == len({(c.T, c.B, c.H, c.k, c.passes, c.model) for c in made})
     for sweep in cases.SWEEPS:
         visited = [c for c in made if sweep in c.sweeps and c.model == "certified" and c.passes == "forward"]
         assert sorted(getattr(c, sweep) for c in visited) == sorted(getattr(grid, sweep))
-    assert {c.k for c in made if c.model == "border"} == {4, 8} and {c.passes for c in made if c.model == "border"} == {"forward"}
+    assert {c.k for c in made if c.model == "border"} == {4, 8} and {c.passes for c in made if c.model == "border"} == {
+        "forward"
+    }
 
 
-@pytest.mark.parametrize("plan, steps", [(Recurrent(), 10), (Verified(), 10), (Windowed(3), 1 + 2 + 3 * 8), (Windowed(99), 55),
-                                         (Chunked(4, 2), 14), (Chunked(2, 3), 10 + 2 + 3 * 3)])
+@pytest.mark.parametrize(
+    "plan, steps",
+    [
+        (Recurrent(), 10),
+        (Verified(), 10),
+        (Windowed(3), 1 + 2 + 3 * 8),
+        (Windowed(99), 55),
+        (Chunked(4, 2), 14),
+        (Chunked(2, 3), 10 + 2 + 3 * 3),
+    ],
+)
 def test_operations_count_the_lanes_steps(plan, steps):
     case = small(T=10, B=3, H=2)
     assert cases.operations(case, plan) == 3 * 2 * 8 * 2 * (10 + steps)
@@ -176,18 +236,31 @@ def test_a_wrong_gradient_is_marked(monkeypatch):
 
 @pytest.mark.parametrize("k", [4, 6])
 def test_a_window_of_another_length_is_marked(monkeypatch, k):
-    monkeypatch.setitem(contestants.BASELINES, "unfold", lambda case, plain, x: [contestants.Contestant(
-        "off by one", case.plan("windowed"), baselines.unfolded_windows(plain, x, k), plain, answer="windowed")])
+    monkeypatch.setitem(
+        contestants.BASELINES,
+        "unfold",
+        lambda case, plain, x: [
+            contestants.Contestant(
+                "off by one", case.plan("windowed"), baselines.unfolded_windows(plain, x, k), plain, answer="windowed"
+            )
+        ],
+    )
     rows, _ = measure.run_case(small(k=5), EVERYONE, 1e10, LIMITS)
     assert [row["name"] for row in rows if row["wrong"]] == ["off by one"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("cell, model", [("lstm", "certified"), ("lstm", "border"), ("rnn_tanh", "plain"), ("rnn_relu", "certified")])
+@pytest.mark.parametrize(
+    "cell, model", [("lstm", "certified"), ("lstm", "border"), ("rnn_tanh", "plain"), ("rnn_relu", "certified")]
+)
 def test_sound_contestants_are_right(cell, model, dtype):
     for shape in (dict(T=1, B=1, H=1, k=1), dict(T=33, B=3, H=5, k=40)):
-        rows, _ = measure.run_case(small(cell=cell, model=model, dtype=dtype, passes="forward+backward", **shape), EVERYONE, 1e10,
-                                   measure.Limits(1e-4, 20.0, 2**32))
+        rows, _ = measure.run_case(
+            small(cell=cell, model=model, dtype=dtype, passes="forward+backward", **shape),
+            EVERYONE,
+            1e10,
+            measure.Limits(1e-4, 20.0, 2**32),
+        )
         assert len(rows) > 8 and not [row for row in rows if row["wrong"]]
 
 
@@ -215,7 +288,9 @@ def test_what_fails_or_is_too_large_is_absent_with_the_reason(monkeypatch):
         return [contestants.Contestant("late", Recurrent(), lambda: 1 / 0, plain, answer="recurrent")]
 
     def large(case, plain, x):
-        return [contestants.Contestant("large", Recurrent(), lambda: plain(x)[0], plain, answer="recurrent", bytes=2**40)]
+        return [
+            contestants.Contestant("large", Recurrent(), lambda: plain(x)[0], plain, answer="recurrent", bytes=2**40)
+        ]
 
     for name, make in (("unfold", broken), ("shifted", late), ("overlap", large)):
         monkeypatch.setitem(contestants.BASELINES, name, make)
@@ -238,13 +313,27 @@ def test_a_package_that_does_not_import_is_absent(monkeypatch):
 def test_a_run_that_is_cut_short_says_so(tmp_path):
     assert main([*SMALL, "--cells", "lstm", "--dtypes", "float32", "--minutes", "0.00001", "--out", str(tmp_path)]) == 0
     about, _ = jsonl.read(tmp_path / "speed.jsonl")
-    assert not about["finished"] and len(about["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
+    assert (
+        not about["finished"] and len(about["not_run"]) >= 5 and "Not finished" in (tmp_path / "speed.md").read_text()
+    )
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
-    given = [*SMALL, "--cells", "lstm", "--dtypes", "float32", "--passes", "forward", "--commit", "abc", "--out", str(tmp_path)]
+    given = [
+        *SMALL,
+        "--cells",
+        "lstm",
+        "--dtypes",
+        "float32",
+        "--passes",
+        "forward",
+        "--commit",
+        "abc",
+        "--out",
+        str(tmp_path),
+    ]
     file = tmp_path / "speed.jsonl"
     assert main([*given, "--minutes", "0.00001"]) == 0
     assert main([*given, "--resume", "--sweeps", "T"]) == 0
@@ -254,7 +343,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     about, rows = jsonl.read(file)
     assert about["finished"] and rows[: len(kept)] == kept
     found = [tuple(row[name] for name in results.CASE) for row in rows]
-    assert len(set(found)) == len([case for case, after in zip(found, [*found[1:], None]) if case != after])  # each in one piece
+    assert len(set(found)) == len(
+        [case for case, after in zip(found, [*found[1:], None]) if case != after]
+    )  # each in one piece
     capsys.readouterr()
     before = file.read_bytes()
     assert main([*given, "--resume", "--commit", "abd"]) == 2 and "commit abc" in capsys.readouterr().err
@@ -265,7 +356,19 @@ def test_a_case_that_was_cut_short_is_measured_again(tmp_path, monkeypatch):
     """A run that was killed within the second case's rows, at the worst: within a line."""
     monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e10)
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
-    given = [*SMALL, "--cells", "lstm", "--dtypes", "float32", "--passes", "forward", "--sweeps", "T", "--out", str(tmp_path)]
+    given = [
+        *SMALL,
+        "--cells",
+        "lstm",
+        "--dtypes",
+        "float32",
+        "--passes",
+        "forward",
+        "--sweeps",
+        "T",
+        "--out",
+        str(tmp_path),
+    ]
     file = tmp_path / "speed.jsonl"
     assert main(given) == 0
     _, whole = jsonl.read(file)
@@ -302,8 +405,13 @@ def test_the_ways_of_a_gpu(monkeypatch):
             return 6.0
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    for name, value in dict(synchronize=None, reset_peak_memory_stats=None, memory_allocated=100, max_memory_allocated=350,
-                            mem_get_info=(1000, 2000)).items():
+    for name, value in dict(
+        synchronize=None,
+        reset_peak_memory_stats=None,
+        memory_allocated=100,
+        max_memory_allocated=350,
+        mem_get_info=(1000, 2000),
+    ).items():
         monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: asked.append(name) or value)
     assert timing.clock(lambda: asked.append("run"), 3, "cuda") == pytest.approx(2e-3)
     assert asked == ["synchronize", "record", "run", "run", "run", "record", "wait"]
@@ -317,17 +425,20 @@ def test_the_ways_of_a_gpu(monkeypatch):
     assert facts["gpu"]["name"] == "a card" and facts["gpu"]["capability"] == "9.0" and facts["commit"] == "abc"
 
 
-@pytest.mark.parametrize("given, message", [
-    (["--cells", "gru"], "'gru' is none of lstm, rnn_tanh, rnn_relu"),
-    (["--plans", "windowed,fast"], "'fast' is none of"),
-    (["--dtypes", "int8"], "'int8' is none of"),
-    (["--backends", "mps"], "'mps' is none of"),
-    (["--T", "64,x"], "must be whole numbers with commas between them"),
-    (["--k", "0"], "must be above 0"),
-    (["--seconds", "-1"], "must be above 0"),
-    (["--quicker"], "unrecognized arguments"),
-    (["--devices", "cpu", "--dtypes", "tf32"], "a GPU's"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--cells", "gru"], "'gru' is none of lstm, rnn_tanh, rnn_relu"),
+        (["--plans", "windowed,fast"], "'fast' is none of"),
+        (["--dtypes", "int8"], "'int8' is none of"),
+        (["--backends", "mps"], "'mps' is none of"),
+        (["--T", "64,x"], "must be whole numbers with commas between them"),
+        (["--k", "0"], "must be above 0"),
+        (["--seconds", "-1"], "must be above 0"),
+        (["--quicker"], "unrecognized arguments"),
+        (["--devices", "cpu", "--dtypes", "tf32"], "a GPU's"),
+    ],
+)
 def test_bad_input_is_one_line(given, message, tmp_path, capsys):
     try:
         code = main([*given, "--out", str(tmp_path / "out")])
@@ -358,7 +469,11 @@ def test_gpu_check_says_that_there_is_no_gpu():
     python = os.environ | {"PYTHON": sys.executable}
     run = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh"], env=python, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("gpu_check: no GPU (") and f"torch {torch.__version__}" in run.stderr and run.stderr.count("\n") == 1
+    assert (
+        run.stderr.startswith("gpu_check: no GPU (")
+        and f"torch {torch.__version__}" in run.stderr
+        and run.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -373,7 +488,9 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     parts = [word for name in ("windows", "stacks", "projections", "others") for word in ("--only", name)]
-    assert gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1  # a part broke, the others ran
+    assert (
+        gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1
+    )  # a part broke, the others ran
     about, rows = jsonl.read(tmp_path / "gpu_targets.jsonl")
     assert about["finished"] and about["rehearsal"] and [row["case"] for row in rows if row["wrong"]] == ["others"]
     measured = [row for row in rows if not row["wrong"]]
@@ -399,7 +516,9 @@ def test_a_wrong_row_of_the_targets_gets_no_ratio():
 
 
 def test_report_of_the_check(tmp_path):
-    (tmp_path / "stages.tsv").write_text("build\t0\t12\t170\ntests\t124\t100\t100\nspeed\tskipped\t0\t0\nloads\t3\t1\t30\n")
+    (tmp_path / "stages.tsv").write_text(
+        "build\t0\t12\t170\ntests\t124\t100\t100\nspeed\tskipped\t0\t0\nloads\t3\t1\t30\n"
+    )
     (tmp_path / "tests.log").write_text("x" * 5000 + "the end")
     jsonl.Log(tmp_path / "targets" / "gpu_targets.jsonl").add({"case": "a"}, {"case": "b"}, finished=True)
     out = tmp_path / "out"

@@ -1,4 +1,5 @@
 """The way from a module to a kernel is short, and the kernels' fields are said once: `params.h` and `ops/recurrence/fields.py` agree."""
+
 import re
 import sys
 from pathlib import Path
@@ -44,8 +45,12 @@ def way(run, binding, start):
     return found[0]
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=compiled), pytest.param("cuda", marks=pytest.mark.skipif(
-    bool(build.missing()), reason=build.missing() or "-"))])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=compiled),
+        pytest.param("cuda", marks=pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")),
+    ]
+)
 def backend(request, monkeypatch):
     """(the backend's name, the end of its bindings' names); the CUDA kernels on CPU tensors, in the block executor."""
     if request.param == "cuda":
@@ -83,10 +88,12 @@ def members(header: str, struct: str) -> list[str]:
     return found
 
 
-STRUCTS = [("params.h", "ForwardParams", fields.FORWARD, "recurrence_forward"),
-           ("params.h", "BackwardParams", fields.BACKWARD, "recurrence_backward"),
-           ("params.h", "WindowedBackwardParams", fields.WINDOWED_BACKWARD, "recurrence_windowed_backward"),
-           ("cuda.h", "CudaLaunch", fields.LAUNCH, None)]
+STRUCTS = [
+    ("params.h", "ForwardParams", fields.FORWARD, "recurrence_forward"),
+    ("params.h", "BackwardParams", fields.BACKWARD, "recurrence_backward"),
+    ("params.h", "WindowedBackwardParams", fields.WINDOWED_BACKWARD, "recurrence_windowed_backward"),
+    ("cuda.h", "CudaLaunch", fields.LAUNCH, None),
+]
 
 
 @pytest.mark.parametrize("header, struct, ours, binding", STRUCTS, ids=[struct for _, struct, *_ in STRUCTS])

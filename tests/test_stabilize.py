@@ -1,4 +1,5 @@
 """`stabilize`: what clients have done to their modules before it, and who else holds them."""
+
 import copy
 import warnings
 
@@ -71,7 +72,11 @@ def test_to_torch_keeps_each_weight_as_it_is():
     plain = m.to_torch()
     for name, own in m.named_parameters():
         copied = getattr(plain, name)
-        assert (copied.dtype, copied.device, copied.requires_grad) == (own.dtype, own.device, own.requires_grad) and copied is not own
+        assert (copied.dtype, copied.device, copied.requires_grad) == (
+            own.dtype,
+            own.device,
+            own.requires_grad,
+        ) and copied is not own
 
 
 def test_a_weight_shared_between_modules():
@@ -97,15 +102,24 @@ def test_a_weight_shared_between_modules():
     assert sharing(net) == names and all(m.certificate().rate <= 0.99 for m in (net.first, net.second))
 
 
-@pytest.mark.parametrize("plain,ours,options", [
-    (nn.LSTM, StableLSTM, {}), (nn.LSTM, StableLSTM, dict(proj_size=2)), (nn.RNN, StableRNN, {}),
-    (nn.RNN, StableRNN, dict(nonlinearity="relu")), (nn.LSTMCell, StableLSTMCell, {}),
-    (nn.RNNCell, StableRNNCell, dict(nonlinearity="relu"))])
+@pytest.mark.parametrize(
+    "plain,ours,options",
+    [
+        (nn.LSTM, StableLSTM, {}),
+        (nn.LSTM, StableLSTM, dict(proj_size=2)),
+        (nn.RNN, StableRNN, {}),
+        (nn.RNN, StableRNN, dict(nonlinearity="relu")),
+        (nn.LSTMCell, StableLSTMCell, {}),
+        (nn.RNNCell, StableRNNCell, dict(nonlinearity="relu")),
+    ],
+)
 def test_nothing_is_missing_and_nothing_is_left(plain, ours, options):
     """A swapped module has the attributes of one that was made so, and one swapped back those of torch's."""
     a, b = stabilize(plain(3, 4, **options), cells=True), ours(3, 4, **options, stability=None)
     assert type(a) is ours and vars(a).keys() == vars(b).keys() and repr(a) == repr(b)
-    assert {n: v for n, v in vars(a).items() if isinstance(v, str)} == {n: v for n, v in vars(b).items() if isinstance(v, str)}
+    assert {n: v for n, v in vars(a).items() if isinstance(v, str)} == {
+        n: v for n, v in vars(b).items() if isinstance(v, str)
+    }
     a, b = unstabilize(b), plain(3, 4, **options)
     assert type(a) is plain and vars(a).keys() == vars(b).keys() and repr(a) == repr(b)
 
@@ -116,17 +130,23 @@ def test_what_clients_have_added_stays():
     plain.register_buffer("scale", torch.ones(2))
     plain.register_module("extra", nn.Linear(1, 1))
     plain.weight_ih_l0.requires_grad_(False)
-    handles = [plain.register_forward_hook(lambda m, a, y: seen.append("forward")),
-               plain.register_forward_pre_hook(lambda m, a: seen.append("before")),
-               plain.register_full_backward_hook(lambda m, a, b: seen.append("backward")),
-               plain.register_state_dict_post_hook(lambda m, d, p, meta: seen.append("state")),
-               plain.register_load_state_dict_post_hook(lambda m, keys: seen.append("load"))]
+    handles = [
+        plain.register_forward_hook(lambda m, a, y: seen.append("forward")),
+        plain.register_forward_pre_hook(lambda m, a: seen.append("before")),
+        plain.register_full_backward_hook(lambda m, a, b: seen.append("backward")),
+        plain.register_state_dict_post_hook(lambda m, d, p, meta: seen.append("state")),
+        plain.register_load_state_dict_post_hook(lambda m, keys: seen.append("load")),
+    ]
     net = nn.Sequential(plain.eval())
     tensors = dict(net.state_dict(keep_vars=True))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for change in (stabilize, unstabilize):
         m = change(net)[0]
-        assert m is plain and (m.qconfig, m.output_dim, m.training) == ("some", 6, False) and not m.weight_ih_l0.requires_grad
+        assert (
+            m is plain
+            and (m.qconfig, m.output_dim, m.training) == ("some", 6, False)
+            and not m.weight_ih_l0.requires_grad
+        )
         seen.clear()
         assert all(t is tensors[name] for name, t in net.state_dict(keep_vars=True).items())
         net.load_state_dict(net.state_dict())
@@ -175,7 +195,7 @@ def both_ways(net, plain, times=1):
     """Runs, is swapped, runs windows of 2 inputs, is swapped back and runs as before."""
     with torch.no_grad():
         before = net(X)
-        windows = times * torch.stack([plain(X[max(0, t - 1): t + 1])[0][-1] for t in range(len(X))])
+        windows = times * torch.stack([plain(X[max(0, t - 1) : t + 1])[0][-1] for t in range(len(X))])
         assert stabilize(net, plan=Windowed(2)) is net
         torch.testing.assert_close(net(X), windows)
         assert not torch.allclose(before, windows, atol=1e-3)
@@ -270,20 +290,32 @@ def with_a_forward(m):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make,text", [
-    (lambda: LSTM(6, 6), r"test_stabilize\.LSTM, a subclass of nn\.LSTM"),
-    (lambda: nn.GRU(6, 6), "an nn.GRU, which has no stable form"),
-    (lambda: nn.LSTMCell(6, 6), r"an nn.LSTMCell \(cells=True makes it a StableLSTMCell\)"),
-    (lambda: nn.RNNCell(6, 6), r"an nn.RNNCell \(cells=True makes it a StableRNNCell\)"),
-    (lambda: nn.GRUCell(6, 6), "an nn.GRUCell, which has no stable form"),
-    (lambda: with_a_forward(nn.LSTM(6, 6)), r"an nn.LSTM with a forward of its own.*del module\.forward"),
-    (lambda: with_a_name(nn.LSTM(6, 6), "plan"), r"an nn.LSTM with attributes of its own named plan, .*\(rename them\)"),
-    (lambda: torch.jit.script(nn.LSTM(6, 6)), "a TorchScript LSTM, compiled already"),
-    (lambda: torch.jit.trace(nn.LSTM(6, 6), X), "a TorchScript LSTM, compiled already"),
-    (lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(6, 6), "weight_hh_l0"), "a parametrized nn.LSTM .*remove_parametrizations"),
-    (lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(6, 6)))[0], "a quantized LSTM, torch.ao.nn.quantized.dynamic"),
-    (lambda: torch.ao.nn.quantizable.LSTM(6, 6), "a quantized LSTM, torch.ao.nn.quantizable"),
-])
+@pytest.mark.parametrize(
+    "make,text",
+    [
+        (lambda: LSTM(6, 6), r"test_stabilize\.LSTM, a subclass of nn\.LSTM"),
+        (lambda: nn.GRU(6, 6), "an nn.GRU, which has no stable form"),
+        (lambda: nn.LSTMCell(6, 6), r"an nn.LSTMCell \(cells=True makes it a StableLSTMCell\)"),
+        (lambda: nn.RNNCell(6, 6), r"an nn.RNNCell \(cells=True makes it a StableRNNCell\)"),
+        (lambda: nn.GRUCell(6, 6), "an nn.GRUCell, which has no stable form"),
+        (lambda: with_a_forward(nn.LSTM(6, 6)), r"an nn.LSTM with a forward of its own.*del module\.forward"),
+        (
+            lambda: with_a_name(nn.LSTM(6, 6), "plan"),
+            r"an nn.LSTM with attributes of its own named plan, .*\(rename them\)",
+        ),
+        (lambda: torch.jit.script(nn.LSTM(6, 6)), "a TorchScript LSTM, compiled already"),
+        (lambda: torch.jit.trace(nn.LSTM(6, 6), X), "a TorchScript LSTM, compiled already"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.LSTM(6, 6), "weight_hh_l0"),
+            "a parametrized nn.LSTM .*remove_parametrizations",
+        ),
+        (
+            lambda: torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(6, 6)))[0],
+            "a quantized LSTM, torch.ao.nn.quantized.dynamic",
+        ),
+        (lambda: torch.ao.nn.quantizable.LSTM(6, 6), "a quantized LSTM, torch.ao.nn.quantizable"),
+    ],
+)
 def test_left_alone_by_name(make, text):
     net = nn.Sequential(nn.LSTM(6, 6), make())
     left, kind = net[1], type(net[1])

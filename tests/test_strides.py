@@ -1,11 +1,22 @@
 """Modules and cells on tensors that do not lie row by row: what row-major copies give, in eager mode, compiled and exported."""
+
 import pytest
 import torch
 from layouts import LAYOUTS, place, plain
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from stable_rnn import Chunked, Recurrent, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Verified, Windowed, _native
+from stable_rnn import (
+    Chunked,
+    Recurrent,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Verified,
+    Windowed,
+    _native,
+)
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
@@ -21,7 +32,9 @@ def tensors(result):
 
 def close(found, expected):
     for a, b in zip(tensors(found), tensors(expected), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # float32: library products of other strides sum in another order
+        torch.testing.assert_close(
+            a, b, rtol=1e-4, atol=1e-5
+        )  # float32: library products of other strides sum in another order
 
 
 def variants(values, layout, alone=True):
@@ -34,8 +47,12 @@ def values_and_gradients(m, x, hx, weights):
     """Outputs, and gradients by upstream ones that lie column by column."""
     leaves = [t.detach().requires_grad_() for t in (x, *hx)]
     state = leaves[1:] if len(leaves) > 2 else leaves[1]
-    outputs = tensors(torch.func.functional_call(m, weights, (leaves[0], tuple(state) if isinstance(state, list) else state)))
-    loss = sum((y.transpose(0, -1) * torch.linspace(-1, 1, y.numel()).view(y.transpose(0, -1).shape)).sum() for y in outputs)
+    outputs = tensors(
+        torch.func.functional_call(m, weights, (leaves[0], tuple(state) if isinstance(state, list) else state))
+    )
+    loss = sum(
+        (y.transpose(0, -1) * torch.linspace(-1, 1, y.numel()).view(y.transpose(0, -1).shape)).sum() for y in outputs
+    )
     return outputs, torch.autograd.grad(loss, [*leaves, *weights.values()])
 
 
@@ -51,13 +68,17 @@ def test_modules(options, backend, plan, layout):
         m = cls(4, 6, **options, plan=plan, backend=backend, stability=None)
         names, ways = [name for name, _ in m.named_parameters()], 1 + m.bidirectional
         for batch in (3, 1):
-            hx = [torch.randn(ways, batch, options.get("proj_size", 6))] + ([torch.randn(ways, batch, 6)] if cls is StableLSTM else [])
+            hx = [torch.randn(ways, batch, options.get("proj_size", 6))] + (
+                [torch.randn(ways, batch, 6)] if cls is StableLSTM else []
+            )
             x = torch.randn(*((batch, 5) if m.batch_first else (5, batch)), 4)
             for laid in variants([x, *hx, *(w.detach() for w in m.parameters())], layout, plan == Recurrent()):
                 found = []
                 for given in (laid, [plain(t) for t in laid]):
                     x_, hx_ = given[0], given[1 : 1 + len(hx)]
-                    weights = {name: w.detach().requires_grad_() for name, w in zip(names, given[1 + len(hx) :], strict=True)}
+                    weights = {
+                        name: w.detach().requires_grad_() for name, w in zip(names, given[1 + len(hx) :], strict=True)
+                    }
                     with torch.no_grad():
                         alone = torch.func.functional_call(m, weights, (x_, tuple(hx_) if len(hx_) > 1 else hx_[0]))
                     found.append((alone, values_and_gradients(m, x_, hx_, weights)))
@@ -87,7 +108,8 @@ def test_cells(ours, theirs, layout):
             hx, weights = rest[: len(states)], dict(zip(names, rest[len(states) :], strict=True))
             with torch.no_grad():
                 run = lambda m, x, hx, weights: tensors(  # noqa: E731
-                    torch.func.functional_call(m, weights, (x, tuple(hx) if len(hx) > 1 else hx[0])))
+                    torch.func.functional_call(m, weights, (x, tuple(hx) if len(hx) > 1 else hx[0]))
+                )
                 found = run(m, x, hx, weights)
                 expected = run(m, plain(x), [plain(h) for h in hx], {k: plain(w) for k, w in weights.items()})
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) or layout == "negative"
@@ -102,11 +124,16 @@ def test_compiled(cls, layout):
     for batch in (1, 3):
         m = cls(4, 6, batch_first=True, stability=None)
         weights = dict(m.named_parameters())
-        x, hx = place(torch.randn(batch, 5, 4), layout), [place(torch.randn(1, batch, 6), layout) for _ in range(1 + (cls is StableLSTM))]
+        x, hx = (
+            place(torch.randn(batch, 5, 4), layout),
+            [place(torch.randn(1, batch, 6), layout) for _ in range(1 + (cls is StableLSTM))],
+        )
         torch._dynamo.reset()
         compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
-        close(values_and_gradients(compiled, x, hx, {f"_orig_mod.{name}": w for name, w in weights.items()}),
-              values_and_gradients(m, x, hx, weights))
+        close(
+            values_and_gradients(compiled, x, hx, {f"_orig_mod.{name}": w for name, w in weights.items()}),
+            values_and_gradients(m, x, hx, weights),
+        )
 
 
 @pytest.mark.parametrize("layout", ["transposed", "permuted", "strided", "odd_ones"])

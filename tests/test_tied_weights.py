@@ -13,7 +13,13 @@ from stable_rnn.ops.spectral.memory import first_overlap, overlaps_itself
 from stable_rnn.stability import project_all_, projection, together
 
 KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-SETS = [Certified(), Certified(0.9, "inf"), Certified(0.95, "auto"), Certified(0.9, "radius"), Certified(0.8, "inf", clamp=True)]
+SETS = [
+    Certified(),
+    Certified(0.9, "inf"),
+    Certified(0.95, "auto"),
+    Certified(0.9, "radius"),
+    Certified(0.8, "inf", clamp=True),
+]
 
 
 def tie(module, *pairs):
@@ -42,8 +48,12 @@ MODULES = {
     "one memory": lambda s: one_memory(StableLSTM(4, 4, 2, stability=s)),
     "W_ih is W_hh of below": lambda s: tie(StableLSTM(3, 4, 2, stability=s), ("weight_ih_l1", "weight_hh_l0")),
     "biases across": lambda s: tie(StableLSTM(3, 4, 2, stability=s), ("bias_ih_l1", "bias_hh_l0")),
-    "W_hr": lambda s: tie(StableLSTM(3, 4, 2, proj_size=2, stability=s), ("weight_hr_l1", "weight_hr_l0"), ("bias_hh_l1", "bias_hh_l0")),
-    "both biases of a cell": lambda s: tie(StableLSTMCell(4, 4, stability=s), ("bias_ih", "bias_hh"), ("weight_ih", "weight_hh")),
+    "W_hr": lambda s: tie(
+        StableLSTM(3, 4, 2, proj_size=2, stability=s), ("weight_hr_l1", "weight_hr_l0"), ("bias_hh_l1", "bias_hh_l0")
+    ),
+    "both biases of a cell": lambda s: tie(
+        StableLSTMCell(4, 4, stability=s), ("bias_ih", "bias_hh"), ("weight_ih", "weight_hh")
+    ),
     "an RNN's cell": lambda s: tie(StableRNNCell(4, 4, stability=s), ("weight_ih", "weight_hh")),
 }
 
@@ -158,7 +168,10 @@ def test_modules_that_share_weights_are_projected_until_both_rest():
 
 def test_modules_that_never_rest_are_named(monkeypatch):
     monkeypatch.setattr(together, "ROUNDS", 1)
-    with pytest.raises(ValueError, match=r"modules that share weights don't come to rest in their sets \(Certified\(rate=0.99.*rate=0.95"):
+    with pytest.raises(
+        ValueError,
+        match=r"modules that share weights don't come to rest in their sets \(Certified\(rate=0.99.*rate=0.95",
+    ):
         project_all_(list(two_modules()), certify=True)
 
 
@@ -186,9 +199,15 @@ def set_data(module, name, value):
 def partly():
     """Modules with two weights that overlap, and their names."""
     flat = torch.randn(40)
-    yield set_data(set_data(StableLSTM(3, 4), "bias_ih_l0", flat[:16]), "bias_hh_l0", flat[8:24]), ("bias_ih_l0", "bias_hh_l0")
+    yield (
+        set_data(set_data(StableLSTM(3, 4), "bias_ih_l0", flat[:16]), "bias_hh_l0", flat[8:24]),
+        ("bias_ih_l0", "bias_hh_l0"),
+    )
     w = torch.randn(5, 5)
-    yield set_data(set_data(StableRNN(5, 5, 2), "weight_hh_l0", w), "weight_hh_l1", w.mT), ("weight_hh_l0", "weight_hh_l1")
+    yield (
+        set_data(set_data(StableRNN(5, 5, 2), "weight_hh_l0", w), "weight_hh_l1", w.mT),
+        ("weight_hh_l0", "weight_hh_l1"),
+    )
     yield set_data(set_data(StableRNN(5, 5), "weight_ih_l0", w), "weight_hh_l0", w.mT), ("weight_ih_l0", "weight_hh_l0")
     rows = torch.randn(60)
     module = set_data(StableRNN(5, 5, 2, stability=Certified(norm="inf")), "weight_hh_l0", rows[:50].view(10, 5)[::2])
@@ -232,15 +251,23 @@ def test_slices_of_one_matrix_and_other_strides_are_written_through(norm, certif
             module.project_(certify=certify)
             for name, p in plain.named_parameters():
                 torch.testing.assert_close(getattr(module, name), p, rtol=1e-4, atol=1e-5)
-        assert joined.weight_hh_l0.data_ptr() == both[:, 3:].data_ptr() and turned.weight_hh_l0.stride() == (1, 5 * gates)
+        assert joined.weight_hh_l0.data_ptr() == both[:, 3:].data_ptr() and turned.weight_hh_l0.stride() == (
+            1,
+            5 * gates,
+        )
         if certify:
             assert max(m.certificate().rate for m in (plain, joined, turned, flat)) <= 0.99
 
 
 @pytest.mark.parametrize("certify", [False, True])
-@pytest.mark.parametrize("name, value", [("weight_hh_l0", torch.full((1, 4), 3.0).expand(16, 4)),
-                                         ("bias_hh_l0", torch.ones(1).expand(16)),
-                                         ("weight_ih_l0", torch.arange(40.0).as_strided((16, 3), (2, 1)))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("weight_hh_l0", torch.full((1, 4), 3.0).expand(16, 4)),
+        ("bias_hh_l0", torch.ones(1).expand(16)),
+        ("weight_ih_l0", torch.arange(40.0).as_strided((16, 3), (2, 1))),
+    ],
+)
 def test_weights_that_overlap_themselves_are_refused(name, value, certify):
     module = spoil(StableLSTM(3, 4), 10.0)
     setattr(module, name, nn.Parameter(value))
@@ -270,7 +297,13 @@ def test_expanded_weights_that_are_never_written_stay():
 def test_matrices_that_share_memory_are_refused(certify):
     W = torch.randn(6, 6) * 5
     before = W.clone()
-    for several in ([W, W], [W, W.mT], [W[:4], W[2:]], [torch.eye(3), W[:, :4], W[3:, 3:]], [W, W.view(torch.int32).view(torch.float32)]):
+    for several in (
+        [W, W],
+        [W, W.mT],
+        [W[:4], W[2:]],
+        [torch.eye(3), W[:, :4], W[3:, 3:]],
+        [W, W.view(torch.int32).view(torch.float32)],
+    ):
         with pytest.raises(ValueError, match=rf"W\[{len(several) - 2}\] and W\[{len(several) - 1}\] share memory"):
             spectral_project_(several, 1.0, certify=certify)
         assert torch.equal(W, before)
@@ -293,8 +326,12 @@ def test_overlaps_are_told_exactly():
     base = torch.zeros(400)
     found = set()
     for _ in range(150):
-        pair = [base.as_strided(torch.randint(1, 5, (2,)).tolist(), torch.randint(0, 9, (2,)).tolist(), int(torch.randint(0, 30, ())))
-                for _ in range(2)]
+        pair = [
+            base.as_strided(
+                torch.randint(1, 5, (2,)).tolist(), torch.randint(0, 9, (2,)).tolist(), int(torch.randint(0, 30, ()))
+            )
+            for _ in range(2)
+        ]
         places = [[w[i, j].data_ptr() for i in range(w.shape[0]) for j in range(w.shape[1])] for w in pair]
         for w, seen in zip(pair, places):
             assert overlaps_itself(w) is (len(set(seen)) < len(seen))

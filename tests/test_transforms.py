@@ -1,11 +1,22 @@
 """What torch does with a module: autocast, compile, functional transforms, double backward, frozen weights."""
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
-from stable_rnn import Chunked, Recurrent, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Verified, Windowed, _native
+from stable_rnn import (
+    Chunked,
+    Recurrent,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Verified,
+    Windowed,
+    _native,
+)
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
@@ -96,9 +107,11 @@ def test_double_backward(backend, plan):
     found = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
-        m = StableLSTM(3, 4, num_layers=2, plan=plan, backend=backend if dtype == torch.float32 else "reference").to(dtype)
+        m = StableLSTM(3, 4, num_layers=2, plan=plan, backend=backend if dtype == torch.float32 else "reference").to(
+            dtype
+        )
         x = torch.randn(9, 2, 3).to(dtype).requires_grad_()
-        first, = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), list(m.parameters())))
     for a, b in zip(*found, strict=True):
         scale = float(b.abs().max())
@@ -146,14 +159,41 @@ def test_opcheck(backend):
     for numbers in [(0, 0, -1.0), (1, 2, -1.0), (3, 2, 1e-6)]:
         p = ("lstm", 6, batch, *numbers, 4, 0.9, backend)
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.stable_rnn.recurrence, (xp, w, None, h, c, None, None, *p, True), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.stable_rnn.recurrence, (xp, w, None, h, c, None, None, *p, True), test_utils=tests
+        )
         out = torch.ops.stable_rnn.recurrence(xp, w, None, h, c, None, None, *p, True)
-        torch.library.opcheck(torch.ops.stable_rnn.recurrence_backward,
-                              (torch.randn(n, hidden), h, c, out[0], out[3], out[4], w, None, c, None, None, *p), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.stable_rnn.recurrence_backward,
+            (torch.randn(n, hidden), h, c, out[0], out[3], out[4], w, None, c, None, None, *p),
+            test_utils=tests,
+        )
     if backend == "cpu":  # these checks cannot look into torch.func.vjp, by which the reference differentiates windows
-        torch.library.opcheck(torch.ops.stable_rnn.windowed_backward,
-                              (torch.randn(n, hidden), h, c, xp, w, None, h, c, None, None, "lstm", 6, batch, 1, 2, -1.0, 1, 0.9, backend),
-                              test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.stable_rnn.windowed_backward,
+            (
+                torch.randn(n, hidden),
+                h,
+                c,
+                xp,
+                w,
+                None,
+                h,
+                c,
+                None,
+                None,
+                "lstm",
+                6,
+                batch,
+                1,
+                2,
+                -1.0,
+                1,
+                0.9,
+                backend,
+            ),
+            test_utils=tests,
+        )
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

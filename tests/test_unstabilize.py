@@ -1,4 +1,5 @@
 """The way back to torch's own classes, and what knows only these: quantization, TorchScript, torch.fx, ONNX."""
+
 import copy
 import io
 import pickle
@@ -70,8 +71,14 @@ def test_onnx(tmp_path, dynamo):
 
 
 def test_clamps_are_not_dropped_unasked():
-    net = nn.ModuleDict({"a": StableLSTM(3, 4), "b": nn.Sequential(StableLSTM(3, 4, stability=Certified(clamp=True, forget=0.7))),
-                         "c": StableLSTMCell(3, 4, stability=ForgetCap(0.5)), "d": StableRNN(3, 4, stability=Certified(clamp=True))})
+    net = nn.ModuleDict(
+        {
+            "a": StableLSTM(3, 4),
+            "b": nn.Sequential(StableLSTM(3, 4, stability=Certified(clamp=True, forget=0.7))),
+            "c": StableLSTMCell(3, 4, stability=ForgetCap(0.5)),
+            "d": StableRNN(3, 4, stability=Certified(clamp=True)),
+        }
+    )
     kinds = [type(m) for m in net.modules()]
     with pytest.raises(ValueError, match=r"clamped, .*: b\.0 at 0\.7, c at 0\.5; pass allow_change=True"):
         unstabilize(net)
@@ -88,8 +95,10 @@ class Own(StableLSTM):
 
 def test_what_has_no_way_back():
     parametrized = nn.utils.parametrizations.weight_norm(StableRNN(3, 4, stability=None), "weight_hh_l0")
-    for m, text in ((Own(3, 4), r"1 is test_unstabilize\.Own, a subclass of StableLSTM"),
-                    (parametrized, "1 is a parametrized StableRNN .*remove_parametrizations")):
+    for m, text in (
+        (Own(3, 4), r"1 is test_unstabilize\.Own, a subclass of StableLSTM"),
+        (parametrized, "1 is a parametrized StableRNN .*remove_parametrizations"),
+    ):
         net = nn.Sequential(StableLSTM(3, 4), m)
         with pytest.raises(ValueError, match=f"unstabilize: {text}"):
             unstabilize(net)
@@ -100,8 +109,15 @@ def test_what_has_no_way_back():
     assert unstabilize(plain) is plain
 
 
-@pytest.mark.parametrize("make", [lambda: StableLSTMCell(5, 6), lambda: StableRNNCell(5, 6, nonlinearity="relu", bias=False),
-                                  lambda: StableLSTM(5, 6, 2, bidirectional=True), lambda: StableRNN(5, 6, nonlinearity="relu")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: StableLSTMCell(5, 6),
+        lambda: StableRNNCell(5, 6, nonlinearity="relu", bias=False),
+        lambda: StableLSTM(5, 6, 2, bidirectional=True),
+        lambda: StableRNN(5, 6, nonlinearity="relu"),
+    ],
+)
 def test_to_torch_is_a_copy(make):
     m = make().eval()
     plain, x = m.to_torch(), X if isinstance(m, nn.RNNBase) else X[0]

@@ -1,4 +1,5 @@
 """A certified set is a promise: a module that was trained out of reach of any projection says so, once, and nobody else does."""
+
 import copy
 import warnings
 
@@ -6,16 +7,32 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, project_after_step, stabilize, watch
+from stable_rnn import (
+    Certified,
+    ForgetCap,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    project_after_step,
+    stabilize,
+    watch,
+)
 
-MODULES = [lambda **options: StableLSTM(3, 4, **options), lambda **options: StableRNN(3, 4, **options),
-           lambda **options: StableLSTMCell(3, 4, **options), lambda **options: StableRNNCell(3, 4, **options)]
+MODULES = [
+    lambda **options: StableLSTM(3, 4, **options),
+    lambda **options: StableRNN(3, 4, **options),
+    lambda **options: StableLSTMCell(3, 4, **options),
+    lambda **options: StableRNNCell(3, 4, **options),
+]
 
 
 def train(m, steps=1, forward=None, zero=True, rate=0.1):
     optimizer = torch.optim.SGD([w for w in m.parameters() if w.requires_grad], rate)
     for _ in range(steps):
-        out = (m if forward is None else forward)(torch.randn(5, 3) if isinstance(m, nn.RNNCellBase) else torch.randn(5, 2, 3))
+        out = (m if forward is None else forward)(
+            torch.randn(5, 3) if isinstance(m, nn.RNNCellBase) else torch.randn(5, 2, 3)
+        )
         (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
         optimizer.step()
         if zero:
@@ -43,10 +60,16 @@ def test_said_once(make, zero):
 
 
 @pytest.mark.parametrize("make", MODULES)
-@pytest.mark.parametrize("settle", [
-    lambda m: m.project_(), lambda m: m.project_(certify=False), lambda m: m.load_state_dict(m.state_dict()),
-    lambda m: m.load_state_dict({name: w.clone() for name, w in m.state_dict().items()}, assign=True),
-    lambda m: setattr(m, "stability", None)])
+@pytest.mark.parametrize(
+    "settle",
+    [
+        lambda m: m.project_(),
+        lambda m: m.project_(certify=False),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.load_state_dict({name: w.clone() for name, w in m.state_dict().items()}, assign=True),
+        lambda m: setattr(m, "stability", None),
+    ],
+)
 def test_not_after_a_projection_or_a_load(make, settle):
     m = make()
     train(m)

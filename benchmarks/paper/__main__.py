@@ -1,4 +1,5 @@
 """`python -m benchmarks.paper TASK` and `python -m benchmarks.paper report`. Bad input prints one line; the exit code is then 2."""
+
 from __future__ import annotations
 
 import sys
@@ -25,20 +26,63 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> Parser:
-    top = Parser(prog="benchmarks.paper", description="Does stability cost accuracy, does truncation? Resumable: finished runs are kept.")
-    top.add_argument("task", metavar="TASK", choices=[*TASKS, "report"], help=f"{', '.join(TASKS)}; or report: all results to REPORT.md")
-    top.add_argument("--data", metavar="DIR", help="data root (default: STABLE_RNN_DATA, else ../shared/data beside the repository)")
-    top.add_argument("--out", type=Path, metavar="DIR", help="results (default benchmarks/results/paper/TASK); report: its parent folder")
-    top.add_argument("--config", action="append", metavar="NAME",
-                     help="only this model, such as lstm or lstm/certified:rate=.95,cap=true; may be given again (default: the table)")
-    top.add_argument("--trials", type=positive(int), default=4, metavar="N", help="points of the search that all models share (default 4)")
-    top.add_argument("--refine", type=int, choices=range(9), default=2, metavar="N",
-                     help="further points for each model, up to 8, where its results so far point (default 2)")
-    top.add_argument("--seeds", type=positive(int), default=2, metavar="N", help="final runs of the chosen point (default 2)")
+    top = Parser(
+        prog="benchmarks.paper",
+        description="Does stability cost accuracy, does truncation? Resumable: finished runs are kept.",
+    )
+    top.add_argument(
+        "task",
+        metavar="TASK",
+        choices=[*TASKS, "report"],
+        help=f"{', '.join(TASKS)}; or report: all results to REPORT.md",
+    )
+    top.add_argument(
+        "--data", metavar="DIR", help="data root (default: STABLE_RNN_DATA, else ../shared/data beside the repository)"
+    )
+    top.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="results (default benchmarks/results/paper/TASK); report: its parent folder",
+    )
+    top.add_argument(
+        "--config",
+        action="append",
+        metavar="NAME",
+        help="only this model, such as lstm or lstm/certified:rate=.95,cap=true; may be given again (default: the table)",
+    )
+    top.add_argument(
+        "--trials",
+        type=positive(int),
+        default=4,
+        metavar="N",
+        help="points of the search that all models share (default 4)",
+    )
+    top.add_argument(
+        "--refine",
+        type=int,
+        choices=range(9),
+        default=2,
+        metavar="N",
+        help="further points for each model, up to 8, where its results so far point (default 2)",
+    )
+    top.add_argument(
+        "--seeds", type=positive(int), default=2, metavar="N", help="final runs of the chosen point (default 2)"
+    )
     top.add_argument("--epochs", type=positive(int), metavar="N", help="instead of the task's own number")
-    top.add_argument("--minutes", type=positive(float), metavar="M", help="stop after this long; the same command goes on later")
-    top.add_argument("--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)")
-    top.add_argument("--race", type=positive(float), default=20.0, metavar="S", help="seconds for the comparison of speeds (default 20)")
+    top.add_argument(
+        "--minutes", type=positive(float), metavar="M", help="stop after this long; the same command goes on later"
+    )
+    top.add_argument(
+        "--threads", type=positive(int), metavar="N", help="threads for torch (default: torch's own choice)"
+    )
+    top.add_argument(
+        "--race",
+        type=positive(float),
+        default=20.0,
+        metavar="S",
+        help="seconds for the comparison of speeds (default 20)",
+    )
     return top
 
 
@@ -58,7 +102,18 @@ def run(options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     out = options.out or RESULTS / "paper" / task.name
-    run_task(task, data, out, configs, options.trials, options.refine, options.seeds, options.epochs, options.minutes, options.race)
+    run_task(
+        task,
+        data,
+        out,
+        configs,
+        options.trials,
+        options.refine,
+        options.seeds,
+        options.epochs,
+        options.minutes,
+        options.race,
+    )
 
 
 def report(options) -> None:

@@ -1,4 +1,5 @@
 """F1 over IOB chunks, as the CoNLL-2000 script `conlleval` counts them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

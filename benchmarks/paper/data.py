@@ -1,4 +1,5 @@
 """Loaders. The data is never part of the repository: what is missing is named, with its public home."""
+
 from __future__ import annotations
 
 import hashlib
@@ -59,7 +60,9 @@ def music(name: str) -> Callable[[Path], Data]:
             cells = loadmat(file)
             parts = [[torch.from_numpy(np.asarray(roll, np.float32)) for roll in cells[part][0]] for part in CELLS]
         except (KeyError, ValueError, TypeError, NotImplementedError, MatReadError) as error:
-            raise UserError(f"{file}: not a MATLAB file with cells traindata, validdata and testdata ({error})") from error
+            raise UserError(
+                f"{file}: not a MATLAB file with cells traindata, validdata and testdata ({error})"
+            ) from error
         rolls = parts[0] + parts[1] + parts[2]
         if any(roll.dim() != 2 or roll.shape[1] != rolls[0].shape[1] or len(roll) < 2 for roll in rolls):
             raise UserError(f"{file}: every piano roll must be (time, {rolls[0].shape[-1]}) with two frames or more")
@@ -80,11 +83,16 @@ def atis(folder: Path) -> Data:
     counts = Counter(word for words, _ in train for word in words)
     known = {word: i for i, word in enumerate(sorted(w for w, n in counts.items() if n > 1), start=1)}
     trained = sorted({label for _, labels in given for label in labels})
-    names = trained + sorted({label for _, labels in unseen for label in labels} - set(trained))  # the last ones cannot be predicted
+    names = trained + sorted(
+        {label for _, labels in unseen for label in labels} - set(trained)
+    )  # the last ones cannot be predicted
     number = {label: i for i, label in enumerate(names)}
 
     def rows(part: list[tuple[list[str], list[str]]]) -> Rows:
-        return [(torch.tensor([known.get(w, 0) for w in words]), torch.tensor([number[la] for la in labels])) for words, labels in part]
+        return [
+            (torch.tensor([known.get(w, 0) for w in words]), torch.tensor([number[la] for la in labels]))
+            for words, labels in part
+        ]
 
     return Data(rows(train), rows(held_out), rows(unseen), len(known) + 1, len(trained), names)
 
@@ -95,7 +103,9 @@ def utterances(file: Path) -> list[tuple[list[str], list[str]]]:
         words, tab, labels = line.partition("\t")
         words, labels = re.sub(r"\d", "0", words).split(), labels.split()
         if not tab or len(words) != len(labels):
-            raise UserError(f"{file}, line {n}: expected words, a tab, a label for each; got {len(words)} words, {len(labels)} labels")
+            raise UserError(
+                f"{file}, line {n}: expected words, a tab, a label for each; got {len(words)} words, {len(labels)} labels"
+            )
         if words:
             found.append((words, labels))
     return found
@@ -127,7 +137,11 @@ def penn(folder: Path) -> tuple[list[str], str]:
 
 
 def checksum(file: Path, found: str, expected: str) -> str:
-    return "" if found == expected else f"{file.name} has checksum {found}, not {expected}: figures do not compare with other people's"
+    return (
+        ""
+        if found == expected
+        else f"{file.name} has checksum {found}, not {expected}: figures do not compare with other people's"
+    )
 
 
 def text(parts: list[str] | list[list[str]], note: str) -> Data:
@@ -138,16 +152,22 @@ def text(parts: list[str] | list[list[str]], note: str) -> Data:
     known = {symbol: i for i, symbol in enumerate(sorted(counts))}
     other = known.get("<unk>", known[counts.most_common(1)[0][0]])
     train, valid, test = (torch.tensor([known.get(symbol, other) for symbol in part]) for part in parts)
-    return Data([(train[:-1], train[1:])], cut(valid[:VALID_SYMBOLS], ROW), cut(test, ROW), len(known), len(known), note=note)
+    return Data(
+        [(train[:-1], train[1:])], cut(valid[:VALID_SYMBOLS], ROW), cut(test, ROW), len(known), len(known), note=note
+    )
 
 
 def cut(ids: Tensor, length: int) -> Rows:
-    return [(ids[i : i + length], ids[i + 1 : i + length + 1]) for i in range(0, len(ids) - length, length)] or [(ids[:-1], ids[1:])]
+    return [(ids[i : i + length], ids[i + 1 : i + length + 1]) for i in range(0, len(ids) - length, length)] or [
+        (ids[:-1], ids[1:])
+    ]
 
 
 def present(file: Path, home: str) -> Path:
     if not file.is_file():
-        raise UserError(f"{file} is missing; get it from {home}, or say with --data or STABLE_RNN_DATA where the data is")
+        raise UserError(
+            f"{file} is missing; get it from {home}, or say with --data or STABLE_RNN_DATA where the data is"
+        )
     return file
 
 

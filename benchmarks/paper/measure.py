@@ -1,4 +1,5 @@
 """What a trained model does on test data: forgetting, measured and certified; truncation; truncated training; speed."""
+
 from __future__ import annotations
 
 import math
@@ -18,8 +19,12 @@ from .train import evaluate, outputs
 WINDOWS = [2**n for n in range(9)]
 SWEEP_STEPS = 20_000  # of test data: a window of 256 costs 256 steps for each output
 SPANS = [1, 2, 4, 8, 16, 32]
-RACED = {"Recurrent()": (Recurrent(), None), "Chunked(256, 63)": (Chunked(256, 63), 64), "Verified()": (Verified(), None),
-         "Windowed(32)": (Windowed(32), 32)}  # and the inputs that every output has seen at least; None: all
+RACED = {
+    "Recurrent()": (Recurrent(), None),
+    "Chunked(256, 63)": (Chunked(256, 63), 64),
+    "Verified()": (Verified(), None),
+    "Windowed(32)": (Windowed(32), 32),
+}  # and the inputs that every output has seen at least; None: all
 STARTS = 24  # states from which products of Jacobians begin
 LYAPUNOV_ROWS, LYAPUNOV_STEPS = 32, 512
 
@@ -29,9 +34,18 @@ def certificates(model: Model, task: Task, data: Data) -> dict:
     with torch.no_grad():
         x = model.inputs(torch.arange(data.symbols)) if data.symbols else torch.cat([x for x, _ in data.test])
     found = {}
-    for name, known in (("certified", model.body.certificate()), ("certified_on_data", model.body.certificate(x[:, None]))):
-        found[name] = dict(rate=finite(known.rate), norm=known.norm, stable=known.stable, inputs=known.inputs, window=least_window(known),
-                           bounds=[finite(known.truncation_error(k)) for k in WINDOWS])
+    for name, known in (
+        ("certified", model.body.certificate()),
+        ("certified_on_data", model.body.certificate(x[:, None])),
+    ):
+        found[name] = dict(
+            rate=finite(known.rate),
+            norm=known.norm,
+            stable=known.stable,
+            inputs=known.inputs,
+            window=least_window(known),
+            bounds=[finite(known.truncation_error(k)) for k in WINDOWS],
+        )
     return found
 
 
@@ -60,7 +74,12 @@ def step(body: nn.Module, xp: Tensor, state: tuple[Tensor, ...], tangent: tuple[
     slope = torch.where(f < cap, f * (1 - f), 0.0)  # a clamped gate does not move
     f = f.clamp(max=cap)
     c = f * state[1] + i * g
-    dc = f[:, None] * tangent[1] + (state[1] * slope)[:, None] * df + (g * i * (1 - i))[:, None] * di + (i * (1 - g * g))[:, None] * dg
+    dc = (
+        f[:, None] * tangent[1]
+        + (state[1] * slope)[:, None] * df
+        + (g * i * (1 - i))[:, None] * di
+        + (i * (1 - g * g))[:, None] * dg
+    )
     t = c.tanh()
     dh = (t * o * (1 - o))[:, None] * do + (o * (1 - t * t))[:, None] * dc
     return (o * t, c), (dh, dc)
@@ -73,7 +92,7 @@ def forgetting(model: Model, rows: Rows) -> dict:
 
     One number is an average, the other the worst case seen: a lower bound of what a certificate in the 2-norm of (h, c) could say."""
     rows = [(x[:LYAPUNOV_STEPS], y) for x, y in sorted(rows, key=lambda row: -len(row[0]))[:LYAPUNOV_ROWS]]
-    (x, _, lengths, real), = batches([(x, y[: len(x)]) for x, y in rows], len(rows))
+    ((x, _, lengths, real),) = batches([(x, y[: len(x)]) for x, y in rows], len(rows))
     body, steps = model.body, int(lengths.max())
     xp = nn.functional.linear(model.inputs(x), body.weight_ih_l0, body.bias_ih_l0 + body.bias_hh_l0)  # (T, B, G*H)
     parts, draw = 2 if isinstance(body, StableLSTM) else 1, torch.Generator().manual_seed(0)
@@ -84,7 +103,9 @@ def forgetting(model: Model, rows: Rows) -> dict:
         states.append(state)
         size = norm(tangent)
         state, tangent = step(body, xp[t], state, tuple(d / size for d in tangent))
-        used = real[t] & (t >= torch.clamp(lengths // 4, max=16))  # once the tangent has turned into the slowest direction
+        used = real[t] & (
+            t >= torch.clamp(lengths // 4, max=16)
+        )  # once the tangent has turned into the slowest direction
         growth += norm(tangent).flatten().clamp(min=1e-38).log()[used].sum().item()
         counted += int(used.sum())
         tangent = tuple(torch.where(norm(tangent) > 1e-30, d, 1e-30) for d in tangent)
@@ -120,8 +141,14 @@ def truncation(model: Model, task: Task, data: Data) -> dict:
     for k in WINDOWS:
         cut = outputs(model, task, rows, Windowed(k))
         off = torch.cat([(a - b)[real].flatten() for (a, _, real), (b, *_) in zip(cut, truth)])
-        found["windows"].append(dict(k=k, metric=evaluate(model, task, data, rows, Windowed(k)), largest=off.abs().max().item(),
-                                     rms=off.square().mean().sqrt().item()))
+        found["windows"].append(
+            dict(
+                k=k,
+                metric=evaluate(model, task, data, rows, Windowed(k)),
+                largest=off.abs().max().item(),
+                rms=off.square().mean().sqrt().item(),
+            )
+        )
     return found
 
 
@@ -143,10 +170,24 @@ def speed(models: dict[str, Model], data: Data, steps: int = 4096, seconds: floa
             off[way] = (ways[way]() - truth).abs().max().item()
             if isinstance(plan, Verified):
                 report = model.body.last_report
-                notes[way] = f"{report.passes} pass{'es' * (report.passes > 1)}" + ", fell back to Recurrent()" * report.fallback
+                notes[way] = (
+                    f"{report.passes} pass{'es' * (report.passes > 1)}" + ", fell back to Recurrent()" * report.fallback
+                )
     found = race(ways, seconds=seconds, rounds=5)
-    return [dict(way=way, context=context[way], median=t.median, low=t.low, high=t.high, off=off.get(way), note=notes.get(way, ""),
-                 steps=steps, threads=torch.get_num_threads()) for way, t in found.items()]
+    return [
+        dict(
+            way=way,
+            context=context[way],
+            median=t.median,
+            low=t.low,
+            high=t.high,
+            off=off.get(way),
+            note=notes.get(way, ""),
+            steps=steps,
+            threads=torch.get_num_threads(),
+        )
+        for way, t in found.items()
+    ]
 
 
 def under(model: Model, plan: Plan, x: Tensor) -> Tensor:

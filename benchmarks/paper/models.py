@@ -2,6 +2,7 @@
 
 Feed-forward bodies are our own writing after the papers they name: rows are padded with zeros on the left, `context` is the number
 of inputs that an output sees."""
+
 from __future__ import annotations
 
 import ast
@@ -34,8 +35,11 @@ CONFIGS = [
     "transformer",
 ]
 CELLS = {"rnn": StableRNN, "lstm": StableLSTM}
-SETS = {name.lower(): kind for name, kind in vars(stable_rnn).items()
-        if isinstance(kind, type) and issubclass(kind, Stability) and kind is not Stability}
+SETS = {
+    name.lower(): kind
+    for name, kind in vars(stable_rnn).items()
+    if isinstance(kind, type) and issubclass(kind, Stability) and kind is not Stability
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def parse(name: str) -> Config:
             stability.check("lstm" if body == "lstm" else "rnn_tanh")
         return Config(name.strip().lower(), body, stability)
     except (ValueError, TypeError, SyntaxError) as error:
-        allowed = f"{', '.join(BODIES)}, or {' or '.join(CELLS)} with /SET[:options], SET one of {', '.join(SETS)} or none"
+        allowed = (
+            f"{', '.join(BODIES)}, or {' or '.join(CELLS)} with /SET[:options], SET one of {', '.join(SETS)} or none"
+        )
         raise UserError(f"--config {name}: {error}; allowed are {allowed}") from error
 
 
@@ -152,7 +158,11 @@ class TCNBlock(nn.Module):
 
     def __init__(self, width: int, dilation: int, dropout: float) -> None:
         super().__init__()
-        self.a, self.b, self.dropout = Conv(width, width, 3, dilation), Conv(width, width, 3, dilation), nn.Dropout(dropout)
+        self.a, self.b, self.dropout = (
+            Conv(width, width, 3, dilation),
+            Conv(width, width, 3, dilation),
+            nn.Dropout(dropout),
+        )
         self.reach = self.a.reach + self.b.reach
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,8 +196,12 @@ class WaveBlock(nn.Module):
 
     def __init__(self, width: int, dilation: int, dropout: float) -> None:
         super().__init__()
-        self.conv, self.out, self.dropout, self.reach = Conv(width, 2 * width, 2, dilation), nn.Conv1d(width, 2 * width, 1), \
-            nn.Dropout(dropout), dilation
+        self.conv, self.out, self.dropout, self.reach = (
+            Conv(width, 2 * width, 2, dilation),
+            nn.Conv1d(width, 2 * width, 1),
+            nn.Dropout(dropout),
+            dilation,
+        )
 
     def forward(self, both: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, skips = both
@@ -221,12 +235,18 @@ class Attention(nn.Module):
         batch, steps, width = x.shape
         size, blocks = self.window, -(-steps // self.window)
         x = functional.pad(x, (0, 0, 0, blocks * size - steps))
-        q, k, v = self.qkv(x).view(batch, blocks, size, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)  # (B, N, heads, C, D) each
-        k, v = (torch.cat([functional.pad(z, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], z], 3) for z in (k, v))  # with the block before
+        q, k, v = (
+            self.qkv(x).view(batch, blocks, size, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5)
+        )  # (B, N, heads, C, D) each
+        k, v = (
+            torch.cat([functional.pad(z, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], z], 3) for z in (k, v)
+        )  # with the block before
         back = torch.arange(size)[:, None] + size - torch.arange(2 * size)  # steps from query to key
         slopes = 2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)
         bias = torch.where((back >= 0) & (back < size), -slopes[:, None, None] * back, -torch.inf)  # (heads, C, 2C)
-        before = (torch.arange(blocks) == 0)[:, None, None, None] & (torch.arange(2 * size) < size)  # keys before the start
+        before = (torch.arange(blocks) == 0)[:, None, None, None] & (
+            torch.arange(2 * size) < size
+        )  # keys before the start
         y = functional.scaled_dot_product_attention(q, k, v, torch.where(before, -torch.inf, bias))
         return self.out(y.transpose(2, 3).reshape(batch, -1, width)[:, :steps])
 
@@ -238,7 +258,11 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.attention = Attention(width, window)
-        self.wide, self.narrow, self.dropout = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.Dropout(dropout)
+        self.wide, self.narrow, self.dropout = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )
         self.reach = window - 1
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """Pictures of the report."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """`report`: every result under `paper/` to REPORT.md and pictures."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
@@ -59,7 +60,11 @@ def write(folder: Path) -> Path:
         recurrent = {config: runs for config, runs in results["final"].items() if "truncation" in runs[0]}
         if recurrent:
             draw_truncation(place / "truncation.svg", task, recurrent)
-            text += [forgetting(recurrent), truncation(task, recurrent), f"![truncation](paper/{name}/truncation.svg)\n"]
+            text += [
+                forgetting(recurrent),
+                truncation(task, recurrent),
+                f"![truncation](paper/{name}/truncation.svg)\n",
+            ]
         if results["distance"]:
             draw_distances(place / "distance.svg", results["distance"])
             text += [distances(results["distance"]), f"![distance of weights](paper/{name}/distance.svg)\n"]
@@ -103,7 +108,9 @@ def spread(values: list[float | None], digits: int = 2) -> str:
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return f"diverged ({len(values) - len(known)} of {len(values)})"
-    return f"{mean(known):.{digits}f}" + (f" ({min(known):.{digits}f} … {max(known):.{digits}f})" if len(known) > 1 else "")
+    return f"{mean(known):.{digits}f}" + (
+        f" ({min(known):.{digits}f} … {max(known):.{digits}f})" if len(known) > 1 else ""
+    )
 
 
 def test(runs: list[dict]) -> float | None:
@@ -139,8 +146,10 @@ def setting(results: dict) -> str:
         return ", ".join(sorted({str(run[key])[:most] for run in runs}))
 
     epochs = ", ".join(map(str, sorted({run["setting"]["epochs"] for run in runs})))
-    return (f"{to_text(trials)} point(s) searched and {to_text(seeds)} seed(s) for each model, at most {epochs} epochs; {len(runs)} runs, "
-            f"{hours:.1f} hours of {of('threads')} thread(s) of a CPU ({of('machine')}), torch {of('torch')}, commit {of('commit', 10)}.\n")
+    return (
+        f"{to_text(trials)} point(s) searched and {to_text(seeds)} seed(s) for each model, at most {epochs} epochs; {len(runs)} runs, "
+        f"{hours:.1f} hours of {of('threads')} thread(s) of a CPU ({of('machine')}), torch {of('torch')}, commit {of('commit', 10)}.\n"
+    )
 
 
 def to_text(counts: list[int]) -> str:
@@ -152,10 +161,33 @@ def accuracy(task: Task, results: dict) -> str:
     for config, runs in results["final"].items():
         cost, first = price(task, results["final"], config), runs[0]
         context = "all" if first["context"] is None else str(first["context"])
-        rows.append([config, str(first["setting"]["width"]), f"{first['parameters']:,}", context, f"{first['setting']['rate']:.2g}",
-                     f"{first['setting']['dropout']:.2g}", spread([run["valid"] for run in runs]), spread([run["test"] for run in runs]),
-                     "" if cost is None else f"{cost:+.2f}"])
-    return table(["model", "width", "parameters", "context", "rate", "dropout", "validation", f"test {NAMES[task.metric]}", "price"], rows)
+        rows.append(
+            [
+                config,
+                str(first["setting"]["width"]),
+                f"{first['parameters']:,}",
+                context,
+                f"{first['setting']['rate']:.2g}",
+                f"{first['setting']['dropout']:.2g}",
+                spread([run["valid"] for run in runs]),
+                spread([run["test"] for run in runs]),
+                "" if cost is None else f"{cost:+.2f}",
+            ]
+        )
+    return table(
+        [
+            "model",
+            "width",
+            "parameters",
+            "context",
+            "rate",
+            "dropout",
+            "validation",
+            f"test {NAMES[task.metric]}",
+            "price",
+        ],
+        rows,
+    )
 
 
 def searches(task: Task, results: dict) -> str:
@@ -164,12 +196,22 @@ def searches(task: Task, results: dict) -> str:
     points = {t: {point(runs[t]) for runs in found.values() if t in runs} for t in trials}
     shared = [t for t in trials if len(points[t]) == 1]
     head = [*(points[t].copy().pop() if t in shared else f"then {t}" for t in trials)]
-    rows = [[config, *(shown(runs.get(t)) + (f" ({point(runs[t])})" if t not in shared and t in runs else "") for t in trials)]
-            for config, runs in found.items()]
-    text = f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(["model", *head], rows)
+    rows = [
+        [
+            config,
+            *(shown(runs.get(t)) + (f" ({point(runs[t])})" if t not in shared and t in runs else "") for t in trials),
+        ]
+        for config, runs in found.items()
+    ]
+    text = f"Validation {NAMES[task.metric]} at each point (learning rate, dropout) of the search:\n\n" + table(
+        ["model", *head], rows
+    )
     for end, which in ((max, "highest"), (min, "lowest")):
-        edge = [config for config, runs in results["final"].items()
-                if runs[0]["setting"]["rate"] == end(run["setting"]["rate"] for run in found[config].values())]
+        edge = [
+            config
+            for config, runs in results["final"].items()
+            if runs[0]["setting"]["rate"] == end(run["setting"]["rate"] for run in found[config].values())
+        ]
         if edge:
             text += f"\nThe chosen learning rate is the {which} that was tried for {', '.join(edge)}: more points may find better.\n"
     return text
@@ -188,11 +230,31 @@ def forgetting(finals: dict) -> str:
     for config, runs in finals.items():
         worst = [[run["measured"]["worst"].get(k) for run in runs] for k in ("1", longest(runs))]
         exponent = max(run["measured"]["lyapunov"] for run in runs)
-        rows.append([config, rate(runs, "certified"), rate(runs, "certified_on_data"), f"{exponent:.3f}", *(f"{max(w):.3f}" for w in worst),
-                     window(runs, "certified"), window(runs, "certified_on_data")])
+        rows.append(
+            [
+                config,
+                rate(runs, "certified"),
+                rate(runs, "certified_on_data"),
+                f"{exponent:.3f}",
+                *(f"{max(w):.3f}" for w in worst),
+                window(runs, "certified"),
+                window(runs, "certified_on_data"),
+            ]
+        )
     k = longest(next(iter(finals.values())))
-    return table(["model", "certified rate", "on these inputs", "measured: Lyapunov", "worst step", f"worst {k} steps", "window",
-                  "on these inputs"], rows)
+    return table(
+        [
+            "model",
+            "certified rate",
+            "on these inputs",
+            "measured: Lyapunov",
+            "worst step",
+            f"worst {k} steps",
+            "window",
+            "on these inputs",
+        ],
+        rows,
+    )
 
 
 def longest(runs: list[dict]) -> str:
@@ -219,28 +281,43 @@ def truncation(task: Task, finals: dict) -> str:
             yield [config, *map(show, points), *whole_run]
 
     head = ["model", *(f"k = {k}" for k in windows)]
-    return (f"Test {NAMES[task.metric]} of the trained models under `Windowed(k)`, the first {steps} steps of test data (a window as "
-            "long as the longest row is the recurrent run):\n\n"
-            + table([*head, "recurrent"], rows(lambda v: f"{mean(v):.2f}", "metric"))
-            + "\nLargest difference of any output of the recurrent layer (|h| ≤ 1) from the recurrent run, worst seed:\n\n"
-            + table(head, rows(lambda v: f"{max(v):.1e}", "largest")))
+    return (
+        f"Test {NAMES[task.metric]} of the trained models under `Windowed(k)`, the first {steps} steps of test data (a window as "
+        "long as the longest row is the recurrent run):\n\n"
+        + table([*head, "recurrent"], rows(lambda v: f"{mean(v):.2f}", "metric"))
+        + "\nLargest difference of any output of the recurrent layer (|h| ≤ 1) from the recurrent run, worst seed:\n\n"
+        + table(head, rows(lambda v: f"{max(v):.1e}", "largest"))
+    )
 
 
 def distances(found: dict) -> str:
     some = next(iter(found.values()))
     windows = [point["k"] for point in some["points"] if point["k"]]
-    head = ["model", *(f"k = {k}" for k in windows), "one rounding", *(f"test, k = {k}" for k in (windows[0], windows[-1])), "full"]
+    head = [
+        "model",
+        *(f"k = {k}" for k in windows),
+        "one rounding",
+        *(f"test, k = {k}" for k in (windows[0], windows[-1])),
+        "full",
+    ]
     rows = []
     for config, result in found.items():
         full, *points = result["points"]
         tests = [points[0], points[-1], full]
         away = [p["distance"] for p in points] + [result["rounding"]]
-        rows.append([config, *("diverged" if distance is None else f"{distance:.2g}" for distance in away),
-                     *("diverged" if p["test"] is None else f"{p['test']:.2f}" for p in tests)])
-    return (f"Truncated training against full: the same start, batches and dropout masks, {some['setting']['epochs']} epochs, the chosen "
-            "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; the same "
-            "for full training from recurrent weights one rounding away, below which no window can be expected to come; and the test "
-            "metric, each model run as it was trained:\n\n" + table(head, rows))
+        rows.append(
+            [
+                config,
+                *("diverged" if distance is None else f"{distance:.2g}" for distance in away),
+                *("diverged" if p["test"] is None else f"{p['test']:.2f}" for p in tests),
+            ]
+        )
+    return (
+        f"Truncated training against full: the same start, batches and dropout masks, {some['setting']['epochs']} epochs, the chosen "
+        "point, one seed. Distance of the recurrent layer's weights at the end, relative to the way that full training went; the same "
+        "for full training from recurrent weights one rounding away, below which no window can be expected to come; and the test "
+        "metric, each model run as it was trained:\n\n" + table(head, rows)
+    )
 
 
 def speed(found: list[dict]) -> str:
@@ -250,11 +327,23 @@ def speed(found: list[dict]) -> str:
         context = "all" if row["context"] is None else str(row["context"])
         off = "" if row["off"] is None else f"{row['off']:.0e}" if row["off"] else "0"
         median, low, high = (f"{1e3 * row[key]:.1f}" for key in ("median", "low", "high"))
-        lines.append([row["way"], context, median, f"{low} … {high}", f"{row['steps'] / row['median'] / 1e3:.0f}", off, row["note"]])
-    return (f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one "
-            "process, beside other work on the machine; *context*: inputs that every output has seen at least, or sees at "
-            "most (feed-forward); *off*: largest difference of a logit from the model run recurrently:\n\n"
-            + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", "off", ""], lines))
+        lines.append(
+            [
+                row["way"],
+                context,
+                median,
+                f"{low} … {high}",
+                f"{row['steps'] / row['median'] / 1e3:.0f}",
+                off,
+                row["note"],
+            ]
+        )
+    return (
+        f"Inference, inputs to logits, one row of {steps} steps, batch 1, float32, {threads} CPU thread(s), all in turns in one "
+        "process, beside other work on the machine; *context*: inputs that every output has seen at least, or sees at "
+        "most (feed-forward); *off*: largest difference of a logit from the model run recurrently:\n\n"
+        + table(["model", "context", "ms", "lowest … highest", "thousand steps/s", "off", ""], lines)
+    )
 
 
 def missing(tasks: dict) -> str:
@@ -264,9 +353,15 @@ def missing(tasks: dict) -> str:
         lacking = [config for config in CONFIGS if config not in finals]
         searched = sum(map(len, tasks.get(name, {}).get("search", {}).values()))
         if lacking:
-            what = f"no final runs of {', '.join(lacking)} ({searched} search runs exist)" if finals or searched else "nothing was run"
+            what = (
+                f"no final runs of {', '.join(lacking)} ({searched} search runs exist)"
+                if finals or searched
+                else "nothing was run"
+            )
             lines.append(f"- {task.title} (`{name}`): {what}.")
         unstable = [config for config in finals if "/" in config and parse(config).body not in finals]
         lines += [f"- {task.title}: {config} has no unconstrained counterpart to compare with." for config in unstable]
-    lines.append("- Weight distances: JSB only, one seed. Larger models, more layers and longer searches: not run. No GPU was used.")
+    lines.append(
+        "- Weight distances: JSB only, one seed. Larger models, more layers and longer searches: not run. No GPU was used."
+    )
     return "## What was not run\n\n" + "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
 """All runs of a task, a row of runs.jsonl for each that is finished: what exists is not repeated, what was interrupted is."""
+
 from __future__ import annotations
 
 import math
@@ -59,7 +60,9 @@ class Bench:
 
     def setting(self, config: Config, rate: float, dropout: float) -> Setting:
         inputs = self.data.symbols or self.data.train[0][0].shape[1]
-        return Setting(rate, dropout, fitting_width(config, self.task, inputs, self.data.outputs), self.epochs, self.task.updates)
+        return Setting(
+            rate, dropout, fitting_width(config, self.task, inputs, self.data.outputs), self.epochs, self.task.updates
+        )
 
     def points(self, config: Config) -> list[tuple[Setting, float | None]]:
         """The search so far: (setting, loss) of each point, infinite where it diverged; None after the last one, if it is to be run."""
@@ -102,26 +105,45 @@ class Bench:
 
         self.run(name, config, setting, seed, more)
 
-    def run(self, name: str, config: Config, setting: Setting, seed: int, more: Callable[[Model], dict] = lambda model: {}) -> None:
+    def run(
+        self, name: str, config: Config, setting: Setting, seed: int, more: Callable[[Model], dict] = lambda model: {}
+    ) -> None:
         begin = time.monotonic()
         bar = self.progress.add_task(name, total=setting.epochs)
         try:
             model = build(config, self.task, self.data, setting, seed)
-            curve = train(model, self.task, self.data, setting, seed, self.deadline, lambda note: self.progress.advance(bar))
+            curve = train(
+                model, self.task, self.data, setting, seed, self.deadline, lambda note: self.progress.advance(bar)
+            )
             valid = measure.finite(evaluate(model, self.task, self.data, self.data.valid))
             trained = time.monotonic() - begin
             found = self.about(name, config, setting, seed) | dict(
-                parameters=count(model), context=getattr(model.body, "context", None), valid=valid,
-                curve=[measure.finite(v) for v in curve], **more(model), seconds_training=round(trained, 1),
-                seconds=round(time.monotonic() - begin, 1))
+                parameters=count(model),
+                context=getattr(model.body, "context", None),
+                valid=valid,
+                curve=[measure.finite(v) for v in curve],
+                **more(model),
+                seconds_training=round(trained, 1),
+                seconds=round(time.monotonic() - begin, 1),
+            )
             self.log.add(found)
         finally:
             self.progress.remove_task(bar)
-        self.progress.console.print(f"{name}: validation {valid:.4g}" if valid is not None else f"{name}: diverged", highlight=False)
+        self.progress.console.print(
+            f"{name}: validation {valid:.4g}" if valid is not None else f"{name}: diverged", highlight=False
+        )
 
     def about(self, name: str, config: Config, setting: Setting, seed: int) -> dict:
-        return dict(run=name, task=self.task.name, config=config.name, stability=str(config.stability), setting=setting.stored(), seed=seed,
-                    metric=self.task.metric, **environment())
+        return dict(
+            run=name,
+            task=self.task.name,
+            config=config.name,
+            stability=str(config.stability),
+            setting=setting.stored(),
+            seed=seed,
+            metric=self.task.metric,
+            **environment(),
+        )
 
     def distances(self, config: Config) -> None:
         """Truncated training against full: the same start, batches and dropout masks, under `Windowed(k)`; relative distance of weights.
@@ -129,7 +151,9 @@ class Bench:
         setting = self.best(config)
         if setting is None or not config.recurrent:
             return
-        setting = Setting(setting.rate, setting.dropout, setting.width, min(DISTANCE_EPOCHS, setting.epochs), setting.updates)
+        setting = Setting(
+            setting.rate, setting.dropout, setting.width, min(DISTANCE_EPOCHS, setting.epochs), setting.updates
+        )
         name, begin = f"{config.slug}.distance", time.monotonic()
         if self.stored(name, setting):
             return
@@ -139,22 +163,43 @@ class Bench:
             model = build(config, self.task, self.data, setting, DISTANCE_SEED)
             with torch.no_grad():
                 model.body.weight_hh_l0.mul_(nudge)
-            train(model, self.task, self.data, setting, DISTANCE_SEED, self.deadline, lambda note: self.progress.advance(bar), plan)
+            train(
+                model,
+                self.task,
+                self.data,
+                setting,
+                DISTANCE_SEED,
+                self.deadline,
+                lambda note: self.progress.advance(bar),
+                plan,
+            )
             return model
 
         try:
-            points, full, start, scale = [], None, vector(build(config, self.task, self.data, setting, DISTANCE_SEED)), 1.0
+            points, full, start, scale = (
+                [],
+                None,
+                vector(build(config, self.task, self.data, setting, DISTANCE_SEED)),
+                1.0,
+            )
             for plan in (Recurrent(), *map(Windowed, DISTANCE_WINDOWS)):
                 model = trained(plan)
                 here = vector(model)
                 if full is None:
                     full, scale = here, (here - start).norm().item()
-                points.append(dict(k=getattr(plan, "k", None), distance=measure.finite((here - full).norm().item() / scale),
-                                   test=measure.finite(evaluate(model, self.task, self.data, self.data.test, plan))))
+                points.append(
+                    dict(
+                        k=getattr(plan, "k", None),
+                        distance=measure.finite((here - full).norm().item() / scale),
+                        test=measure.finite(evaluate(model, self.task, self.data, self.data.test, plan)),
+                    )
+                )
             rounding = measure.finite((vector(trained(Recurrent(), 1 + ROUNDING)) - full).norm().item() / scale)
             seconds = round(time.monotonic() - begin, 1)
-            self.log.add(self.about(name, config, setting, DISTANCE_SEED)
-                         | dict(moved=scale, points=points, rounding=rounding, seconds=seconds))
+            self.log.add(
+                self.about(name, config, setting, DISTANCE_SEED)
+                | dict(moved=scale, points=points, rounding=rounding, seconds=seconds)
+            )
         finally:
             self.progress.remove_task(bar)
 
@@ -179,13 +224,31 @@ def vector(model: Model) -> torch.Tensor:
 
 
 def environment() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    return dict(commit=commit or None, torch=torch.__version__, machine=f"{platform.system()} {platform.machine()}", cores=os.cpu_count(),
-                threads=torch.get_num_threads())
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return dict(
+        commit=commit or None,
+        torch=torch.__version__,
+        machine=f"{platform.system()} {platform.machine()}",
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+    )
 
 
-def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: int, refine: int, seeds: int, epochs: int | None = None,
-             minutes: float | None = None, race_seconds: float = 20.0, console: Console | None = None) -> bool:
+def run_task(
+    task: Task,
+    data: Data,
+    out: Path,
+    configs: list[Config],
+    trials: int,
+    refine: int,
+    seeds: int,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    race_seconds: float = 20.0,
+    console: Console | None = None,
+) -> bool:
     """Search, final runs, truncated training (JSB), speed; returns whether everything is done. `minutes` is a budget of wall time."""
     log = jsonl.Log(out / "runs.jsonl", resume=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -203,7 +266,9 @@ def run_task(task: Task, data: Data, out: Path, configs: list[Config], trials: i
                     raise OutOfTime
                 job()
             except OutOfTime:
-                progress.console.print(f"The budget of {minutes:g} minutes is spent; run the same command again to go on.", highlight=False)
+                progress.console.print(
+                    f"The budget of {minutes:g} minutes is spent; run the same command again to go on.", highlight=False
+                )
                 return False
             progress.advance(whole_bar)
     return True

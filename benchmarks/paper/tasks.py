@@ -1,4 +1,5 @@
 """The tasks: data, sizes, loss and metric. Every model of a task has about the same number of parameters."""
+
 from __future__ import annotations
 
 import math
@@ -34,16 +35,19 @@ class Task:
         return self.metric == "F1"
 
 
-TASKS = {task.name: task for task in (
-    Task("jsb", "JSB Chorales", "nll", sets.music("JSB_Chorales"), None, 60_000, 64, 256, 8, 50),
-    Task("nottingham", "Nottingham", "nll", sets.music("Nottingham"), None, 130_000, 64, 256, 16, 30),
-    Task("muse", "MuseData", "nll", sets.music("MuseData"), None, 130_000, 64, 256, 16, 30),
-    Task("piano", "Piano-midi", "nll", sets.music("Piano_midi"), None, 130_000, 64, 256, 16, 40),
-    Task("atis", "ATIS slot filling", "F1", sets.atis, 64, 100_000, 32, 64, 32, 12),
-    Task("ptb-char", "Penn Treebank, characters", "bits/char", sets.characters, 32, 300_000, 128, 128, 32, 20, 500),
-    Task("ptb-word", "Penn Treebank, words", "perplexity", sets.penn_words, 128, 1_700_000, 64, 64, 32, 20, 500),
-    Task("wikitext-2", "WikiText-2", "perplexity", sets.wikitext, 128, 4_700_000, 64, 64, 32, 20, 1000),
-)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("jsb", "JSB Chorales", "nll", sets.music("JSB_Chorales"), None, 60_000, 64, 256, 8, 50),
+        Task("nottingham", "Nottingham", "nll", sets.music("Nottingham"), None, 130_000, 64, 256, 16, 30),
+        Task("muse", "MuseData", "nll", sets.music("MuseData"), None, 130_000, 64, 256, 16, 30),
+        Task("piano", "Piano-midi", "nll", sets.music("Piano_midi"), None, 130_000, 64, 256, 16, 40),
+        Task("atis", "ATIS slot filling", "F1", sets.atis, 64, 100_000, 32, 64, 32, 12),
+        Task("ptb-char", "Penn Treebank, characters", "bits/char", sets.characters, 32, 300_000, 128, 128, 32, 20, 500),
+        Task("ptb-word", "Penn Treebank, words", "perplexity", sets.penn_words, 128, 1_700_000, 64, 64, 32, 20, 500),
+        Task("wikitext-2", "WikiText-2", "perplexity", sets.wikitext, 128, 4_700_000, 64, 64, 32, 20, 1000),
+    )
+}
 
 
 def loss(task: Task, logits: Tensor, y: Tensor, real: Tensor) -> Tensor:
@@ -68,10 +72,18 @@ def score(task: Task, data: Data, outputs: list[tuple[Tensor, Tensor, Tensor]]) 
         return f1(pairs)
     steps = [int(real.sum()) for *_, real in outputs]
     nats = sum(loss(task, *out).double().item() * n for out, n in zip(outputs, steps)) / sum(steps)
-    return nats if task.metric == "nll" else nats / math.log(2) if task.metric == "bits/char" else math.exp(min(nats, 700.0))
+    return (
+        nats
+        if task.metric == "nll"
+        else nats / math.log(2)
+        if task.metric == "bits/char"
+        else math.exp(min(nats, 700.0))
+    )
 
 
-def batches(rows: list[tuple[Tensor, Tensor]], size: int, stretch: int | None = None, draw: torch.Generator | None = None):
+def batches(
+    rows: list[tuple[Tensor, Tensor]], size: int, stretch: int | None = None, draw: torch.Generator | None = None
+):
     """(x (T, B, ...), y (T, B, ...), lengths (B,), real (T, B)) over rows of similar length, padded with zeros.
 
     With `stretch` and `draw`: rows cut to at most `stretch` steps at a random place, batches in random order."""

@@ -1,4 +1,5 @@
 """One training run."""
+
 from __future__ import annotations
 
 import math
@@ -69,8 +70,16 @@ def build(config: Config, task: Task, data: Data, setting: Setting, seed: int) -
     return Model(config, task, inputs, data.outputs, setting.width, setting.dropout)
 
 
-def train(model: Model, task: Task, data: Data, setting: Setting, seed: int, deadline: float = math.inf,
-          advance: Callable[[str], None] = lambda note: None, plan: Plan | None = None) -> list[float]:
+def train(
+    model: Model,
+    task: Task,
+    data: Data,
+    setting: Setting,
+    seed: int,
+    deadline: float = math.inf,
+    advance: Callable[[str], None] = lambda note: None,
+    plan: Plan | None = None,
+) -> list[float]:
     """Adam with early stopping; leaves the model with the weights of its best epoch, in eval mode, certified where its set certifies.
 
     Returns the validation score after each epoch. With a `plan` the model is trained under it, for all epochs, keeping the last weights.

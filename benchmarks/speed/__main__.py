@@ -4,6 +4,7 @@
 
 Writes speed.jsonl, case by case, then speed.md, time.svg, speedup.svg and error.svg.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,22 +40,59 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="benchmarks.speed", description=__doc__.split("\n")[0])
     made.add_argument("--quick", action="store_true", help="a small part of it in under two minutes on two cores")
-    made.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"), metavar="DIR", help="default %(default)s")
-    made.add_argument("--devices", type=some_of(("cpu", "cuda")), metavar="LIST", help="default: cpu, and cuda where there is one")
-    for name, allowed, default in (("sweeps", cases.SWEEPS, None), ("cells", cases.CELLS, None), ("dtypes", tuple(cases.DTYPES), None),
-                                   ("passes", cases.PASSES, None), ("plans", cases.PLANS, ",".join(cases.PLANS)),
-                                   ("models", tuple(models.MODELS), "certified,border"),
-                                   ("baselines", tuple(contestants.BASELINES), None), ("backends", NAMES, None)):
+    made.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/speed"), metavar="DIR", help="default %(default)s"
+    )
+    made.add_argument(
+        "--devices", type=some_of(("cpu", "cuda")), metavar="LIST", help="default: cpu, and cuda where there is one"
+    )
+    for name, allowed, default in (
+        ("sweeps", cases.SWEEPS, None),
+        ("cells", cases.CELLS, None),
+        ("dtypes", tuple(cases.DTYPES), None),
+        ("passes", cases.PASSES, None),
+        ("plans", cases.PLANS, ",".join(cases.PLANS)),
+        ("models", tuple(models.MODELS), "certified,border"),
+        ("baselines", tuple(contestants.BASELINES), None),
+        ("backends", NAMES, None),
+    ):
         chosen = some_of(allowed)
-        made.add_argument(f"--{name}", type=chosen, default=default and chosen(default), metavar="LIST", help=f"of {','.join(allowed)}")
+        made.add_argument(
+            f"--{name}",
+            type=chosen,
+            default=default and chosen(default),
+            metavar="LIST",
+            help=f"of {','.join(allowed)}",
+        )
     for name in cases.SWEEPS:
-        made.add_argument(f"--{name}", type=sizes, metavar="LIST", help=f"what the sweep over {name} visits, such as 64,128")
-    made.add_argument("--chunk", type=positive(int), default=0, metavar="C", help="of Chunked and Verified (default: 256, and its own)")
-    made.add_argument("--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)")
-    made.add_argument("--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)")
-    made.add_argument("--minutes", type=positive(float), metavar="M", help="start no case after this long; what was left out is listed")
-    made.add_argument("--resume", action="store_true", help="keep the cases that DIR holds of this commit and machine, run the others")
-    made.add_argument("--threads", type=positive(int), metavar="N", help="for torch and the kernels (default: torch's choice)")
+        made.add_argument(
+            f"--{name}", type=sizes, metavar="LIST", help=f"what the sweep over {name} visits, such as 64,128"
+        )
+    made.add_argument(
+        "--chunk",
+        type=positive(int),
+        default=0,
+        metavar="C",
+        help="of Chunked and Verified (default: 256, and its own)",
+    )
+    made.add_argument(
+        "--seconds", type=positive(float), metavar="S", help="for the turns of one case (default 3, quick 0.6)"
+    )
+    made.add_argument(
+        "--longest", type=positive(float), metavar="S", help="no call longer than this is tried (default 20, quick 1)"
+    )
+    made.add_argument(
+        "--minutes",
+        type=positive(float),
+        metavar="M",
+        help="start no case after this long; what was left out is listed",
+    )
+    made.add_argument(
+        "--resume", action="store_true", help="keep the cases that DIR holds of this commit and machine, run the others"
+    )
+    made.add_argument(
+        "--threads", type=positive(int), metavar="N", help="for torch and the kernels (default: torch's choice)"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--commit", help="for the rows, where git cannot tell")
     made.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -91,11 +129,22 @@ def chosen_cases(options: argparse.Namespace) -> list[cases.Case]:
     given = {name: getattr(options, name) for name in cases.SWEEPS if getattr(options, name)}
     grids, dtypes = {}, {}
     for device in devices:
-        grids[device] = replace(cases.QUICK if options.quick else cases.ON_GPU if device == "cuda" else cases.WHOLE, **given)
+        grids[device] = replace(
+            cases.QUICK if options.quick else cases.ON_GPU if device == "cuda" else cases.WHOLE, **given
+        )
         usual = ["bfloat16", "float16", "tf32", "float32"] if device == "cuda" else ["float32", "bfloat16"]
-        dtypes[device] = [d for d in options.dtypes or (usual[:1] if options.quick else usual) if device == "cuda" or d != "tf32"]
-    return cases.cases(grids, options.sweeps or list(cases.SWEEPS), options.cells or ["lstm", "rnn_tanh"], dtypes, options.models,
-                       options.passes or list(cases.PASSES), options.chunk)
+        dtypes[device] = [
+            d for d in options.dtypes or (usual[:1] if options.quick else usual) if device == "cuda" or d != "tf32"
+        ]
+    return cases.cases(
+        grids,
+        options.sweeps or list(cases.SWEEPS),
+        options.cells or ["lstm", "rnn_tanh"],
+        dtypes,
+        options.models,
+        options.passes or list(cases.PASSES),
+        options.chunk,
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -111,21 +160,33 @@ def run(options: argparse.Namespace) -> int:
     longest = options.longest or (1.0 if options.quick else 20.0)
     devices = sorted({case.device for case in chosen})
     environment, file = results.environment(devices, options.commit), options.out / "speed.jsonl"
-    log = jsonl.Log(file, {
-        "what": "benchmarks.speed", "finished": False, "environment": environment,
-        "options": {name: value for name, value in vars(options).items() if name not in ("out", "resume", "list")},
-        "models": {name: models.MODELS[name] for name in options.models}, "memory": {d: measure.HOW_MEMORY[d] for d in devices},
-        "gemm_rates": {}, "absent": {},
-    }, options.resume, blocks=True)
+    log = jsonl.Log(
+        file,
+        {
+            "what": "benchmarks.speed",
+            "finished": False,
+            "environment": environment,
+            "options": {name: value for name, value in vars(options).items() if name not in ("out", "resume", "list")},
+            "models": {name: models.MODELS[name] for name in options.models},
+            "memory": {d: measure.HOW_MEMORY[d] for d in devices},
+            "gemm_rates": {},
+            "absent": {},
+        },
+        options.resume,
+        blocks=True,
+    )
     if log.about:
         results.comparable(file, log.about["environment"], environment)
     finished = {tuple(row[name] for name in results.CASE) for row in log.rows}
     rates, absent = (dict(log.about.get(name, {})) for name in ("gemm_rates", "absent"))
     left_before = log.about.get("not_run", [])
     left_out = {"reference": options.backends, "flashrnn": options.baselines} if options.quick else {}
-    field = contestants.Field(tuple(options.plans), tuple(options.baselines or contestants.BASELINES),
-                              options.backends and tuple(options.backends),
-                              without=tuple(name for name, asked in left_out.items() if not asked))
+    field = contestants.Field(
+        tuple(options.plans),
+        tuple(options.baselines or contestants.BASELINES),
+        options.backends and tuple(options.backends),
+        without=tuple(name for name, asked in left_out.items() if not asked),
+    )
     last, left = 0.0, []  # seconds that the case before took; cases not begun
     for number, case in enumerate(chosen, 1):
         start = time.perf_counter()
@@ -157,7 +218,11 @@ def run(options: argparse.Namespace) -> int:
 def finish(out: Path, about: dict, measured: list[dict]) -> None:
     """The table and the pictures."""
     facts = about["environment"]
-    where = facts["gpu"]["name"] if "gpu" in facts else f"{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    where = (
+        facts["gpu"]["name"]
+        if "gpu" in facts
+        else f"{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    )
     try:
         from .pictures import draw  # matplotlib takes its time to import
 
@@ -167,8 +232,10 @@ def finish(out: Path, about: dict, measured: list[dict]) -> None:
         print(f"no pictures: {error}", file=sys.stderr)
     (out / "speed.md").write_text(results.markdown(about, measured))
     wrong = sum(bool(row["wrong"]) for row in measured)
-    print(f"{len(measured)} rows, {wrong} wrong, {len(about['not_run'])} cases not run; wrote {out}/speed.jsonl, speed.md"
-          + "".join(f", {name}" for name in pictures))
+    print(
+        f"{len(measured)} rows, {wrong} wrong, {len(about['not_run'])} cases not run; wrote {out}/speed.jsonl, speed.md"
+        + "".join(f", {name}" for name in pictures)
+    )
 
 
 if __name__ == "__main__":

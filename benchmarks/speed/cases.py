@@ -1,4 +1,5 @@
 """What is measured: sweeps over T, B, H and k, one quantity at a time, and the operations that each plan takes."""
+
 from __future__ import annotations
 
 import math
@@ -85,11 +86,20 @@ class Grid:
 
 WHOLE = Grid((256, 1024, 4096, 16384, 65536), (1, 4, 16, 64, 256), (64, 128, 256, 512, 1024), (8, 16, 32, 64, 128, 256))
 ON_GPU = replace(WHOLE, base=(("T", 16384), ("B", 1), ("H", 256), ("k", 32)), T_of_B=1024)
-QUICK = Grid((256, 1024, 4096), (1, 16), (64, 128, 256), (8, 32, 128), base=(("T", 1024), ("B", 1), ("H", 64), ("k", 32)))
+QUICK = Grid(
+    (256, 1024, 4096), (1, 16), (64, 128, 256), (8, 32, 128), base=(("T", 1024), ("B", 1), ("H", 64), ("k", 32))
+)
 
 
-def cases(grids: dict[str, Grid], sweeps: list[str], cells: list[str], dtypes: dict[str, list[str]], models: list[str],
-          passes: list[str], chunk: int = 0) -> list[Case]:
+def cases(
+    grids: dict[str, Grid],
+    sweeps: list[str],
+    cells: list[str],
+    dtypes: dict[str, list[str]],
+    models: list[str],
+    passes: list[str],
+    chunk: int = 0,
+) -> list[Case]:
     """Every case once. The first of the models runs everywhere, the others only in the sweep over k, where errors are looked at."""
     visits: dict[Case, list[str]] = {}
     for device, cell in product(grids, cells):

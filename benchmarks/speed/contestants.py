@@ -2,6 +2,7 @@
 
 To add a baseline, write `def name(case, plain, x) -> list[Contestant]` that raises `Unavailable(reason)`, and enter it in `BASELINES`.
 """
+
 from __future__ import annotations
 
 import copy
@@ -87,8 +88,11 @@ def ours(case: Case, plain: nn.RNNBase, x: Tensor, plan: Plan, backend: str) -> 
 def label(plan: Plan) -> str:
     """`Chunked(256, 32)`, `Verified(chunk=64, warmup=32)`: what the user would write."""
     named = isinstance(plan, VerifiedPlan)
-    given = [f"{f.name}={getattr(plan, f.name)}" if named else str(getattr(plan, f.name)) for f in fields(plan)
-             if not named or getattr(plan, f.name) != f.default]
+    given = [
+        f"{f.name}={getattr(plan, f.name)}" if named else str(getattr(plan, f.name))
+        for f in fields(plan)
+        if not named or getattr(plan, f.name) != f.default
+    ]
     return f"{type(plan).__name__}({', '.join(given)})"
 
 
@@ -100,20 +104,39 @@ def nn_recurrent(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
     name = f"nn.{type(plain).__name__}"
     made = [Contestant(name, Recurrent(), lambda: plain(x)[0], plain, answer="recurrent")]
     if case.device == "cpu" and torch.get_num_threads() > 1:
-        made.append(Contestant(f"{name}, one thread", Recurrent(), lambda: plain(x)[0], plain, answer="recurrent", threads=1))
+        made.append(
+            Contestant(f"{name}, one thread", Recurrent(), lambda: plain(x)[0], plain, answer="recurrent", threads=1)
+        )
     return made
 
 
 def unfold(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
     lanes = case.k * case.T * case.B
     size = lanes * case.H * x.element_size() * (2 + case.gates) * (2 if case.backward else 1)
-    return [Contestant(f"unfold + nn.{type(plain).__name__}", case.plan("windowed"), unfolded_windows(plain, x, case.k), plain,
-                       answer="windowed", bytes=size)]
+    return [
+        Contestant(
+            f"unfold + nn.{type(plain).__name__}",
+            case.plan("windowed"),
+            unfolded_windows(plain, x, case.k),
+            plain,
+            answer="windowed",
+            bytes=size,
+        )
+    ]
 
 
 def shifted(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
-    return [Contestant("shifted GEMMs", case.plan("windowed"), shifted_products(plain, x, case.k), plain, answer="windowed",
-                       bytes=_shifted_bytes(case, x), eager_steps=case.k)]
+    return [
+        Contestant(
+            "shifted GEMMs",
+            case.plan("windowed"),
+            shifted_products(plain, x, case.k),
+            plain,
+            answer="windowed",
+            bytes=_shifted_bytes(case, x),
+            eager_steps=case.k,
+        )
+    ]
 
 
 def overlap(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
@@ -122,8 +145,16 @@ def overlap(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
     except ValueError as error:
         raise Unavailable(str(error)) from None
     note = "gradient cut at the chunks' starts" if case.backward else ""
-    return [Contestant(f"overlap chunks, nn.{type(plain).__name__}", case.plan("chunked"), run, plain,
-                       answer="cut" if case.backward else "chunked", note=note)]
+    return [
+        Contestant(
+            f"overlap chunks, nn.{type(plain).__name__}",
+            case.plan("chunked"),
+            run,
+            plain,
+            answer="cut" if case.backward else "chunked",
+            note=note,
+        )
+    ]
 
 
 def _shifted_bytes(case: Case, x: Tensor) -> int:
@@ -141,8 +172,19 @@ def flashrnn(case: Case, plain: nn.RNNBase, x: Tensor, backend: str) -> list[Con
         raise Unavailable(f"has no {case.cell}")
     H, G, kind = case.H, case.gates, str(x.dtype).removeprefix("torch.")
     m = copy.deepcopy(plain)
-    config = package.FlashRNNConfig(head_dim=H, num_heads=1, batch_size=case.B, function=function, backend=backend, dtype=kind,
-                                    dtype_w=kind, dtype_r=kind, dtype_b=kind, input_shape="TBGHD", output_shape="STBHD")
+    config = package.FlashRNNConfig(
+        head_dim=H,
+        num_heads=1,
+        batch_size=case.B,
+        function=function,
+        backend=backend,
+        dtype=kind,
+        dtype_w=kind,
+        dtype_r=kind,
+        dtype_b=kind,
+        input_shape="TBGHD",
+        output_shape="STBHD",
+    )
 
     def run() -> Tensor:
         xp = F.linear(x, m.weight_ih_l0).view(case.T, case.B, G, 1, H)
@@ -150,7 +192,11 @@ def flashrnn(case: Case, plain: nn.RNNBase, x: Tensor, backend: str) -> list[Con
         b = (m.bias_ih_l0 + m.bias_hh_l0).view(G, 1, H)
         return package.flashrnn(xp, r, b, config=config)[0][0].view(case.T, case.B, H)
 
-    return [Contestant(f"FlashRNN {backend}", Recurrent(), run, m, answer="recurrent", eager_steps=case.T * (backend == "vanilla"))]
+    return [
+        Contestant(
+            f"FlashRNN {backend}", Recurrent(), run, m, answer="recurrent", eager_steps=case.T * (backend == "vanilla")
+        )
+    ]
 
 
 def haste(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
@@ -175,8 +221,13 @@ def _import(name: str):
 
 
 BASELINES: dict[str, Callable[[Case, nn.RNNBase, Tensor], list[Contestant]]] = {
-    "nn": nn_recurrent, "unfold": unfold, "shifted": shifted, "overlap": overlap, "haste": haste,
-    "flashrnn_triton": partial(flashrnn, backend="triton_fused"), "flashrnn": partial(flashrnn, backend="cuda_fused"),
+    "nn": nn_recurrent,
+    "unfold": unfold,
+    "shifted": shifted,
+    "overlap": overlap,
+    "haste": haste,
+    "flashrnn_triton": partial(flashrnn, backend="triton_fused"),
+    "flashrnn": partial(flashrnn, backend="cuda_fused"),
 }
 _COMPUTES = {"unfold": "windowed", "shifted": "windowed", "overlap": "chunked"}  # the others: recurrent
 

@@ -1,4 +1,5 @@
 """Running one case: check everybody, look at the memory, then let them take turns."""
+
 from __future__ import annotations
 
 import ctypes
@@ -55,7 +56,9 @@ def run_case(case: Case, who: Field, rate: float, limits: Limits, seed: int = 0)
                 row["peak_bytes"] = peak_bytes(step, case.device)
                 steps[one.name], known[one.name] = step, time.perf_counter() - start
                 rows.append(row)
-            except Exception as error:  # out of memory, a kernel that refuses the shape, a compiler that fails: their own words
+            except (
+                Exception
+            ) as error:  # out of memory, a kernel that refuses the shape, a compiler that fails: their own words
                 reason = in_a_line(error)
         if reason is not None:
             absent.append(Absent(one.name, reason))
@@ -111,14 +114,26 @@ def check(case: Case, who: Contestant, truth: Truth, x: Tensor, seed: int) -> di
     own, gradient = truth.errors(getattr(truth, who.answer), y, gradients)
     error, relative = truth.error_of_recurrence(y)
     row = asdict(case) | dict(
-        name=who.name, computes=who.computes, ours=who.ours, backend=who.backend, error=error, error_relative=relative,
-        error_of_function=own, tolerance=allowed.y + more, gradient_error=gradient,
-        gradient_tolerance=allowed.gradient + more if case.backward else None, first_seconds=first)
+        name=who.name,
+        computes=who.computes,
+        ours=who.ours,
+        backend=who.backend,
+        error=error,
+        error_relative=relative,
+        error_of_function=own,
+        tolerance=allowed.y + more,
+        gradient_error=gradient,
+        gradient_tolerance=allowed.gradient + more if case.backward else None,
+        first_seconds=first,
+    )
     row |= dict(zip(("bound", "bound_with_rounding"), bounds(case, who, seed)))
     notes = [who.note] if who.note else []
     if isinstance(who.plan, Verified):
         report = who.module.last_report
-        notes.append(f"{report.passes} pass{'es' * (report.passes > 1)}" + (", fell back to Recurrent()" if report.fallback else ""))
+        notes.append(
+            f"{report.passes} pass{'es' * (report.passes > 1)}"
+            + (", fell back to Recurrent()" if report.fallback else "")
+        )
     row["note"] = "; ".join(notes)
     row["wrong"] = verdict(row)
     return row
@@ -161,6 +176,7 @@ def take_turns(steps: dict[str, Callable], known: dict[str, float], limits: Limi
 
 def speed_ups(rows: list[dict]) -> None:
     """Ours over the strongest right baseline that computes the same function here, everybody right over nn.LSTM or nn.RNN."""
+
     def best(candidates: list[dict]) -> dict | None:
         return min((r for r in candidates if not r["wrong"]), key=lambda r: r["seconds"]["median"], default=None)
 
@@ -200,14 +216,18 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
         return None
 
 
-HOW_MEMORY = {"cuda": "torch.cuda.max_memory_allocated over memory_allocated before the call",
-              "cpu": "VmHWM (reset) over VmRSS before the call, freed heap trimmed first; what stays from call to call (here up to 64 MiB "
-                     "a thread for input projections) is in neither"}
+HOW_MEMORY = {
+    "cuda": "torch.cuda.max_memory_allocated over memory_allocated before the call",
+    "cpu": "VmHWM (reset) over VmRSS before the call, freed heap trimmed first; what stays from call to call (here up to 64 MiB "
+    "a thread for input projections) is in neither",
+}
 
 
 def _status(name: str) -> int:
     with open("/proc/self/status") as lines:
-        return {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines) if key == name}[name]
+        return {
+            key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines) if key == name
+        }[name]
 
 
 def memory_limit(device: str) -> int:
@@ -225,5 +245,7 @@ def memory_limit(device: str) -> int:
 def gemm_rate(device: str, dtype: str, seconds: float) -> float:
     """The machine's best product rate in this dtype: FLOP/s of the best of several sizes."""
     tf32(dtype == "tf32")
-    sizes = [(8192, (8192,)), (4096, (4096, 16384))] if device == "cuda" else [(256, (1024, 4096)), (1024, (1024, 4096))]
+    sizes = (
+        [(8192, (8192,)), (4096, (4096, 16384))] if device == "cuda" else [(256, (1024, 4096)), (1024, (1024, 4096))]
+    )
     return max(product_rate(n, n, rows, DTYPES[dtype], device, seconds / len(sizes)) for n, rows in sizes)

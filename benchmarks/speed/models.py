@@ -1,4 +1,5 @@
 """The models that are timed, one layer each, and their certificates; made once and kept."""
+
 from __future__ import annotations
 
 from functools import cache

@@ -1,4 +1,5 @@
 """Time against T for each plan, speed-up against k, error against k with the certified bound."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -10,8 +11,18 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from .. import drawing
 
-COLORS = {"nn": "#222222", "unfold": "#c49a00", "shifted": "#8c564b", "overlap": "#7f7f7f", "FlashRNN": "#17becf", "haste": "#bcbd22",
-          "Recurrent": "#1f77b4", "Windowed": "#d95f02", "Chunked": "#1b9e77", "Verified": "#7570b3"}
+COLORS = {
+    "nn": "#222222",
+    "unfold": "#c49a00",
+    "shifted": "#8c564b",
+    "overlap": "#7f7f7f",
+    "FlashRNN": "#17becf",
+    "haste": "#bcbd22",
+    "Recurrent": "#1f77b4",
+    "Windowed": "#d95f02",
+    "Chunked": "#1b9e77",
+    "Verified": "#7570b3",
+}
 STYLES = {"auto": "-", "cuda": "-", "cpu": "-", "triton": "--", "torch": "-.", "reference": ":"}
 MARKERS = "os^Dv*"
 
@@ -21,11 +32,23 @@ def draw(folder: Path, rows: list[dict], subtitle: str) -> list[str]:
     right = [row for row in rows if not row["wrong"]]
     first = right[0]["model"] if right else None
     made = {
-        "time.svg": _panels(folder / "time.svg", [r for r in right if "T" in r["sweeps"]], _times, "Time of a call against T", subtitle),
-        "speedup.svg": _panels(folder / "speedup.svg", [r for r in right if "k" in r["sweeps"] and r["model"] == first], _speedups,
-                               "Speed-up against the window k (warm-up of the chunks)", subtitle),
-        "error.svg": _panels(folder / "error.svg", [r for r in rows if "k" in r["sweeps"] and r["passes"] == "forward"], _errors,
-                             "Error against the window k, and its certified bound", subtitle),
+        "time.svg": _panels(
+            folder / "time.svg", [r for r in right if "T" in r["sweeps"]], _times, "Time of a call against T", subtitle
+        ),
+        "speedup.svg": _panels(
+            folder / "speedup.svg",
+            [r for r in right if "k" in r["sweeps"] and r["model"] == first],
+            _speedups,
+            "Speed-up against the window k (warm-up of the chunks)",
+            subtitle,
+        ),
+        "error.svg": _panels(
+            folder / "error.svg",
+            [r for r in rows if "k" in r["sweeps"] and r["passes"] == "forward"],
+            _errors,
+            "Error against the window k, and its certified bound",
+            subtitle,
+        ),
     }
     return [name for name, drawn in made.items() if drawn]
 
@@ -39,7 +62,9 @@ def _panels(path: Path, rows: list[dict], panel, title: str, subtitle: str) -> b
         return False
     columns = len(groups) if len(groups) < 4 else 2
     lines = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(6 * columns, 4 * lines + 1), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(6 * columns, 4 * lines + 1), squeeze=False, layout="constrained"
+    )
     figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
     for axis, (name, group) in zip(axes.flat, groups.items()):
         panel(axis, group)
@@ -62,12 +87,24 @@ def _times(axis: Axes, rows: list[dict]) -> None:
 
 
 def _speedups(axis: Axes, rows: list[dict]) -> None:
-    for name, points in _by([r for r in rows if r["ours"] and r["speedup"] and r["computes"] != "recurrent"], "name", "k"):
+    for name, points in _by(
+        [r for r in rows if r["ours"] and r["speedup"] and r["computes"] != "recurrent"], "name", "k"
+    ):
         look = _look(points[0])
-        axis.plot([r["k"] for r in points], [r["speedup"]["ratio"] for r in points], label=f"{name} over the strongest baseline", **look)
+        axis.plot(
+            [r["k"] for r in points],
+            [r["speedup"]["ratio"] for r in points],
+            label=f"{name} over the strongest baseline",
+            **look,
+        )
         over = [r for r in points if r["speedup_over_torch"]]
-        axis.plot([r["k"] for r in over], [r["speedup_over_torch"]["ratio"] for r in over], label=f"{name} over nn", alpha=0.45,
-                  **look | {"marker": "x"})
+        axis.plot(
+            [r["k"] for r in over],
+            [r["speedup_over_torch"]["ratio"] for r in over],
+            label=f"{name} over nn",
+            alpha=0.45,
+            **look | {"marker": "x"},
+        )
     axis.axhline(1, color="#999999", linewidth=0.8)
     _axes(axis, f"k  (T={rows[0]['T']}, B={rows[0]['B']}, H={rows[0]['H']})", "times as fast")
 
@@ -78,7 +115,14 @@ def _errors(axis: Axes, rows: list[dict]) -> None:
     for number, (model, points) in enumerate(_by(windows, "model", "k")):
         points = [r for r in points if r["backend"] == points[0]["backend"]]
         color, k = f"C{number}", [r["k"] for r in points]
-        axis.plot(k, [max(r["error"], 1e-18) for r in points], color=color, marker="o", markersize=4, label=f"{model} weights: measured")
+        axis.plot(
+            k,
+            [max(r["error"], 1e-18) for r in points],
+            color=color,
+            marker="o",
+            markersize=4,
+            label=f"{model} weights: measured",
+        )
         for field, style, what in (("bound", "--", "proven"), ("bound_with_rounding", ":", "proven, and rounding")):
             known = [r for r in points if r[field]]
             if known:

@@ -4,6 +4,7 @@ Every contestant is held to the function that it claims to compute: `recurrent` 
 (a sample of windows, each run by itself), `chunked`. The gradient is checked through an upstream gradient that is zero but for the
 sampled times, so that windows need no more work than that.
 """
+
 from __future__ import annotations
 
 import copy
@@ -118,8 +119,11 @@ class Truth:
     def errors(self, answer: Answer, y: Tensor, gradients: dict[str, Tensor]) -> tuple[float, float | None]:
         """Against an answer: of outputs, and of the worst gradient relative to its largest entry."""
         y = y.detach() if answer.times is None else y.detach()[answer.times]
-        worst = [largest(gradients[name].double() - want) / max(largest(want), 1e-300) for name, want in answer.gradients.items()
-                 if name in gradients]
+        worst = [
+            largest(gradients[name].double() - want) / max(largest(want), 1e-300)
+            for name, want in answer.gradients.items()
+            if name in gradients
+        ]
         return largest(y.double() - answer.y), max_or_nan(worst) if worst else None
 
     # ---- what rounding may do
@@ -134,7 +138,10 @@ class Truth:
         rows = starts + torch.arange(steps)[:, None]  # (S, lanes)
         x = self.x[rows.to(self.x.device), : max(1, 64 // lanes)].flatten(1, 2)
         upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-        found, want = (self._stretch(m, x.to(like), upstream.to(like)) for m, like in ((self.plain, kind), (self.exact, torch.float64)))
+        found, want = (
+            self._stretch(m, x.to(like), upstream.to(like))
+            for m, like in ((self.plain, kind), (self.exact, torch.float64))
+        )
         unit, of_sums = _UNIT.get(case.dtype, torch.finfo(kind).eps), torch.finfo(arithmetic(kind)).eps
         scale = max(1.0, largest(self.recurrent.y))
         y = 2 * largest(found[0].double() - want[0]) + scale * (unit + of_sums * (2 * case.H) ** 0.5)
@@ -168,7 +175,10 @@ class Truth:
             m = copy.deepcopy(self.exact)
             m.bias_ih_l0.data += move
             moved = self._answer(lambda m, x: m(x)[0], m).gradients
-            worst = max(worst, *(largest(moved[name] - g) / max(largest(g), 1e-300) for name, g in self.recurrent.gradients.items()))
+            worst = max(
+                worst,
+                *(largest(moved[name] - g) / max(largest(g), 1e-300) for name, g in self.recurrent.gradients.items()),
+            )
         return worst
 
     def _stretch(self, m: nn.RNNBase, x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,8 @@ struct BackwardWeights {
   void pack(const Team& team, const T* w_hh, const T* w_hr) {
     for (int64_t p = team.begin(gates.count); p < team.end(gates.count); ++p) pack_columns(gates, p, w_hh);
     if (projected)
-      for (int64_t p = team.begin(projection.count); p < team.end(projection.count); ++p) pack_columns(projection, p, w_hr);
+      for (int64_t p = team.begin(projection.count); p < team.end(projection.count); ++p)
+        pack_columns(projection, p, w_hr);
   }
 };
 
@@ -46,18 +47,20 @@ struct BackwardTile {
   const BackwardWeights& weights;
   Port port;
   int64_t h_stride, c_stride, z_stride;
-  float *carry = nullptr;   // dh at the start; with a projection, of each stage; with h_before, its part of the next stage's
+  float* carry =
+      nullptr;   // dh at the start; with a projection, of each stage; with h_before, its part of the next stage's
   float *z_now = nullptr, *z_next = nullptr, *c = nullptr;
   Run* runs = nullptr;
 
-  BackwardTile(const BackwardWeights& weights, const Port& port, Cell cell, int64_t hidden, int64_t out, const void* dh_n,
-               const void* dc_n, const float* dh_init, const float* dc_init)
+  BackwardTile(const BackwardWeights& weights, const Port& port, Cell cell, int64_t hidden, int64_t out,
+               const void* dh_n, const void* dc_n, const float* dh_init, const float* dc_init)
       : cell(cell), hidden(hidden), out(out), dh_n(static_cast<const T*>(dh_n)), dc_n(static_cast<const T*>(dc_n)),
         dh_init(dh_init), dc_init(dc_init), weights(weights), port(port), h_stride(state_stride(out)),
         c_stride(state_stride(hidden)), z_stride(state_stride(weights.gates.k)) {}
 
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out) {
-    return Workspace::bytes<float>(rows * state_stride(out)) + 2 * Workspace::bytes<float>(rows * state_stride(hidden * Cell::gates)) +
+    return Workspace::bytes<float>(rows * state_stride(out)) +
+           2 * Workspace::bytes<float>(rows * state_stride(hidden * Cell::gates)) +
            Cell::has_cell * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
   }
   void take(Workspace& memory, int64_t rows) {
@@ -84,7 +87,8 @@ struct BackwardTile {
  private:
   void start(int64_t r) {
     const Run& run = runs[r];
-    begin_state(carry + r * h_stride, out, run.given && dh_n ? dh_n + run.b * out : nullptr, dh_init ? dh_init + run.entry * out : nullptr);
+    begin_state(carry + r * h_stride, out, run.given && dh_n ? dh_n + run.b * out : nullptr,
+                dh_init ? dh_init + run.entry * out : nullptr);
     if (Cell::has_cell)
       begin_state(c + r * c_stride, hidden, run.given && dc_n ? dc_n + run.b * hidden : nullptr,
                   dc_init ? dc_init + run.entry * hidden : nullptr);
@@ -148,5 +152,5 @@ struct BackwardTile {
   }
 };
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -19,13 +19,17 @@ namespace {
 
 constexpr int64_t us = 1000, ms = 1000 * us;
 constexpr int64_t least_patience = 20 * us, most_patience = ms;   // a wait beyond is a long one
-constexpr int few_waits = 3;                                       // anything may happen that often
-constexpr int64_t retry = 20, longest_pause = 5000 * ms;           // a new attempt loses a twentieth of the time, then less
+constexpr int few_waits = 3;                                      // anything may happen that often
+constexpr int64_t retry = 20, longest_pause = 5000 * ms;   // a new attempt loses a twentieth of the time, then less
 
 template <class T>
-T get(const T& x) { return __atomic_load_n(&x, __ATOMIC_RELAXED); }
+T get(const T& x) {
+  return __atomic_load_n(&x, __ATOMIC_RELAXED);
+}
 template <class T>
-void set(T& x, T value) { __atomic_store_n(&x, value, __ATOMIC_RELAXED); }
+void set(T& x, T value) {
+  __atomic_store_n(&x, value, __ATOMIC_RELAXED);
+}
 
 Crowd known;
 int forced = -1;
@@ -48,7 +52,7 @@ void wake(const uint32_t& word) {
 #endif
 }
 
-}  // namespace
+}   // namespace
 
 int64_t nanoseconds() {
   timespec now;
@@ -70,7 +74,8 @@ void Crowd::collapsed(int left, int64_t lost, int64_t now) {
 void Crowd::kept(int waits, int64_t lost, int64_t now) {
   set(this->waits, lost > 0 ? waits : 0);
   set(this->lost, std::max(lost, int64_t(0)));
-  if (lost > 0 || get(pause) == 0 || now < get(until)) return;   // no proof; nothing was known; these were fewer threads already
+  if (lost > 0 || get(pause) == 0 || now < get(until))
+    return;   // no proof; nothing was known; these were fewer threads already
   const int64_t shorter = get(pause) / 2;
   set(pause, shorter < ms ? 0 : shorter);
   if (shorter < ms) set(until, int64_t(0));
@@ -116,8 +121,7 @@ void Barrier::wait_long(uint32_t now, int64_t all) {
   set(since, from);
   int64_t found = get(arrived);
   while (!(found & sleeping) && found < all &&
-         !__atomic_compare_exchange_n(&arrived, &found, found | sleeping, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
-  }
+         !__atomic_compare_exchange_n(&arrived, &found, found | sleeping, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
   const bool known_of = (found & sleeping) || found < all;
   while (closed())
     if (known_of) sleep_while(round, now);
@@ -153,4 +157,4 @@ void Barrier::finish(int size) {
   known.kept(waits, lost - (now - start - lost) / (size - 1), now);
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -25,7 +25,8 @@ struct ForwardWeights {
   void pack(const Team& team, const T* w_hh, const T* w_hr) {
     for (int64_t p = team.begin(gates.count); p < team.end(gates.count); ++p) pack_rows(gates, p, w_hh);
     if (projected)
-      for (int64_t p = team.begin(projection.count); p < team.end(projection.count); ++p) pack_rows(projection, p, w_hr);
+      for (int64_t p = team.begin(projection.count); p < team.end(projection.count); ++p)
+        pack_rows(projection, p, w_hr);
   }
 };
 
@@ -49,15 +50,17 @@ struct ForwardTile {
   float *h_now = nullptr, *h_next = nullptr, *c = nullptr, *m = nullptr;
   Run* runs = nullptr;
 
-  ForwardTile(const ForwardWeights& weights, const Sink& sink, Cell cell, const void* xp, const void* h0, const void* c0,
-              const void* hidden_bias, const float* h_init, const float* c_init)
-      : cell(cell), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)), h0(static_cast<const T*>(h0)),
-        c0(static_cast<const T*>(c0)), bias(static_cast<const T*>(hidden_bias)), h_init(h_init), c_init(c_init), weights(weights),
-        sink(sink), h_stride(state_stride(out)), c_stride(state_stride(hidden)) {}
+  ForwardTile(const ForwardWeights& weights, const Sink& sink, Cell cell, const void* xp, const void* h0,
+              const void* c0, const void* hidden_bias, const float* h_init, const float* c_init)
+      : cell(cell), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)),
+        h0(static_cast<const T*>(h0)), c0(static_cast<const T*>(c0)), bias(static_cast<const T*>(hidden_bias)),
+        h_init(h_init), c_init(c_init), weights(weights), sink(sink), h_stride(state_stride(out)),
+        c_stride(state_stride(hidden)) {}
 
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out, bool projected) {
     return 2 * Workspace::bytes<float>(rows * state_stride(out)) +
-           (Cell::has_cell + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) + Workspace::bytes<Run>(rows);
+           (Cell::has_cell + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) +
+           Workspace::bytes<Run>(rows);
   }
   void take(Workspace& memory, int64_t rows) {
     h_now = memory.take<float>(rows * h_stride);
@@ -86,9 +89,11 @@ struct ForwardTile {
  private:
   void start(int64_t r) {
     const Run& run = runs[r];
-    begin_state(h_now + r * h_stride, out, run.given && h0 ? h0 + run.b * out : nullptr, h_init ? h_init + run.entry * out : nullptr);
+    begin_state(h_now + r * h_stride, out, run.given && h0 ? h0 + run.b * out : nullptr,
+                h_init ? h_init + run.entry * out : nullptr);
     if (Cell::has_cell)
-      begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr, c_init ? c_init + run.entry * hidden : nullptr);
+      begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr,
+                  c_init ? c_init + run.entry * hidden : nullptr);
   }
 
   void step(Team& team, int64_t s, int64_t active, const float* state) {
@@ -138,5 +143,5 @@ struct ForwardTile {
   }
 };
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -9,9 +9,9 @@ namespace STABLE_RNN_NS {
 
 constexpr int panel_vectors = 4;
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int block_rows = 6;    // 24 accumulators of 32 registers
+constexpr int block_rows = 6;   // 24 accumulators of 32 registers
 #else
-constexpr int block_rows = 3;    // 12 of 16
+constexpr int block_rows = 3;   // 12 of 16
 #endif
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -22,7 +22,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct Panels {
   int64_t k, units;   // length of the sums; columns of each gate
   int gates;
-  int64_t vectors;    // of units
+  int64_t vectors;   // of units
   int64_t count;
   float* data = nullptr;
   int not_finite = 0;
@@ -36,8 +36,8 @@ struct Panels {
     }
   }
   int64_t floats() const { return vectors * gates * k * width; }
-  int64_t first(int64_t p) const { return gates == 1 ? vectors * p / count : p; }          // vector of units
-  int size(int64_t p) const { return gates == 1 ? int(first(p + 1) - first(p)) : gates; }  // vectors in the panel
+  int64_t first(int64_t p) const { return gates == 1 ? vectors * p / count : p; }           // vector of units
+  int size(int64_t p) const { return gates == 1 ? int(first(p + 1) - first(p)) : gates; }   // vectors in the panel
   float* at(int64_t p) const { return data + first(p) * gates * k * width; }
 };
 
@@ -74,8 +74,8 @@ void pack_rows(Panels& panels, int64_t p, const T* w) {
   for (int v = 0; v < size; ++v) {
     const int64_t unit = (panels.first(p) + (panels.gates == 1 ? v : 0)) * width;
     const int64_t row = (panels.gates == 1 ? 0 : v * panels.units) + unit;
-    check = check + pack_transposed(w + row * panels.k, panels.k, panels.units - unit, panels.k, panels.at(p) + v * width,
-                                    int64_t(size) * width);
+    check = check + pack_transposed(w + row * panels.k, panels.k, panels.units - unit, panels.k,
+                                    panels.at(p) + v * width, int64_t(size) * width);
   }
   for (int i = 0; i < width; ++i)
     if (!(check.v[i] == 0.f)) __atomic_store_n(&panels.not_finite, 1, __ATOMIC_RELAXED);
@@ -121,20 +121,27 @@ template <int vectors, bool more = false>
 void multiply_rows(int rows, const float* a, int64_t lda, const float* panel, int64_t k, Vec* acc) {
   static_assert(block_rows <= 6, "add a case");
   switch (rows) {
-    case 1: return multiply_block<1, vectors, more>(a, lda, panel, k, acc);
-    case 2: return multiply_block<2, vectors, more>(a, lda, panel, k, acc);
-    case 3: return multiply_block<3, vectors, more>(a, lda, panel, k, acc);
+    case 1:
+      return multiply_block<1, vectors, more>(a, lda, panel, k, acc);
+    case 2:
+      return multiply_block<2, vectors, more>(a, lda, panel, k, acc);
+    case 3:
+      return multiply_block<3, vectors, more>(a, lda, panel, k, acc);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 4: return multiply_block<4, vectors, more>(a, lda, panel, k, acc);
-    case 5: return multiply_block<5, vectors, more>(a, lda, panel, k, acc);
-    case 6: return multiply_block<6, vectors, more>(a, lda, panel, k, acc);
+    case 4:
+      return multiply_block<4, vectors, more>(a, lda, panel, k, acc);
+    case 5:
+      return multiply_block<5, vectors, more>(a, lda, panel, k, acc);
+    case 6:
+      return multiply_block<6, vectors, more>(a, lda, panel, k, acc);
 #endif
   }
 }
 
 // done(row, sums) for each of n rows of a, with sums[v] the vectors of the row's product with panel p; a null a is all zeros.
 template <class Done>
-STABLE_RNN_INLINE void multiply(const float* a, int64_t lda, int64_t n, const Panels& panels, int64_t p, const Done& done) {
+STABLE_RNN_INLINE void multiply(const float* a, int64_t lda, int64_t n, const Panels& panels, int64_t p,
+                                const Done& done) {
   const int size = panels.size(p);
   const float* panel = panels.at(p);
   const int64_t blocks = ceil_div(n, block_rows);
@@ -155,5 +162,5 @@ STABLE_RNN_INLINE void multiply(const float* a, int64_t lda, int64_t n, const Pa
   }
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

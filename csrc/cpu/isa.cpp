@@ -39,7 +39,7 @@ struct Choice {
 };
 Choice choice;
 
-}  // namespace
+}   // namespace
 
 Isa isa() { return choice.isa; }
 const char* isa_name() { return names[static_cast<int>(choice.isa)]; }
@@ -48,4 +48,4 @@ const char* isa_problem() {
   return choice.known ? nullptr : "STABLE_RNN_ISA must be plain, avx2 or avx512, and one that this machine can run";
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

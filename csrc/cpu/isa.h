@@ -16,23 +16,31 @@ namespace stable_rnn {
 
 enum class Isa { plain, avx2, avx512 };
 
-Isa isa();                         // the best of this machine, or what STABLE_RNN_ISA or set_isa asked for
+Isa isa();   // the best of this machine, or what STABLE_RNN_ISA or set_isa asked for
 const char* isa_name();
-bool set_isa(const char* name);    // false where the name is unknown or the machine cannot run it
-const char* isa_problem();         // null, or what is wrong with STABLE_RNN_ISA
+bool set_isa(const char* name);   // false where the name is unknown or the machine cannot run it
+const char* isa_problem();        // null, or what is wrong with STABLE_RNN_ISA
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
 
 // STABLE_RNN_DISPATCH(f(x)) calls plain::f(x), avx2::f(x) or avx512::f(x).
 // STABLE_RNN_EACH_ISA(int f(int);) declares f in each of these namespaces.
 #if STABLE_RNN_X86
-#define STABLE_RNN_DISPATCH(call) \
-  (isa() == Isa::avx512 ? avx512::call : isa() == Isa::avx2 ? avx2::call : plain::call)
-#define STABLE_RNN_EACH_ISA(...)     \
-  namespace plain { __VA_ARGS__ }    \
-  namespace avx2 { __VA_ARGS__ }     \
-  namespace avx512 { __VA_ARGS__ }
+#define STABLE_RNN_DISPATCH(call) (isa() == Isa::avx512 ? avx512::call : isa() == Isa::avx2 ? avx2::call : plain::call)
+#define STABLE_RNN_EACH_ISA(...) \
+  namespace plain {              \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx2 {               \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__                    \
+  }
 #else
 #define STABLE_RNN_DISPATCH(call) (plain::call)
-#define STABLE_RNN_EACH_ISA(...) namespace plain { __VA_ARGS__ }
+#define STABLE_RNN_EACH_ISA(...) \
+  namespace plain {              \
+  __VA_ARGS__                    \
+  }
 #endif

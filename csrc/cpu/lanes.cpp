@@ -12,9 +12,11 @@ std::vector<int64_t> longest_first(const Lanes& lanes, int64_t first, int64_t la
     if (run.steps > 0) found.emplace_back(-(run.stages + run.steps), entry);
   }
   const auto longer = [](const auto& a, const auto& b) { return a.first < b.first; };
-  if (!std::is_sorted(found.begin(), found.end(), longer)) {   // most lanes are as long as the longest: sort the others only
+  if (!std::is_sorted(found.begin(), found.end(),
+                      longer)) {   // most lanes are as long as the longest: sort the others only
     const int64_t best = std::min_element(found.begin(), found.end(), longer)->first;
-    const auto others = std::stable_partition(found.begin(), found.end(), [&](const auto& x) { return x.first == best; });
+    const auto others =
+        std::stable_partition(found.begin(), found.end(), [&](const auto& x) { return x.first == best; });
     std::stable_sort(others, found.end(), longer);
   }
   std::vector<int64_t> entries(found.size());
@@ -22,4 +24,4 @@ std::vector<int64_t> longest_first(const Lanes& lanes, int64_t first, int64_t la
   return entries;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

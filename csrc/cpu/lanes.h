@@ -11,4 +11,4 @@ namespace stable_rnn {
 using RunOf = Run (*)(const Lanes&, int64_t entry, bool from_init);
 std::vector<int64_t> longest_first(const Lanes& lanes, int64_t first, int64_t last, RunOf run_of, bool from_init);
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

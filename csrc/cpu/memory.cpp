@@ -17,4 +17,4 @@ void prefer_huge_pages(void* start, int64_t bytes) {
 #endif
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -8,4 +8,4 @@ namespace stable_rnn {
 // Asks the system for huge pages under memory that nobody has written yet. A hint: small ranges, and systems other than Linux, ignore it.
 void prefer_huge_pages(void* start, int64_t bytes);
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -18,9 +18,9 @@ namespace STABLE_RNN_NS {
 struct Team {
   int rank = 0, size = 1;
   Barrier* barrier = nullptr;
-  uint32_t round = 0;          // barriers that this thread has passed,
-  int64_t all = 0;             // arrivals in them,
-  int parted = 0;              // and partings among them
+  uint32_t round = 0;   // barriers that this thread has passed,
+  int64_t all = 0;      // arrivals in them,
+  int parted = 0;       // and partings among them
 
   // The last to arrive opens the round for the others, which spin for a few microseconds and then wait in a manner that leaves the
   // core to somebody else. `even`: all had about the same to do. A thread may not come back from here: it has left the body.
@@ -71,8 +71,7 @@ void parallel(int threads, bool judged, const Body& body) {
         team.size = omp_get_num_threads();
         team.barrier = &barrier;
         body(team);
-      } catch (const Left&) {
-      }
+      } catch (const Left&) {}
     }
     barrier.finish(threads);
     return;
@@ -89,5 +88,5 @@ struct Counter {
   int64_t next() { return __atomic_fetch_add(&value, 1, __ATOMIC_RELAXED); }
 };
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

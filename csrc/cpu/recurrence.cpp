@@ -40,7 +40,7 @@ void copy_row(void* to, const void* from, int64_t b, int64_t bytes) {
 
 int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : lanes_per_row(lanes) * lanes.batch; }
 
-}  // namespace
+}   // namespace
 
 const char* recurrence_forward_cpu(const ForwardParams& p) {
   if (const char* problem = check_recurrence(p)) return problem;
@@ -87,4 +87,4 @@ const char* cell_step_cpu(const CellStepParams& p) {
   return p.hidden == 0 || p.batch == 0 ? nullptr : STABLE_RNN_DISPATCH(cell_step(p));
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

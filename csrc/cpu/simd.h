@@ -165,5 +165,5 @@ STABLE_RNN_INLINE void transpose(Vec* x) {
   if constexpr (s > 1) transpose<s / 2>(x);
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

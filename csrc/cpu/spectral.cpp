@@ -12,4 +12,4 @@ const char* spectral_step_cpu(const SpectralParams& p) {
   return STABLE_RNN_DISPATCH(spectral_step(p));
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -19,15 +19,16 @@ struct Tiling {
 
   // `weights`: their number, which is also the multiply-adds of a lane's step.
   Tiling(int wanted, int64_t lanes, int64_t steps, int64_t hidden, int64_t weights) : threads(wanted < 1 ? 1 : wanted) {
-    constexpr int64_t worth_a_start = 100000;      // multiply-adds in all that pay for waking a thread
-    constexpr int64_t worth_a_thread = 16000;      // of a step, against the wait for the others
-    constexpr int64_t cached = 65536;              // weights that stay in the cache of a core beside a tile
+    constexpr int64_t worth_a_start = 100000;   // multiply-adds in all that pay for waking a thread
+    constexpr int64_t worth_a_thread = 16000;   // of a step, against the wait for the others
+    constexpr int64_t cached = 65536;           // weights that stay in the cache of a core beside a tile
     constexpr int64_t most_rows = 16 * block_rows;
     const double useful_starts = double(lanes) * double(steps) * double(weights) / worth_a_start;
     if (useful_starts < threads) threads = useful_starts < 1 ? 1 : int(useful_starts);
     const int64_t vectors = ceil_div(hidden, width), turns = ceil_div(vectors, threads);
     const bool even = 5 * vectors >= 4 * turns * threads;   // of units, over the threads
-    const int64_t own_rows = weights > cached && even ? 8 * block_rows : block_rows / 2;   // that make a thread's own tile worthwhile
+    const int64_t own_rows =
+        weights > cached && even ? 8 * block_rows : block_rows / 2;   // that make a thread's own tile worthwhile
     together = lanes < own_rows * threads;
     if (together) {
       const int64_t useful = lanes * weights / worth_a_thread;
@@ -36,7 +37,8 @@ struct Tiling {
       threads = uncrowded(threads);
       together = threads > 1;
     }
-    const int64_t share = together ? lanes : ceil_div(lanes, threads);   // evenly: no thread waits long for the last tile
+    const int64_t share =
+        together ? lanes : ceil_div(lanes, threads);   // evenly: no thread waits long for the last tile
     rows = share ? ceil_div(share, ceil_div(share, most_rows)) : 1;
     count = ceil_div(lanes, rows);
   }
@@ -96,8 +98,11 @@ STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_
 
 // run(team, first, n, slot) for each tile of lanes [first, first + n), with slot < tiling.teams() naming its memory.
 template <class RunTile>
-STABLE_RNN_INLINE void for_each_tile(Team& team, const Tiling& tiling, int64_t lanes, Counter& counter, const RunTile& run) {
-  const auto rows = [&](int64_t tile) { return lanes - tile * tiling.rows < tiling.rows ? lanes - tile * tiling.rows : tiling.rows; };
+STABLE_RNN_INLINE void for_each_tile(Team& team, const Tiling& tiling, int64_t lanes, Counter& counter,
+                                     const RunTile& run) {
+  const auto rows = [&](int64_t tile) {
+    return lanes - tile * tiling.rows < tiling.rows ? lanes - tile * tiling.rows : tiling.rows;
+  };
   if (tiling.together)
     for (int64_t tile = 0; tile < tiling.count; ++tile) run(team, tile * tiling.rows, rows(tile), 0);
   else
@@ -107,5 +112,5 @@ STABLE_RNN_INLINE void for_each_tile(Team& team, const Tiling& tiling, int64_t l
     }
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -38,12 +38,13 @@ __device__ __forceinline__ Approximate select_le(Approximate a, Approximate b, A
   return a.x <= b.x ? yes : no;
 }
 constexpr float log2_e = 1.44269504f;
-__device__ __forceinline__ Fraction<Approximate> sigmoid(Approximate z) {              // 1 / (1 + e^-z); 1 / infinity is 0
+__device__ __forceinline__ Fraction<Approximate> sigmoid(Approximate z) {   // 1 / (1 + e^-z); 1 / infinity is 0
   return {1.f, 1.f + power_of_2(-log2_e * z.x)};
 }
-__device__ __forceinline__ Fraction<Approximate> hyperbolic_tangent(Approximate z) {   // from e^-2|z|, which does not overflow
+__device__ __forceinline__ Fraction<Approximate> hyperbolic_tangent(
+    Approximate z) {   // from e^-2|z|, which does not overflow
   const float e = power_of_2(-2 * log2_e * std::fabs(z.x));
   return {std::copysign(1.f - e, z.x), 1.f + e};
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

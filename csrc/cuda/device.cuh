@@ -44,10 +44,13 @@ struct Half {
     const uint32_t sign = u >> 16 & 0x8000;
     u &= 0x7fffffff;
     std::memcpy(&value, &u, 4);
-    const float shifted = value + 0.5f;               // rounds to a multiple of 2^-24, the smallest step of the type
+    const float shifted = value + 0.5f;   // rounds to a multiple of 2^-24, the smallest step of the type
     std::memcpy(&sum, &shifted, 4);
     const uint32_t small = sum - 0x3f000000, normal = ((u + 0xfff + (u >> 13 & 1)) >> 13) - (112 << 10);
-    bits = static_cast<uint16_t>(value != value ? 0x7fff : sign | (u >= 0x477ff000 ? 0x7c00 : u < 0x38800000 ? small : normal));
+    bits = static_cast<uint16_t>(value != value ? 0x7fff
+                                                : sign | (u >= 0x477ff000  ? 0x7c00
+                                                          : u < 0x38800000 ? small
+                                                                           : normal));
 #endif
   }
   STABLE_RNN_HD operator float() const {
@@ -83,7 +86,7 @@ struct Grid {
 // Null, or why no kernel can run here: no driver, or one too old for the runtime that is linked in (both versions are named).
 const char* cuda_driver_problem();
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
 
 #ifdef STABLE_RNN_EXECUTOR
 #include "executor.h"
@@ -123,7 +126,7 @@ __device__ __forceinline__ T shuffle(T value, int source_lane) {   // 0 <= sourc
 }
 
 template <class T>
-__device__ __forceinline__ T shuffle_xor(T value, int mask) {      // from lane ^ mask
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {   // from lane ^ mask
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "32-bit and 64-bit values");
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
@@ -133,9 +136,9 @@ __device__ __forceinline__ T shuffle_xor(T value, int mask) {      // from lane 
 //   16-bit, two to a register:       a = A[g][2t..], A[g+8][2t..], A[g][2t+8..], A[g+8][2t+8..];   b = B[2t..][g], B[2t+8..][g]
 //   TF32:                            a = A[g][t],    A[g+8][t],    A[g][t+4],    A[g+8][t+4];      b = B[t][g],    B[t+4][g]
 
-#define STABLE_RNN_MMA(shape, types)                                                                                                \
-  asm("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                                              \
+#define STABLE_RNN_MMA(shape, types)                                                                               \
+  asm("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                             \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16Tag) {
@@ -149,7 +152,8 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
 }
 #undef STABLE_RNN_MMA
 
-__device__ __forceinline__ uint32_t to_tf32(float value) {   // the nearest with 10 bits of mantissa, ties away from zero
+__device__ __forceinline__ uint32_t
+to_tf32(float value) {   // the nearest with 10 bits of mantissa, ties away from zero
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
@@ -164,8 +168,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int pending>
@@ -190,15 +193,20 @@ __device__ __forceinline__ int cluster_size() {
 #endif
   return size;
 }
-__device__ __forceinline__ void cluster_arrive() { STABLE_RNN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { STABLE_RNN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  STABLE_RNN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  STABLE_RNN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
 
 template <class T>
-__device__ __forceinline__ T* cluster_map(T* shared, int rank) {   // the same place in the shared memory of block `rank` of the cluster
+__device__ __forceinline__ T* cluster_map(
+    T* shared, int rank) {   // the same place in the shared memory of block `rank` of the cluster
   T* there = shared;
   STABLE_RNN_CLUSTER_ASM("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
   return there;
@@ -221,12 +229,13 @@ __device__ __forceinline__ T load_l2(const T* global) {   // T of 4, 8 or 16 byt
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "4, 8 or 16 bytes");
   constexpr int words = sizeof(T) / 4;
   uint32_t r[words];
-  if constexpr (words == 1)
-    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r[0]) : "l"(global));
+  if constexpr (words == 1) asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r[0]) : "l"(global));
   else if constexpr (words == 2)
     asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(global));
   else
-    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(global));
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "l"(global));
   T value;
   memcpy(&value, r, sizeof(T));
   return value;
@@ -238,12 +247,12 @@ __device__ __forceinline__ void store_l2(T* global, T value) {
   constexpr int words = sizeof(T) / 4;
   uint32_t r[words];
   memcpy(r, &value, sizeof(T));
-  if constexpr (words == 1)
-    asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(global), "r"(r[0]) : "memory");
+  if constexpr (words == 1) asm volatile("st.global.cg.u32 [%0], %1;" ::"l"(global), "r"(r[0]) : "memory");
   else if constexpr (words == 2)
     asm volatile("st.global.cg.v2.u32 [%0], {%1,%2};" ::"l"(global), "r"(r[0]), "r"(r[1]) : "memory");
   else
-    asm volatile("st.global.cg.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(global), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+    asm volatile("st.global.cg.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(global), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 #undef STABLE_RNN_CLUSTER_ASM
 
@@ -261,7 +270,8 @@ template <class Params>
 const char* launch(void (*kernel)(Params), const Grid& grid, const Params& params) {
   const void* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
-  if (grid.shared_bytes > 48 * 1024) {   // always the most that there is: threads that launch the same kernel may not lower each other's
+  if (grid.shared_bytes >
+      48 * 1024) {   // always the most that there is: threads that launch the same kernel may not lower each other's
     int device, most;
     error = cudaGetDevice(&device);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -306,5 +316,5 @@ const char* with_device(int device, const Body& body) {
   return problem ? problem : restored;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
 #endif

@@ -20,7 +20,8 @@ int largest_cluster(int arch, int64_t shared_bytes) {
   config.blockDim = dim3(32);
   config.dynamicSmemBytes = shared_bytes;
   int size = 0;
-  if (cuda_message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))) ||
+  if (cuda_message(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))) ||
       cuda_message(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) ||
       cuda_message(cudaOccupancyMaxPotentialClusterSize(&size, kernel, &config)))
     return 1;
@@ -29,20 +30,24 @@ int largest_cluster(int arch, int64_t shared_bytes) {
 
 const char* query(int device, CudaLimits* limits) {
   int major, sms, shared_bytes;
-  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))) return problem;
-  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device))) return problem;
-  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
+  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)))
+    return problem;
+  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device)))
+    return problem;
+  if (const char* problem =
+          cuda_message(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)))
     return problem;
   *limits = {major * 10, sms, shared_bytes, 1};
   return with_device(device, [&]() -> const char* {
     cudaFuncAttributes attributes;   // an error where nothing was compiled for this device
-    if (const char* problem = cuda_message(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe)))) return problem;
+    if (const char* problem = cuda_message(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&probe))))
+      return problem;
     limits->max_cluster = largest_cluster(limits->arch, limits->shared_bytes);
     return nullptr;
   });
 }
 
-}  // namespace
+}   // namespace
 
 const char* cuda_driver_problem() {
   static const struct Problem {
@@ -50,13 +55,15 @@ const char* cuda_driver_problem() {
     Problem() {
       int driver = 0, devices = 0;
       if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        std::snprintf(text, sizeof text, "no NVIDIA driver was found (the kernels are built with CUDA %d.%d)", CUDART_VERSION / 1000,
-                      CUDART_VERSION % 1000 / 10);
+        std::snprintf(text, sizeof text, "no NVIDIA driver was found (the kernels are built with CUDA %d.%d)",
+                      CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
       else if (driver / 1000 < CUDART_VERSION / 1000)
-        std::snprintf(text, sizeof text, "the NVIDIA driver is too old: it supports CUDA %d.%d, the kernels are built with CUDA %d.%d",
+        std::snprintf(text, sizeof text,
+                      "the NVIDIA driver is too old: it supports CUDA %d.%d, the kernels are built with CUDA %d.%d",
                       driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
       else if (const char* problem = cuda_message(cudaGetDeviceCount(&devices)))
-        std::snprintf(text, sizeof text, "no CUDA device can be used (driver for CUDA %d.%d, kernels built with CUDA %d.%d): %s",
+        std::snprintf(text, sizeof text,
+                      "no CUDA device can be used (driver for CUDA %d.%d, kernels built with CUDA %d.%d): %s",
                       driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10, problem);
     }
   } problem;
@@ -80,5 +87,5 @@ const char* cuda_limits(int device, CudaLimits* limits) {
   return nullptr;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
 #endif

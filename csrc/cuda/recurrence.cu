@@ -27,8 +27,12 @@ void hand_through(const BackwardParams& p, PrepareParams& q) {
   q.h_from = p.dh_n, q.h_to = p.dh0;
   if (has_cell(p.cell)) q.c_from = p.dc_n, q.c_to = p.dc0;
 }
-template <int dtype> const char* launch_recurrence(const ForwardLaunch& q, const Grid& grid) { return launch_forward<dtype>(q, grid); }
-template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, const Grid& grid) { return launch_backward<dtype>(q, grid); }
+template <int dtype> const char* launch_recurrence(const ForwardLaunch& q, const Grid& grid) {
+  return launch_forward<dtype>(q, grid);
+}
+template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, const Grid& grid) {
+  return launch_backward<dtype>(q, grid);
+}
 
 template <int dtype, class Params>
 const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const CudaLaunch& at) {
@@ -60,8 +64,9 @@ const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const 
 
   const bool grid = plan.blocks > 1 && plan.cluster == 1;
   const Meeting meeting{workspace + parts.inboxes, reinterpret_cast<unsigned*>(workspace + parts.flags)};
-  return launch_recurrence<dtype>(RecurrenceLaunch<Params>{p, g, meeting, q.packed, entries},
-                                  Grid{plan.teams * plan.blocks, 32 * plan.warps, plan.cluster, g.shared_bytes, grid, at.stream});
+  return launch_recurrence<dtype>(
+      RecurrenceLaunch<Params>{p, g, meeting, q.packed, entries},
+      Grid{plan.teams * plan.blocks, 32 * plan.warps, plan.cluster, g.shared_bytes, grid, at.stream});
 }
 
 template <class Params>
@@ -71,10 +76,14 @@ const char* run(bool backward, const Params& p, const CudaPlan& plan, const Cuda
   if (p.hidden == 0) return nullptr;
   return with_device(at.device, [&]() -> const char* {
     switch (p.dtype) {
-      case F32: return enqueue<F32>(backward, p, plan, at);
-      case BF16: return enqueue<BF16>(backward, p, plan, at);
-      case F16: return enqueue<F16>(backward, p, plan, at);
-      default: return enqueue<TF32>(backward, p, plan, at);
+      case F32:
+        return enqueue<F32>(backward, p, plan, at);
+      case BF16:
+        return enqueue<BF16>(backward, p, plan, at);
+      case F16:
+        return enqueue<F16>(backward, p, plan, at);
+      default:
+        return enqueue<TF32>(backward, p, plan, at);
     }
   });
 }
@@ -84,10 +93,11 @@ const char* plan_and_run(bool backward, const Params& p, const CudaLaunch& at) {
   CudaLimits limits;
   if (const char* problem = check(p)) return problem;
   if (const char* problem = cuda_limits(at.device, &limits)) return problem;
-  return run(backward, p, recurrence_plan_cuda(backward, p.cell, p.dtype, p.hidden, p.out, entries_of(p.lanes), limits), at);
+  return run(backward, p, recurrence_plan_cuda(backward, p.cell, p.dtype, p.hidden, p.out, entries_of(p.lanes), limits),
+             at);
 }
 
-}  // namespace
+}   // namespace
 
 const char* recurrence_forward_planned(const ForwardParams& p, const CudaPlan& plan, const CudaLaunch& at) {
   return run(false, p, plan, at);
@@ -96,6 +106,8 @@ const char* recurrence_backward_planned(const BackwardParams& p, const CudaPlan&
   return run(true, p, plan, at);
 }
 const char* recurrence_forward_cuda(const ForwardParams& p, const CudaLaunch& at) { return plan_and_run(false, p, at); }
-const char* recurrence_backward_cuda(const BackwardParams& p, const CudaLaunch& at) { return plan_and_run(true, p, at); }
+const char* recurrence_backward_cuda(const BackwardParams& p, const CudaLaunch& at) {
+  return plan_and_run(true, p, at);
+}
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

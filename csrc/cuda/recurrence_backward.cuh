@@ -22,15 +22,17 @@ struct BackwardWarp {
   using Real = typename A::Real;
   static constexpr WarpLayout layout = warp_layout<Cell>(true);
   static constexpr int gates = Cell::gates, warps = layout.warps, group_units = layout.units;
-  static constexpr int cells = 4 * octets / warps, lanes = 8 * octets / warps;   // of a thread, and of a warp, once the sums have moved
+  static constexpr int cells = 4 * octets / warps,
+                       lanes = 8 * octets / warps;   // of a thread, and of a warp, once the sums have moved
   static constexpr int pitch_of_sums = 9, sums_of_octet = 16 * pitch_of_sums;
   static constexpr int gate_bytes = group_units * A::shape.element, row_bytes = gates * gate_bytes;
 
   const BackwardParams& p;
   const Geometry& geometry;
   const TileLanes& tile;
-  const int H, part, lane, unit;   // part: of the sums; lane, unit: the thread's first cell, then lanes lane + 2, lane + 4, ...
-  const float cap;                 // as what was saved was rounded
+  const int H, part, lane,
+      unit;          // part: of the sums; lane, unit: the thread's first cell, then lanes lane + 2, lane + 4, ...
+  const float cap;   // as what was saved was rounded
   float sums[1][octets][4];
   float carry[cells], dz[cells][gates];
   float dc[cells], c[cells];
@@ -39,14 +41,15 @@ struct BackwardWarp {
   Storage y_prev[cells];
   float kept_carry[cells];   // what h_before adds to the next carry
 
-  __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
+  __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile,
+                                          int rank)
       : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)), part(thread_index() / 32 % warps),
         lane(group() / geometry.groups * (8 * octets) + part * lanes + thread_index() % 32 / 16),
         unit(rank * geometry.units + group() % geometry.groups * group_units + thread_index() % 16),
         cap(Storage(p.cap)) {}
 
   __device__ __forceinline__ static int group() { return thread_index() / 32 / warps; }
-  __device__ __forceinline__ int first_lane() const { return lane - thread_index() % 32 / 16; }         // of the warp's cells
+  __device__ __forceinline__ int first_lane() const { return lane - thread_index() % 32 / 16; }   // of the warp's cells
   __device__ __forceinline__ int first_of_product() const { return first_lane() - part * lanes; }
   __device__ __forceinline__ char* outbox() const {
     return shared_memory() + geometry.outbox + thread_index() / 32 * geometry.outbox_of_warp;
@@ -91,7 +94,8 @@ struct BackwardWarp {
         if (s + 1 == span.steps && tile.runs[lane].last) {   // the row's first time
           const int64_t first = tile.runs[lane].b * H + unit;
           if constexpr (Cell::h_before) y_prev[j] = p.h0 ? static_cast<const Storage*>(p.h0)[first] : Storage(0.f);
-          if constexpr (Cell::has_cell) c_prev[j] = p.c0 ? static_cast<float>(static_cast<const Storage*>(p.c0)[first]) : 0.f;
+          if constexpr (Cell::has_cell)
+            c_prev[j] = p.c0 ? static_cast<float>(static_cast<const Storage*>(p.c0)[first]) : 0.f;
         } else {
           const int64_t before = row(span, s + 1) * H + unit;
           if constexpr (Cell::h_before) y_prev[j] = static_cast<const Storage*>(p.y)[before];
@@ -109,7 +113,8 @@ struct BackwardWarp {
   }
 
   __device__ __forceinline__ float* sums_of(int part, int octet) const {
-    return reinterpret_cast<float*>(shared_memory() + geometry.sums) + ((group() * warps + part) * octets + octet) * sums_of_octet;
+    return reinterpret_cast<float*>(shared_memory() + geometry.sums) +
+           ((group() * warps + part) * octets + octet) * sums_of_octet;
   }
 
   // The sums go to the threads that have their cells.
@@ -177,7 +182,9 @@ struct BackwardWarp {
     constexpr int quads = gate_bytes / 16;
     team.template send<lanes, gates * quads>(outbox(), [&](int row, int quad) {
       const int column = (unit - thread_index() % 16) * A::shape.element + quad % quads * 16;
-      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + quad / quads * geometry.segment + column : -1;
+      return column < geometry.segment
+                 ? (first_lane() + row) * geometry.pitch + quad / quads * geometry.segment + column
+                 : -1;
     });
   }
 
@@ -195,7 +202,8 @@ struct BackwardWarp {
 };
 
 template <int dtype, class Cell, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octets, held), 1) recurrence_backward(const BackwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octets, held), 1)
+    recurrence_backward(const BackwardLaunch q) {
   using Warp = BackwardWarp<dtype, Cell, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
@@ -249,7 +257,8 @@ const char* launch_backward_of(const BackwardLaunch& q, const Grid& grid) {
 
 template <int dtype>
 const char* launch_backward(const BackwardLaunch& q, const Grid& grid) {
-  return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_backward_of<dtype, decltype(cell)>(q, grid); });
+  return dispatch_cell(q.p.cell, q.p.cap,
+                       [&](auto cell) { return launch_backward_of<dtype, decltype(cell)>(q, grid); });
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -40,7 +40,7 @@ struct ForwardWarp {
   using Real = typename A::Real;
   static constexpr WarpLayout layout = warp_layout<Cell>(false);
   static constexpr int gates = Cell::gates, rows = layout.blocks, group_units = layout.units, cells = group_units / 4;
-  static constexpr int sums_of_gate = 4 * rows / gates;   // of a thread, for each 8 lanes
+  static constexpr int sums_of_gate = 4 * rows / gates;              // of a thread, for each 8 lanes
   static constexpr int row_bytes = group_units * A::shape.element;   // of a lane in the outbox
 
   const ForwardParams& p;
@@ -53,7 +53,8 @@ struct ForwardWarp {
   Storage h[octets][cells];
   float more[octets][cells][Cell::saved > gates ? Cell::saved - gates : 1];   // of what is saved, see saved()
 
-  __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile, int rank)
+  __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile,
+                                         int rank)
       : p(p), geometry(geometry), tile(tile), H(static_cast<int>(p.hidden)),
         lane(thread_index() / 32 / geometry.groups * (8 * octets) + 2 * t()),
         unit(rank * geometry.units + thread_index() / 32 % geometry.groups * group_units + g()) {}
@@ -79,7 +80,9 @@ struct ForwardWarp {
     const int at = gate * sums_of_gate;
     return sums[at / 4][n][at % 4 + e];
   }
-  __device__ __forceinline__ float& saved(int i, int n, int e) { return i < gates ? sum(i, n, e) : more[n][e][i - gates]; }
+  __device__ __forceinline__ float& saved(int i, int n, int e) {
+    return i < gates ? sum(i, n, e) : more[n][e][i - gates];
+  }
 
   __device__ __forceinline__ void start() {
     each([&](int n, int e, int lane, int unit) {
@@ -138,7 +141,8 @@ struct ForwardWarp {
       if constexpr (Cell::has_cell) c[n][e] = number(step.c);
       const float value = number(step.h);
       h[n][e] = Storage(value);
-      put_element<A>(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element, unit < H ? value : 0.f);   // zero, never NaN
+      put_element<A>(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element,
+                     unit < H ? value : 0.f);   // zero, never NaN
     });
   }
 
@@ -194,21 +198,23 @@ struct ForwardWarp {
 
 // Every block fills its own copy of the tile's first state, [N][pitch].
 template <class A>
-__device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLanes& tile, char* state, int pitch, int first_unit,
-                                           int units) {
+__device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLanes& tile, char* state, int pitch,
+                                           int first_unit, int units) {
   const int H = static_cast<int>(p.hidden);
   for (int n = thread_index() / 32; n < tile.n; n += thread_count() / 32) {
     const Run& run = tile.runs[n];
     for (int k = thread_index() % 32; k < H; k += 32) {
       const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, H, k) : 0.f;
       put_element<A>(state + n * pitch + k * A::shape.element, h);
-      if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units) p.h_start[run.id * H + k] = h;
+      if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units)
+        p.h_start[run.id * H + k] = h;
     }
   }
 }
 
 template <int dtype, class Cell, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octets, held), 1) recurrence_forward(const ForwardLaunch q) {
+__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octets, held), 1)
+    recurrence_forward(const ForwardLaunch q) {
   using Warp = ForwardWarp<dtype, Cell, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
@@ -265,4 +271,4 @@ const char* launch_forward(const ForwardLaunch& q, const Grid& grid) {
   return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_forward_of<dtype, decltype(cell)>(q, grid); });
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -36,4 +36,4 @@ const char* recurrence_backward_planned(const BackwardParams&, const CudaPlan&, 
 template <int dtype> const char* launch_forward(const ForwardLaunch&, const Grid&);
 template <int dtype> const char* launch_backward(const BackwardLaunch&, const Grid&);
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -41,4 +41,4 @@ constexpr int most_warps(WarpLayout layout, int octets, bool held) {
   return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? (layout.blocks > 2 ? 8 : 12) : 16;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

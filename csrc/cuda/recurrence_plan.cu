@@ -14,17 +14,19 @@ double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, con
   constexpr double l2 = 20, shared = 128;   // bytes a clock, of one SM where all read
   const WarpLayout layout = warp_layout(backward, cell);
   const bool tensor = dtype != F32;
-  const double element = product_shape(dtype).element, quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
+  const double element = product_shape(dtype).element,
+               quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
   const double rows = layout.blocks, cells = double(plan.lanes) * plan.units;
   const double chunks = double(plan.warps) * g.chunks;   // of all warps
 
-  double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);             // latency of one chain of sums
-  product = larger(product, chunks * rows * g.octets * 4);           // arithmetic
+  double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);     // latency of one chain of sums
+  product = larger(product, chunks * rows * g.octets * 4);   // arithmetic
   const double weights = chunks * rows * 2 * quads, states = chunks * g.octets * (tensor ? 512 : 256);
   product = larger(product, (states + (plan.place == in_shared ? weights : 0)) / shared);
   if (plan.place == in_l2) product = larger(product, weights / l2);
 
-  const double gates = 250 + cells * (layout.gates > 1 ? 0.5 : 0.25) + (layout.warps > 1 ? 100 + cells * 8 * layout.warps / shared : 0);
+  const double gates =
+      250 + cells * (layout.gates > 1 ? 0.5 : 0.25) + (layout.warps > 1 ? 100 + cells * 8 * layout.warps / shared : 0);
   const double sent = cells * element * layout.parts;
   const double meeting = plan.blocks == 1   ? 60
                          : plan.cluster > 1 ? 450 + 40 * plan.blocks + sent * plan.blocks / l2
@@ -66,7 +68,8 @@ struct Search : Problem {
     Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
-    const bool grid = blocks > 1 && cluster == 1;   // all its blocks have to run at the same time; other small ones share an SM
+    const bool grid =
+        blocks > 1 && cluster == 1;   // all its blocks have to run at the same time; other small ones share an SM
     const int64_t tiles = ceil_div(entries, plan.lanes), fit = grid ? sms / blocks : clusters(blocks);
     const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, plan, g);
     if (best.blocks && clocks >= least) return;
@@ -83,14 +86,16 @@ struct Search : Problem {
   void each_tile(int blocks, int cluster, int units) {
     for (int octets = 1; octets <= 8; octets *= 2)
       for (int lane_groups = 1; lane_groups <= 8; lane_groups *= 2)
-        for (int place = in_registers; place <= in_l2; ++place) consider(blocks, cluster, units, octets, lane_groups, place);
+        for (int place = in_registers; place <= in_l2; ++place)
+          consider(blocks, cluster, units, octets, lane_groups, place);
   }
 
   CudaPlan run() {
     const int step = layout.units;
     for (int blocks = 1; blocks <= max_cluster && blocks <= sms; blocks *= 2) {
       const int64_t units = round_up(ceil_div(hidden, blocks), step);
-      if ((blocks - 1) * units < hidden) each_tile(blocks, blocks, static_cast<int>(units));   // no block without a unit
+      if ((blocks - 1) * units < hidden)
+        each_tile(blocks, blocks, static_cast<int>(units));   // no block without a unit
     }
     for (int units = step; units <= 16 * step; units += step) {
       const int64_t blocks = ceil_div(hidden, units);
@@ -122,7 +127,7 @@ CudaPlan refuse(const char* message) {
   return plan;
 }
 
-}  // namespace
+}   // namespace
 
 Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan) {
   const ProductShape shape = product_shape(dtype);
@@ -172,16 +177,19 @@ WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g) {
   return parts;
 }
 
-CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits& limits) {
+CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                              const CudaLimits& limits) {
   if (!is_cell(cell)) return refuse(unknown_cell);
   if (dtype < F32 || dtype > TF32) return refuse("dtype must be 0 (float32), 1 (bfloat16), 2 (float16) or 3 (TF32)");
   if (limits.arch < 80) return refuse("the CUDA kernels need compute capability 8.0 or later");
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
   if (hidden < 0) return refuse("hidden must not be negative");
   if (hidden == 0) return CudaPlan{};
-  const CudaPlan plan = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster, limits.shared_bytes, hidden,
-                                       entries < 1 ? 1 : entries});
-  return plan.blocks ? plan : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
+  const CudaPlan plan = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
+                                       limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
+  return plan.blocks
+             ? plan
+             : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

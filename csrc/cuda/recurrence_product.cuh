@@ -21,9 +21,9 @@ struct alignas(16) Quad {
 
 // What memory layouts need to know of an arithmetic; sizes in bytes.
 struct ProductShape {
-  int element;     // of weights and states
+  int element;   // of weights and states
   int chunk;
-  int pitch_unit;  // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks
+  int pitch_unit;   // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks
   int fragments;   // Quads of weights that a warp reads at once; two such reads are 16 rows of a chunk
 };
 
@@ -33,7 +33,9 @@ constexpr ProductShape product_shape(int dtype) {
 
 template <class Tag>
 struct TensorProduct {
-  struct States { Quad lane; };
+  struct States {
+    Quad lane;
+  };
   static __device__ __forceinline__ int fragment(int lane) { return lane; }
   static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane / 4 * pitch + lane % 4 * 16; }
   static __device__ __forceinline__ States states(const char* at, int) { return {*reinterpret_cast<const Quad*>(at)}; }
@@ -51,7 +53,9 @@ struct TensorProduct {
 };
 
 struct ScalarProduct {
-  struct States { Quad lanes[2]; };
+  struct States {
+    Quad lanes[2];
+  };
   static __device__ __forceinline__ int fragment(int lane) { return lane / 4; }
   static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane % 4 * 2 * pitch; }
   static __device__ __forceinline__ States states(const char* at, int pitch) {
@@ -66,7 +70,8 @@ struct ScalarProduct {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[e] = fma(as_float(weights[e / 2].word[k]), as_float(s.lanes[e % 2].word[k]), sums[e]);
+      for (int e = 0; e < 4; ++e)
+        sums[e] = fma(as_float(weights[e / 2].word[k]), as_float(s.lanes[e % 2].word[k]), sums[e]);
   }
   static __device__ __forceinline__ int row_of(int j, int f, int) { return f + 8 * j; }
   static __device__ __forceinline__ int word_of(int, int, int w) { return w; }
@@ -128,8 +133,8 @@ struct HeldWeights {
 
 // `states`: where the thread's first lane begins. A chunk's states are read while the one before is multiplied.
 template <class A, int rows>
-__device__ __forceinline__ void product(float (&sums)[rows][1][4], const HeldWeights<A, rows>& weights, int chunks, const char* states,
-                                        int pitch) {
+__device__ __forceinline__ void product(float (&sums)[rows][1][4], const HeldWeights<A, rows>& weights, int chunks,
+                                        const char* states, int pitch) {
   auto next = A::states(states, pitch);
 #pragma unroll
   for (int c = 0; c < held_chunks; ++c) {
@@ -165,7 +170,8 @@ struct Chunk {
 // `packed`: the thread's first Quad of weights, in shared or global memory, in the order [rows][chunk][2][fragment].
 // With few lanes nothing else hides the time of a read, so the next chunk is read ahead; with many, registers are dear.
 template <class A, int rows, int octets>
-__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Quad* packed, int chunks, const char* states, int pitch) {
+__device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Quad* packed, int chunks,
+                                        const char* states, int pitch) {
   if constexpr (octets <= 2) {
     Chunk<A, rows, octets> next;
     next.load(packed, chunks, states, pitch, 0);
@@ -186,4 +192,4 @@ __device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Qu
   }
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -14,12 +14,12 @@ struct PrepareParams {
   WarpLayout layout;
   Lanes lanes;
   int64_t hidden;
-  const void* w_hh;        // [G*H, H]
-  Quad* packed;            // [blocks][slots][layout.blocks][chunks][2][fragments], see below
+  const void* w_hh;   // [G*H, H]
+  Quad* packed;       // [blocks][slots][layout.blocks][chunks][2][fragments], see below
   int64_t quads;
-  Quad* meeting;           // zeroed
+  Quad* meeting;   // zeroed
   int64_t meeting_quads;
-  int64_t empty_rows;      // B where there may be rows of length 0, else 0
+  int64_t empty_rows;            // B where there may be rows of length 0, else 0
   const void *h_from, *c_from;   // [B, H] or null: zeros
   void *h_to, *c_to;             // [B, H] or null
 };
@@ -31,7 +31,8 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   constexpr int of_word = 4 / A::shape.element, of_chunk = A::shape.chunk / A::shape.element;   // elements
   const Geometry& g = q.geometry;
   const WarpLayout at = q.layout;
-  const int fragment = index % A::shape.fragments, j = (index /= A::shape.fragments) % 2, chunk = (index /= 2) % g.chunks;
+  const int fragment = index % A::shape.fragments, j = (index /= A::shape.fragments) % 2,
+            chunk = (index /= 2) % g.chunks;
   const int block = (index /= g.chunks) % at.blocks, slot = (index /= at.blocks) % (g.groups * at.warps);
   const int first_unit = index / (g.groups * at.warps) * g.units + slot / at.warps * at.units;
   const int chunks = g.segment / A::shape.chunk, first_k = chunk % chunks * of_chunk;   // of one gate
@@ -47,7 +48,8 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
     typename A::Element elements[of_word];
     for (int e = 0; e < of_word; ++e) {
       float value = 0;
-      if (unit < H && k + e < H) value = at.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
+      if (unit < H && k + e < H)
+        value = at.backward ? w[(gate * H + k + e) * H + unit] : w[(gate * H + unit) * H + k + e];
       elements[e] = A::element(value);
     }
     std::memcpy(&quad.word[word], elements, 4);
@@ -63,7 +65,8 @@ __device__ __forceinline__ void hand_through(const void* from, void* to, int64_t
 template <int dtype>
 __global__ void __launch_bounds__(256) prepare(const PrepareParams q) {
   using Storage = typename Arithmetic<dtype>::Storage;
-  const int64_t first = int64_t(block_index()) * thread_count() + thread_index(), step = int64_t(block_count()) * thread_count();
+  const int64_t first = int64_t(block_index()) * thread_count() + thread_index(),
+                step = int64_t(block_count()) * thread_count();
   for (int64_t i = first; i < q.quads; i += step) q.packed[i] = pack<dtype>(q, i);
   for (int64_t i = first; i < q.meeting_quads; i += step) q.meeting[i] = Quad{};
   for (int64_t i = first; i < q.empty_rows * q.hidden; i += step) {
@@ -78,7 +81,8 @@ template <class A, int rows>
 class BlockWeights {
  public:
   __device__ __forceinline__ BlockWeights(const Geometry& g, const Quad* const& all, int rank, int slot)
-      : g_(g), all_(all), rank_(rank), offset_(slot * (rows * g.chunks * 2 * A::shape.fragments) + A::fragment(thread_index() % 32)) {
+      : g_(g), all_(all), rank_(rank),
+        offset_(slot * (rows * g.chunks * 2 * A::shape.fragments) + A::fragment(thread_index() % 32)) {
     if (g.place != in_shared) return;
     Quad* here = reinterpret_cast<Quad*>(shared_memory());
     for (int i = thread_index(); i < g.weights / 16; i += thread_count()) copy_async<16>(here + i, block() + i);
@@ -86,7 +90,9 @@ class BlockWeights {
     copy_wait<0>();   // seen by all after the team's begin()
   }
   // This thread's first Quad.
-  __device__ __forceinline__ const Quad* shared() const { return reinterpret_cast<const Quad*>(shared_memory()) + offset_; }
+  __device__ __forceinline__ const Quad* shared() const {
+    return reinterpret_cast<const Quad*>(shared_memory()) + offset_;
+  }
   __device__ __forceinline__ const Quad* global() const { return block() + offset_; }
 
  private:
@@ -96,4 +102,4 @@ class BlockWeights {
   __device__ __forceinline__ const Quad* block() const { return all_ + rank_ * (g_.weights / 16); }
 };
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

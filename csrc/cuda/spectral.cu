@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(256) lower(const Flags f) {
   for (int i = thread_index(); i < f.count; i += thread_count()) f.flags[i] = 0;
 }
 
-constexpr int LARGEST_TEAM = 16;      // that a cluster can be
-constexpr int ROWS = 32;              // of W that a block should have: with fewer, the meetings take longer than the work
-constexpr int64_t MUCH = 1 << 15;     // weights of a block of a cluster beyond which a larger team, meeting through flags, is faster
+constexpr int LARGEST_TEAM = 16;   // that a cluster can be
+constexpr int ROWS = 32;           // of W that a block should have: with fewer, the meetings take longer than the work
+constexpr int64_t MUCH =
+    1 << 15;   // weights of a block of a cluster beyond which a larger team, meeting through flags, is faster
 
 template <class T>
 T round_up(T a, T unit) {
@@ -46,8 +47,11 @@ bool lay_out(const SpectralMatrix& a, int team, bool cluster, int64_t shared_byt
   const int share = static_cast<int>(std::max<int64_t>(1, (rows + blocks - 1) / blocks));
   if (cols > 1 << 20) return false;
   const int pitch = static_cast<int>(round_up<int64_t>(cols, 32)), whole = round_up(share, 16);
-  const struct { int tile, buffers; bool x, z; } tries[] = {
-      {whole, 1, true, false}, {32, 2, true, true}, {16, 2, true, true}, {16, 1, true, true}, {16, 1, true, false}, {16, 1, false, false}};
+  const struct {
+    int tile, buffers;
+    bool x, z;
+  } tries[] = {{whole, 1, true, false}, {32, 2, true, true},  {16, 2, true, true},
+               {16, 1, true, true},     {16, 1, true, false}, {16, 1, false, false}};
   for (const auto& t : tries) {
     *layout = {blocks, share, t.tile, (share + t.tile - 1) / t.tile, pitch, t.buffers, t.x, t.z};
     if (Shared(*layout).bytes <= shared_bytes) return true;
@@ -68,7 +72,8 @@ Plan plan(const SpectralParams& p, const CudaLimits& limits) {
   int64_t rows = 1, cols = 1;
   for (int64_t i = 0; i < p.count; ++i) {
     const SpectralMatrix& a = p.matrices[i];
-    if (a.dtype != F32 && a.dtype != BF16 && a.dtype != F16) plan.message = "dtype of a matrix: float32, bfloat16 or float16";
+    if (a.dtype != F32 && a.dtype != BF16 && a.dtype != F16)
+      plan.message = "dtype of a matrix: float32, bfloat16 or float16";
     if (a.width < 0 || a.width > K) plan.message = "a block has more than 16 vectors";
     if (a.rows > INT32_MAX - 1024) plan.message = "a matrix has too many rows for the CUDA kernel";
     rows = std::max<int64_t>(rows, a.rows);
@@ -80,7 +85,8 @@ Plan plan(const SpectralParams& p, const CudaLimits& limits) {
   int most = 1;
   while (2 * most <= std::min(limits.max_cluster, LARGEST_TEAM)) most *= 2;
   plan.blocks = own_blocks(rows, most, true);
-  const int64_t larger = std::min(wanted_blocks(rows), limits.sms / at_once);   // blocks that wait for each other must all run
+  const int64_t larger =
+      std::min(wanted_blocks(rows), limits.sms / at_once);   // blocks that wait for each other must all run
   const int64_t share = (rows + plan.blocks - 1) / plan.blocks * cols;
   if (larger >= 2 * plan.blocks && share > MUCH) plan.blocks = static_cast<int>(larger);
   plan.cluster = plan.blocks > 1 && plan.blocks <= most;
@@ -96,7 +102,9 @@ Plan plan(const SpectralParams& p, const CudaLimits& limits) {
     pitch = std::max<int64_t>(pitch, layout.pitch);
   }
   int64_t bytes = 0;
-  const auto take = [&bytes](int64_t size) { return (bytes += round_up<int64_t>(size, 256)) - round_up<int64_t>(size, 256); };
+  const auto take = [&bytes](int64_t size) {
+    return (bytes += round_up<int64_t>(size, 256)) - round_up<int64_t>(size, 256);
+  };
   plan.space.partials = take(4 * K * pitch * plan.blocks);
   plan.space.x = take(4 * K * pitch);
   plan.space.y = take(4 * K * rows);
@@ -108,8 +116,8 @@ Plan plan(const SpectralParams& p, const CudaLimits& limits) {
   return plan;
 }
 
-}  // namespace
-}  // namespace spectral
+}   // namespace
+}   // namespace spectral
 
 int64_t spectral_workspace_cuda(const SpectralParams& p, const CudaLimits& limits) {
   const spectral::Plan plan = spectral::plan(p, limits);
@@ -122,7 +130,8 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
   if (const char* problem = cuda_limits(launched.device, &limits)) return problem;
   const Plan plan = spectral::plan(p, limits);
   if (plan.message) return plan.message;
-  if (launched.workspace_bytes < plan.workspace_bytes) return "the workspace is smaller than spectral_workspace_cuda says";
+  if (launched.workspace_bytes < plan.workspace_bytes)
+    return "the workspace is smaller than spectral_workspace_cuda says";
   return with_device(launched.device, [&]() -> const char* {
     Params params;
     params.blocks = plan.blocks;
@@ -142,13 +151,15 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
       for (int i = 0; i < params.count; ++i) {
         const SpectralMatrix& a = p.matrices[first + i];
         Matrix& m = params.matrices[i];
-        m = {reinterpret_cast<void*>(a.w), reinterpret_cast<float*>(a.block), a.stride, p.bounds[first + i],
-             static_cast<int>(a.rows), static_cast<int>(a.cols), static_cast<int>(a.width), static_cast<int>(a.dtype), {}};
+        m = {reinterpret_cast<void*>(a.w), reinterpret_cast<float*>(a.block), a.stride,
+             p.bounds[first + i],          static_cast<int>(a.rows),          static_cast<int>(a.cols),
+             static_cast<int>(a.width),    static_cast<int>(a.dtype),         {}};
         lay_out(a, plan.blocks, plan.cluster, limits.shared_bytes, &m.layout);
       }
       const int blocks = params.count * plan.blocks;
       if (flags)
-        if (const char* problem = launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, blocks}))
+        if (const char* problem =
+                launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, blocks}))
           return problem;
       const Grid grid{blocks, THREADS, plan.cluster ? plan.blocks : 1, plan.shared_bytes, flags, launched.stream};
       if (const char* problem = launch(spectral_step, grid, params)) return problem;
@@ -157,4 +168,4 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
   });
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -9,13 +9,13 @@
 namespace stable_rnn {
 namespace spectral {
 
-using std::fma;                        // for doubles too: stable_rnn::fma is for floats, and would take them
+using std::fma;   // for doubles too: stable_rnn::fma is for floats, and would take them
 
 constexpr int K = SPECTRAL_BLOCK;
-constexpr int WARPS = 16;              // of a block. They share a product; the last one does dense algebra beside it
+constexpr int WARPS = 16;   // of a block. They share a product; the last one does dense algebra beside it
 constexpr int THREADS = 32 * WARPS;
-constexpr int STRIP = 32;              // most rows of W in one product W X
-constexpr int MOST = 48;               // matrices of one launch: kernel parameters are at most 4 KB
+constexpr int STRIP = 32;   // most rows of W in one product W X
+constexpr int MOST = 48;    // matrices of one launch: kernel parameters are at most 4 KB
 
 struct alignas(16) Quad {
   float v[4];
@@ -27,9 +27,10 @@ struct alignas(16) Quad {
 struct Layout {
   int blocks;
   int share, tile, tiles;
-  int pitch;                           // of W, and rows of a block of vectors: the columns, zeros up to a multiple of 32
-  int buffers;                         // 2: the next tile is on its way while one is worked on
-  bool shared_x, shared_z;             // the vectors X, and the sums of W^T Y over the tiles, lie in shared memory, else in the L2 cache
+  int pitch;     // of W, and rows of a block of vectors: the columns, zeros up to a multiple of 32
+  int buffers;   // 2: the next tile is on its way while one is worked on
+  bool shared_x,
+      shared_z;   // the vectors X, and the sums of W^T Y over the tiles, lie in shared memory, else in the L2 cache
 };
 
 struct Matrix {
@@ -43,25 +44,25 @@ struct Matrix {
 
 // A team's part of the workspace, in bytes from its beginning.
 struct Space {
-  int64_t partials;                    // [blocks][pitch][K] float: summands of W^T Y
-  int64_t x;                           // [pitch][K] float
-  int64_t y;                           // [rows][K] float: W X
-  int64_t grams;                       // [2][blocks][K][K] double, in turn
-  int64_t largest;                     // [blocks] float
+  int64_t partials;   // [blocks][pitch][K] float: summands of W^T Y
+  int64_t x;          // [pitch][K] float
+  int64_t y;          // [rows][K] float: W X
+  int64_t grams;      // [2][blocks][K][K] double, in turn
+  int64_t largest;    // [blocks] float
   int64_t bytes;
 };
 
 struct Params {
   Matrix matrices[MOST];
-  int count, blocks;                   // each matrix has a team of so many blocks
-  bool cluster;                        // a team is a cluster; else, if it has several blocks, it meets through flags
+  int count, blocks;   // each matrix has a team of so many blocks
+  bool cluster;        // a team is a cluster; else, if it has several blocks, it meets through flags
   bool scale;
   int iterations, fresh;
   uint64_t seed;
   double* norms;
   int64_t* near;
-  unsigned* flags;                     // [count][blocks], zeros at the launch
-  char* workspace;                     // [count] of Space
+  unsigned* flags;   // [count][blocks], zeros at the launch
+  char* workspace;   // [count] of Space
   Space space;
 };
 static_assert(sizeof(Params) <= 4096, "kernel parameters");
@@ -69,8 +70,9 @@ static_assert(sizeof(Params) <= 4096, "kernel parameters");
 // Offsets in shared memory, in bytes: what every matrix needs (its parameters too: registers are scarcer), then scratch, Y, W, and X and Z
 // where they are shared.
 struct Shared {
-  static constexpr int64_t matrix = 0, gram = 128, eigenvectors = gram + 8 * K * K, singular = eigenvectors + 8 * K * K, orthogonal = singular + 8 * K,
-                           turn = orthogonal + 4 * K * K, excess = turn + 4 * K * K, scratch = excess + 4 * K * K;
+  static constexpr int64_t matrix = 0, gram = 128, eigenvectors = gram + 8 * K * K, singular = eigenvectors + 8 * K * K,
+                           orthogonal = singular + 8 * K, turn = orthogonal + 4 * K * K, excess = turn + 4 * K * K,
+                           scratch = excess + 4 * K * K;
   static_assert(sizeof(Matrix) <= gram - matrix, "room for the parameters");
   int64_t y, w, x, z, bytes;
   STABLE_RNN_HD explicit Shared(const Layout& l) {
@@ -82,5 +84,5 @@ struct Shared {
   }
 };
 
-}  // namespace spectral
-}  // namespace stable_rnn
+}   // namespace spectral
+}   // namespace stable_rnn

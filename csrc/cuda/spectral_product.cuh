@@ -35,7 +35,7 @@ __device__ __forceinline__ Split split(float x) {
   std::memcpy(&parts.high, &x, 4);
   parts.high = (parts.high + 0x1000) & 0xffffe000;   // to_tf32 of a finite number
   std::memcpy(&rounded, &parts.high, 4);
-  rounded = x - rounded;                             // exact; mma ignores what exceeds 11 bits
+  rounded = x - rounded;   // exact; mma ignores what exceeds 11 bits
   std::memcpy(&parts.low, &rounded, 4);
   return parts;
 }
@@ -55,7 +55,7 @@ struct Columns {   // a fragment B (8, 16) of a block
   }
 };
 
-struct Sums {      // of 16 rows, 16 vectors
+struct Sums {   // of 16 rows, 16 vectors
   float large[2][4] = {}, small[2][4] = {};
 
   // Adds A B, `value(i)` being entry i of the lane's fragment of A. exact: A has no low part.
@@ -84,21 +84,24 @@ struct Sums {      // of 16 rows, 16 vectors
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        put(lane / 4 + 8 * h, n * 8 + lane % 4 * 2, large[n][2 * h] + small[n][2 * h], large[n][2 * h + 1] + small[n][2 * h + 1]);
+        put(lane / 4 + 8 * h, n * 8 + lane % 4 * 2, large[n][2 * h] + small[n][2 * h],
+            large[n][2 * h + 1] + small[n][2 * h + 1]);
   }
 };
 
 // One warp: part (16 * tiles, K) = rows of W, columns [first, last), times those rows of X. first, last: multiples of 8.
 template <int tiles>
-__device__ __forceinline__ void forward_product(const float* W, int row, int pitch, const float* X, int first, int last, bool exact,
-                                                float* part) {
+__device__ __forceinline__ void forward_product(const float* W, int row, int pitch, const float* X, int first, int last,
+                                                bool exact, float* part) {
   const int lane = thread_index() % 32;
   Sums sums[tiles];
   for (int k = first; k < last; k += 8) {
     const Columns x(X, k);
 #pragma unroll
     for (int m = 0; m < tiles; ++m)
-      sums[m].add([&](int i) { return W[weight_at(row + 16 * m + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4, pitch)]; }, x, exact);
+      sums[m].add(
+          [&](int i) { return W[weight_at(row + 16 * m + lane / 4 + i % 2 * 8, k + lane % 4 + i / 2 * 4, pitch)]; }, x,
+          exact);
   }
 #pragma unroll
   for (int m = 0; m < tiles; ++m)
@@ -110,12 +113,13 @@ __device__ __forceinline__ void forward_product(const float* W, int row, int pit
 
 // One warp: columns [column, column + 16) of `rows` rows of W, a multiple of 8, against Y (rows, K). Z (.., K) at row `column` is set, or
 // added to.
-__device__ __forceinline__ void backward_product(const float* W, int rows, int pitch, const float* Y, int column, bool exact, bool add,
-                                                 float* Z) {
+__device__ __forceinline__ void backward_product(const float* W, int rows, int pitch, const float* Y, int column,
+                                                 bool exact, bool add, float* Z) {
   const int lane = thread_index() % 32;
   Sums sums;
   for (int r = 0; r < rows; r += 8)
-    sums.add([&](int i) { return W[weight_at(r + lane % 4 + i / 2 * 4, column + lane / 4 + i % 2 * 8, pitch)]; }, Columns(Y, r), exact);
+    sums.add([&](int i) { return W[weight_at(r + lane % 4 + i / 2 * 4, column + lane / 4 + i % 2 * 8, pitch)]; },
+             Columns(Y, r), exact);
   sums.each([&](int j, int c, float a, float b) {
     float* z = Z + block_at(column + j, c);
     z[0] = add ? z[0] + a : a;
@@ -123,5 +127,5 @@ __device__ __forceinline__ void backward_product(const float* W, int rows, int p
   });
 }
 
-}  // namespace spectral
-}  // namespace stable_rnn
+}   // namespace spectral
+}   // namespace stable_rnn

@@ -62,7 +62,8 @@ __device__ __forceinline__ void orthogonalizer(const double* G, float* T) {
   }
   root = root > 0 ? reciprocal_root(root) : 0;
 #pragma unroll
-  for (int m = 0; m < K / 2; ++m) T[j * K + 2 * m + half] = static_cast<float>(scale * column[m] * shuffle(root, 2 * m + half));
+  for (int m = 0; m < K / 2; ++m)
+    T[j * K + 2 * m + half] = static_cast<float>(scale * column[m] * shuffle(root, 2 * m + half));
 }
 
 struct Rotation {
@@ -126,7 +127,8 @@ __device__ __forceinline__ void eigen(const double* G, double* roots, double* E,
       pair(round, lane % 8, p, q);
       const double pp = at(p, p), qq = at(q, q), pq = at(p, q);
       const Rotation own = matters(pp, qq, pq) ? rotation(pp, qq, pq) : Rotation{1, 0};
-      const int i = lane / 4;   // the lane's rows are those of pair i, its columns those of pairs lane % 4 and lane % 4 + 4
+      const int i =
+          lane / 4;   // the lane's rows are those of pair i, its columns those of pairs lane % 4 and lane % 4 + 4
       const Rotation rows = {shuffle(own.c, i), shuffle(own.s, i)};
       pair(round, i, p, q);
       warp_sync();
@@ -157,5 +159,5 @@ __device__ __forceinline__ void eigen(const double* G, double* roots, double* E,
   for (int i = 0; i < K; ++i) E[i * K + place] = R[lane * PITCH + i];
 }
 
-}  // namespace spectral
-}  // namespace stable_rnn
+}   // namespace spectral
+}   // namespace stable_rnn

@@ -104,7 +104,9 @@ class Step {
   double sum_ = 0;                        // of threads below K * K: an entry of the own summand of a Gram matrix
 
   template <class T>
-  static __device__ __forceinline__ T* in_shared(int offset) { return reinterpret_cast<T*>(shared_memory() + offset); }
+  static __device__ __forceinline__ T* in_shared(int offset) {
+    return reinterpret_cast<T*>(shared_memory() + offset);
+  }
   static __device__ __forceinline__ double* G() { return in_shared<double>(Shared::gram); }
   static __device__ __forceinline__ double* E() { return in_shared<double>(Shared::eigenvectors); }
   static __device__ __forceinline__ double* S() { return in_shared<double>(Shared::singular); }
@@ -118,7 +120,9 @@ class Step {
   __device__ __forceinline__ float* W() const { return in_shared<float>(w_); }
 
   template <class T>
-  __device__ __forceinline__ T* in_space(int64_t offset) const { return reinterpret_cast<T*>(space_ + offset); }
+  __device__ __forceinline__ T* in_space(int64_t offset) const {
+    return reinterpret_cast<T*>(space_ + offset);
+  }
   __device__ __forceinline__ float* partials() const { return in_space<float>(p_.space.partials); }
   __device__ __forceinline__ float* own_partial() const { return partials() + int64_t(team_.rank) * l_.pitch * K; }
   __device__ __forceinline__ float* published() const { return in_space<float>(p_.space.x); }
@@ -132,7 +136,9 @@ class Step {
   // ---- W: tiles of the own rows, in units of 2^exponent
 
   template <class T>
-  __device__ __forceinline__ T* row_of(int i) const { return static_cast<T*>(a_.w) + i * a_.stride; }
+  __device__ __forceinline__ T* row_of(int i) const {
+    return static_cast<T*>(a_.w) + i * a_.stride;
+  }
 
   // Starts the way of tile t into a buffer; zeros beyond the last row and column.
   __device__ __forceinline__ void fetch(int t, float* buffer) const {
@@ -151,8 +157,7 @@ class Step {
       for (int j = thread_index() % 32 * 4; j < l_.pitch; j += 32 * 4) {
         float* to = buffer + weight_at(r, j, l_.pitch);
         const int count = i < last_ ? a_.cols - j : 0;
-        if (sizeof(T) == 4 && aligned && count >= 4)
-          copy_async<16>(to, row + j);
+        if (sizeof(T) == 4 && aligned && count >= 4) copy_async<16>(to, row + j);
         else
 #pragma unroll
           for (int k = 0; k < 4; ++k)
@@ -227,7 +232,9 @@ class Step {
     return true;
   }
 
-  static __device__ __forceinline__ float larger(float a, float b) { return a != a || a > b ? a : b; }   // NaN if one is
+  static __device__ __forceinline__ float larger(float a, float b) {
+    return a != a || a > b ? a : b;
+  }   // NaN if one is
 
   // X: the kept vectors, then fresh random ones, then zeros.
   __device__ __forceinline__ void start() {
@@ -241,7 +248,8 @@ class Step {
       float x = 0;
       if (j < a_.cols && c < kept) x = a_.block[int64_t(j) * a_.width + c];
       else if (j < a_.cols && c < a_.width)   // uniform in (-1, 1)
-        x = static_cast<float>((static_cast<int64_t>(mixed(seed + static_cast<uint64_t>(int64_t(j) * K + c))) >> 11) * 0x1p-52);
+        x = static_cast<float>((static_cast<int64_t>(mixed(seed + static_cast<uint64_t>(int64_t(j) * K + c))) >> 11) *
+                               0x1p-52);
       X[block_at(j, c)] = x;
     }
   }
@@ -263,7 +271,8 @@ class Step {
       }
       add_gram(Y(), 0, rows);
       if (l_.tiles > 1)
-        for (int e = thread_index(); e < rows_of(t) * K; e += THREADS) all_y()[int64_t(first_ + t * l_.tile) * K + e] = Y()[e];
+        for (int e = thread_index(); e < rows_of(t) * K; e += THREADS)
+          all_y()[int64_t(first_ + t * l_.tile) * K + e] = Y()[e];
     });
     if (end || !l_.shared_z) return;
     const Quad* from = reinterpret_cast<const Quad*>(Z());
@@ -429,7 +438,8 @@ class Step {
 
   __device__ __forceinline__ void subtract(int t, const float* tile) {
     if (l_.tiles > 1) {
-      for (int e = thread_index(); e < rows_of(t) * K; e += THREADS) Y()[e] = all_y()[int64_t(first_ + t * l_.tile) * K + e];
+      for (int e = thread_index(); e < rows_of(t) * K; e += THREADS)
+        Y()[e] = all_y()[int64_t(first_ + t * l_.tile) * K + e];
       block_sync();
     }
     rotate(Y(), 0, rows_of(t), C());
@@ -475,5 +485,5 @@ class Step {
   }
 };
 
-}  // namespace spectral
-}  // namespace stable_rnn
+}   // namespace spectral
+}   // namespace stable_rnn

@@ -33,7 +33,9 @@ class Team {
     else block_sync();
   }
 
-  __device__ __forceinline__ char* state() const { return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * tile_bytes()); }
+  __device__ __forceinline__ char* state() const {
+    return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * tile_bytes());
+  }
 
   // One warp: `rows` rows of `quads` Quads from its outbox to place(row, quad), an offset in the state, or negative: nowhere.
   template <int rows, int quads, class Place>
@@ -72,7 +74,8 @@ class Team {
       block_sync();
       const Quad* from = reinterpret_cast<const Quad*>(inbox(steps_ - 1));
       Quad* to = reinterpret_cast<Quad*>(shared_memory() + g_.state);
-      for (int i = thread_index(); i < tile_bytes() / 16; i += thread_count()) copy_async<16>(to + i, from + i);   // all on their way at once
+      for (int i = thread_index(); i < tile_bytes() / 16; i += thread_count())
+        copy_async<16>(to + i, from + i);   // all on their way at once
       copy_commit();
       copy_wait<0>();
     }
@@ -86,8 +89,10 @@ class Team {
 
   __device__ __forceinline__ bool through_l2() const { return g_.blocks > 1 && g_.cluster == 1; }
   __device__ __forceinline__ int tile_bytes() const { return g_.lanes * g_.pitch; }
-  __device__ __forceinline__ char* inbox(unsigned step) const { return meeting_.inbox + (int64_t(index) * 2 + (step & 1)) * tile_bytes(); }
+  __device__ __forceinline__ char* inbox(unsigned step) const {
+    return meeting_.inbox + (int64_t(index) * 2 + (step & 1)) * tile_bytes();
+  }
   __device__ __forceinline__ unsigned* flags() const { return meeting_.flags + int64_t(index) * g_.blocks; }
 };
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -8,15 +8,15 @@ namespace stable_rnn {
 // Made from a CudaPlan (recurrence_plan.cu). Offsets and sizes in bytes; the offsets are into shared memory, where the weights lie first.
 struct Geometry {
   int blocks, cluster, teams, place;
-  int lanes, units;        // N of a tile, U of a block
-  int groups;              // of units, see WarpLayout
-  int octets;              // of 8 lanes that a warp has
-  int chunks;              // of k in a warp's product
-  int segment, pitch;      // of a gate's k in a lane's state; from lane to lane
-  int buffers;             // of the state: two taken in turn; one where it comes through L2
+  int lanes, units;     // N of a tile, U of a block
+  int groups;           // of units, see WarpLayout
+  int octets;           // of 8 lanes that a warp has
+  int chunks;           // of k in a warp's product
+  int segment, pitch;   // of a gate's k in a lane's state; from lane to lane
+  int buffers;          // of the state: two taken in turn; one where it comes through L2
   int state, outbox, sums, spans, runs;
   int outbox_of_warp;
-  int64_t weights;         // of a block, in fragment order
+  int64_t weights;   // of a block, in fragment order
   int64_t shared_bytes;
 };
 
@@ -40,7 +40,8 @@ struct TileLanes {
   int n;
 
   explicit __device__ __forceinline__ TileLanes(const Geometry& g)
-      : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)), runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
+      : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)),
+        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
 
   // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
@@ -48,7 +49,8 @@ struct TileLanes {
     block_sync();   // a cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with
     for (int i = thread_index(); i < n; i += thread_count()) {
       Run run{};
-      if (first + i < entries) run = backward ? backward_run(lanes, first + i, from_init) : forward_run(lanes, first + i, from_init);
+      if (first + i < entries)
+        run = backward ? backward_run(lanes, first + i, from_init) : forward_run(lanes, first + i, from_init);
       runs[i] = run;
       spans[i] = {run.first, static_cast<int>(run.warm), static_cast<int>(run.steps)};
     }
@@ -72,4 +74,4 @@ __device__ __forceinline__ float start_value(const Run& run, const void* given, 
   return run.given && given ? static_cast<float>(static_cast<const Storage*>(given)[run.b * size + unit]) : 0.f;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -1,4 +1,5 @@
 """The cells, by the names of the ops' schemas."""
+
 import importlib
 
 from .lstm import Lstm

@@ -1,6 +1,7 @@
 """The LSTM (Hochreiter & Schmidhuber 1997, with forget gates: Gers et al. 2000), gate order i, f, g, o:
 
-    i, f, g, o = σ(z_i), min(σ(z_f), clamp), tanh(z_g), σ(z_o) of z = x + q;   c' = f c + i g;   h' = o tanh(c')"""
+i, f, g, o = σ(z_i), min(σ(z_f), clamp), tanh(z_g), σ(z_o) of z = x + q;   c' = f c + i g;   h' = o tanh(c')"""
+
 from __future__ import annotations
 
 import torch
@@ -22,7 +23,9 @@ class Lstm(Cell):
         c = f * c + i * g
         return o * torch.tanh(c), c, torch.cat([i, f, g, o], 1)
 
-    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
+    ) -> tuple[Tensor, Tensor]:
         i, f, g, o = saved.chunk(4, 1)
         tanh_c = torch.tanh(c)
         dc = dc + dh * o * (1 - tanh_c * tanh_c)

@@ -1,4 +1,5 @@
 """The Elman cell: h' = tanh(x + q) or max(x + q, 0) (Elman 1990)."""
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +16,9 @@ class Tanh(Cell):
     def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
         return torch.tanh(x + q), c, x[:, :0]
 
-    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
+    ) -> tuple[Tensor, Tensor]:
         return dh * (1 - h * h), dc
 
 
@@ -25,5 +28,7 @@ class Relu(Tanh):
     def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
         return torch.relu(x + q), c, x[:, :0]
 
-    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
+    ) -> tuple[Tensor, Tensor]:
         return torch.where(h > 0, dh, 0.0), dc

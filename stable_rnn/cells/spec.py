@@ -6,6 +6,7 @@ where the cell has one, c (n, H); arithmetic is float32 or float64.
 
 To add a cell: one file here and its place in `__init__.py`, one header there and its place in `cells.h`, its functions in
 `ops/recurrence/triton_cells.py`, one file in `stability/`."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -30,7 +31,9 @@ class Cell:
         """The new h (n, H) before a projection, the new c (as it was, for a cell without), and the columns to save (n, saved*H)."""
         raise NotImplementedError
 
-    def vjp(self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
+    ) -> tuple[Tensor, Tensor]:
         """From the adjoints of a step's h (before a projection) and c to dz (n, G*H), the gradient of x, and to the adjoint of the c
         before the step. `saved` and `clamp` as the storage dtype rounded them."""
         raise NotImplementedError

@@ -46,7 +46,10 @@ def demo(options: argparse.Namespace) -> None:
         report.print_ways(console, result, options.length)
     report.print_legend(console)
     if schedule.cut:
-        console.print(f"\nCut short, to end within about {options.budget:g} s (--budget): {'; '.join(schedule.cut)}.", soft_wrap=True)
+        console.print(
+            f"\nCut short, to end within about {options.budget:g} s (--budget): {'; '.join(schedule.cut)}.",
+            soft_wrap=True,
+        )
 
     given = {name: value for name, value in vars(options).items() if name != "command"}
     more = {"options": given, "text": str(corpus), "cut": schedule.cut, "speed": asdict(speeds)}
@@ -55,16 +58,24 @@ def demo(options: argparse.Namespace) -> None:
     from .picture import draw  # matplotlib takes its time to import
 
     draw(out / "demo.png", results, speeds, f"{setting}; text: {corpus.name}{'; cut short' * bool(schedule.cut)}")
-    console.print(f"Wrote {printable(out / 'demo.png', 1000)} and {printable(out / 'demo.json', 1000)}.", soft_wrap=True, markup=False)
+    console.print(
+        f"Wrote {printable(out / 'demo.png', 1000)} and {printable(out / 'demo.json', 1000)}.",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
-def run(corpus: data.Corpus, plans: list[Plan], options: argparse.Namespace, schedule: Schedule) -> tuple[list[Result], Speed]:
+def run(
+    corpus: data.Corpus, plans: list[Plan], options: argparse.Namespace, schedule: Schedule
+) -> tuple[list[Result], Speed]:
     """Everything that takes time."""
     ids = corpus.held_out[: options.length + 1]
     lengths = sorted({max(options.length >> n, 1) for n in range(5)})
     results = []
     for name in LAYERS:
-        model = train_model(name, corpus, options.hidden, options.seed, schedule.part("train", name, options.steps, "steps"))
+        model = train_model(
+            name, corpus, options.hidden, options.seed, schedule.part("train", name, options.steps, "steps")
+        )
         results.append(run_text(name, model, ids, plans, schedule))
     return results, speed(name, model, ids, plans, lengths, schedule)
 
@@ -82,4 +93,6 @@ def parse_plan(text: str) -> Plan:
         why = "no such plan"
     except ValueError as error:
         why = str(error) or "wrong numbers"
-    raise UserError(f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified and verified:TOL")
+    raise UserError(
+        f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified and verified:TOL"
+    )

@@ -89,7 +89,9 @@ def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], schedu
     rows = [row(way, layer, certificate, x, truth, lambda y: model.bits(ids, y), part) for way in found]
     for one, seconds in zip(rows, in_turns(found, x, part)):
         one.seconds = seconds
-    windows = window_errors(layer, certificate, x[:WINDOW_STEPS], schedule.part("windows of", name, len(WINDOWS), "windows"))
+    windows = window_errors(
+        layer, certificate, x[:WINDOW_STEPS], schedule.part("windows of", name, len(WINDOWS), "windows")
+    )
     return Result(name, model.steps, model.bits(ids, truth), certificate, rows, windows)
 
 
@@ -160,8 +162,15 @@ def overlapping(plain: nn.Module, x: Tensor, plan: Chunked) -> Tensor:
     return y[t - starts[lane], lane][:, None]
 
 
-def row(way: Way, layer: StableLSTM, certificate: Certificate, x: Tensor, truth: Tensor, bits: Callable[[Tensor], float],
-        part: Part) -> Row:
+def row(
+    way: Way,
+    layer: StableLSTM,
+    certificate: Certificate,
+    x: Tensor,
+    truth: Tensor,
+    bits: Callable[[Tensor], float],
+    part: Part,
+) -> Row:
     """What the way gives for x; without its time."""
     if not part.room():
         return Row(way.name, note="not run, time was up")

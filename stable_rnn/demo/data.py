@@ -34,13 +34,19 @@ def load(text: str | None, data: str | None, length: int) -> Corpus:
     if data:
         name, train, held_out = _folder(Path(data))
     else:
-        name, whole = (printable(Path(text).name), _read(Path(text))) if text else ("the manual pages in pydoc_data.topics", _manual())
+        name, whole = (
+            (printable(Path(text).name), _read(Path(text)))
+            if text
+            else ("the manual pages in pydoc_data.topics", _manual())
+        )
         cut = len(whole) - len(whole) // HELD_OUT
         train, held_out = whole[:cut], whole[cut:]
     if len(train) < LEAST:
         raise UserError(f"{name}: {len(train)} characters to train on are too few, at least {LEAST} are needed")
     if len(held_out) <= length:
-        raise UserError(f"{name}: {len(held_out)} held-out characters are too few for --length {length}, which takes {length + 1}")
+        raise UserError(
+            f"{name}: {len(held_out)} held-out characters are too few for --length {length}, which takes {length + 1}"
+        )
     known = {c: i for i, c in enumerate(sorted(c for c, n in Counter(train).items() if n >= RARE), start=1)}
     train_ids, held_out_ids = (torch.tensor([known.get(c, 0) for c in part]) for part in (train, held_out))
     return Corpus(name, len(known) + 1, train_ids, held_out_ids)
@@ -58,8 +64,14 @@ def _folder(folder: Path) -> tuple[str, str, str]:
     for place in (folder, folder / "ptb", folder / "wikitext-2"):
         train = next((place / name for name in ("train.txt", "valid.txt") if (place / name).is_file()), None)
         if train and (place / "test.txt").is_file():
-            return f"{printable(place.resolve().name)}, {train.name} and test.txt", _read(train), _read(place / "test.txt")
-    raise UserError(f"--data {printable(folder)}: needs train.txt or valid.txt, and test.txt (in it, or in ptb/ or wikitext-2/ there)")
+            return (
+                f"{printable(place.resolve().name)}, {train.name} and test.txt",
+                _read(train),
+                _read(place / "test.txt"),
+            )
+    raise UserError(
+        f"--data {printable(folder)}: needs train.txt or valid.txt, and test.txt (in it, or in ptb/ or wikitext-2/ there)"
+    )
 
 
 def _read(file: Path) -> str:

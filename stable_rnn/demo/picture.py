@@ -21,7 +21,9 @@ MARKERS = "osD^vP*X"
 
 def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.2), layout="constrained")
-    figure.suptitle(f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=11, parse_math=False)  # a file's name may have a $
+    figure.suptitle(
+        f"Recurrent models that need not be recurrent\n{subtitle}", fontsize=11, parse_math=False
+    )  # a file's name may have a $
     draw_errors(left, results)
     draw_speed(right, speed)
     for axes in (left, right):
@@ -35,10 +37,19 @@ def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None
 def draw_errors(axes: Axes, results: list[Result]) -> None:
     for result, color, marker in zip(results, COLORS, MARKERS):
         measured = [point for point in result.windows if point.error]  # 0 has no place on a logarithmic axis
-        axes.plot(*columns(measured, "error"), color=color, marker=marker, markersize=5, label=f"{result.name}, measured")
+        axes.plot(
+            *columns(measured, "error"), color=color, marker=marker, markersize=5, label=f"{result.name}, measured"
+        )
         if result.certificate.stable:
-            axes.plot(*columns(result.windows, "bound"), color=color, linestyle="--", label=f"{result.name}, certified bound")
-            axes.plot(*columns(result.windows, "bound_float32"), color=color, linestyle=":", label="the same with rounding in float32")
+            axes.plot(
+                *columns(result.windows, "bound"), color=color, linestyle="--", label=f"{result.name}, certified bound"
+            )
+            axes.plot(
+                *columns(result.windows, "bound_float32"),
+                color=color,
+                linestyle=":",
+                label="the same with rounding in float32",
+            )
     ticks = sorted({point.k for result in results for point in result.windows})
     axes.set(
         yscale="log",

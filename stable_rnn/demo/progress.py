@@ -9,7 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 EVERY = 10.0  # seconds between two lines of one part
-SHARES = {"train": 8, "run": 2, "windows of": 1, "speed of": 3}  # of the time; the last one comes once, the others for each model
+SHARES = {
+    "train": 8,
+    "run": 2,
+    "windows of": 1,
+    "speed of": 3,
+}  # of the time; the last one comes once, the others for each model
 
 
 class Part:
@@ -29,7 +34,9 @@ class Part:
         now = time.monotonic()
         if not self.schedule.terminal and now - self.said >= EVERY:
             self.said = now
-            self.schedule.say(f"  {self.done} of {self.total} {self.unit}, {now - self.begin:.0f} s{', ' * bool(note)}{note}")
+            self.schedule.say(
+                f"  {self.done} of {self.total} {self.unit}, {now - self.begin:.0f} s{', ' * bool(note)}{note}"
+            )
 
     def room(self, seconds: float = 0.0) -> bool:
         """Whether there is time for something that takes so long."""
@@ -52,7 +59,9 @@ class Schedule:
         self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def part(self, kind: str, model: str, total: int, unit: str) -> Part:
@@ -64,7 +73,9 @@ class Schedule:
     @property
     def cut(self) -> list[str]:
         """The parts that there was no time for, or not for all of them."""
-        return [f"{part.what}: {part.done} of {part.total} {part.unit}" for part in self.parts if part.done < part.total]
+        return [
+            f"{part.what}: {part.done} of {part.total} {part.unit}" for part in self.parts if part.done < part.total
+        ]
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)

@@ -5,6 +5,7 @@ torch. An argument `backend=`, or the environment variable `STABLE_RNN_BACKEND`,
 cannot run the problem. The backend `torch` (the framework's own recurrence) serves whole plain stacks and is picked by the modules,
 see `modules.py`.
 """
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """What the compiled CUDA kernels of every op have in common: their module, and what they ask about a device."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -16,7 +17,11 @@ def missing() -> str:
     """Why there are no CUDA kernels, or nothing."""
     if lib is not None:
         return ""
-    return "the compiled module has no CUDA kernels" if _native.lib else f"the compiled module is missing ({_native.reason})"
+    return (
+        "the compiled module has no CUDA kernels"
+        if _native.lib
+        else f"the compiled module is missing ({_native.reason})"
+    )
 
 
 def on_gpu(t: Tensor) -> bool:

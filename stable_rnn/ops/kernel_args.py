@@ -1,4 +1,5 @@
 """What compiled kernels take for tensors: codes of dtypes, and addresses of row-major memory."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -17,7 +18,9 @@ def at(t: Tensor | None) -> int:
     """The address of a tensor's values; 0, which kernels take for an absent tensor, for None alone and for tensors without elements."""
     address = 0 if t is None else t.data_ptr()
     if not address and t is not None and t.numel():
-        raise RuntimeError(f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP does between uses")
+        raise RuntimeError(
+            f"a tensor of shape {tuple(t.shape)} has no memory: its storage was freed, as FSDP does between uses"
+        )
     return address
 
 

@@ -1,4 +1,5 @@
 """What ops give back."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

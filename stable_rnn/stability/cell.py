@@ -12,7 +12,9 @@ from .contraction import Contraction
 from .limits import Limits
 from .weights import LayerWeights, Names
 
-Ball = tuple[Tensor, Tensor | None, float]  # (W, d, bound): ||diag(d) W||_2 <= bound, d (G,) <= 1 by gate (on the CPU), or None for 1
+Ball = tuple[
+    Tensor, Tensor | None, float
+]  # (W, d, bound): ||diag(d) W||_2 <= bound, d (G,) <= 1 by gate (on the CPU), or None for 1
 
 
 class Reach(NamedTuple):
@@ -36,8 +38,16 @@ class CellStability:
     apart = 2.0  # two reachable states differ by at most this times their bound
     assumed = ""  # what the certificate of a state dict takes for granted, since names and shapes don't tell, beside the clamp
 
-    def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
-              target: tuple[float, float] | None) -> Reach:
+    def reach(
+        self,
+        w: LayerWeights,
+        drive: Drive,
+        gain: float,
+        cap: float,
+        norms: tuple[str, ...],
+        upper: bool,
+        target: tuple[float, float] | None,
+    ) -> Reach:
         """Of one layer and direction whose inputs do what `drive` says; gain >= ||W_ih||_2, or 0 where inputs don't differ.
 
         cap: the forget gate's clamp, 1 for none. norms: of "2", "radius", "inf", those to look for a contraction in. upper: inputs may
@@ -60,6 +70,8 @@ class CellStability:
         """The spectral norms that one layer's weights have to obey, `margin` inside."""
         raise NotImplementedError
 
-    def bring_in(self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype) -> None:
+    def bring_in(
+        self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype
+    ) -> None:
         """All else that they have to obey, in place. x (I,) >= |inputs of the layer|; eigenvectors are computed in `least` or wider."""
         raise NotImplementedError

@@ -8,4 +8,5 @@ from ..cells import CELLS
 from .cell import CellStability
 
 STABILITY: dict[str, CellStability] = {
-    name: import_module(f".{cell.family}", __package__).CELLS[name] for name, cell in CELLS.items()}
+    name: import_module(f".{cell.family}", __package__).CELLS[name] for name, cell in CELLS.items()
+}

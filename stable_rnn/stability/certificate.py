@@ -52,7 +52,11 @@ class Certificate:
         where nothing is known. Raises TypeError or ValueError unless k is an int >= 1 and dtype a floating dtype."""
         k = to_int("truncation_error: k", k, 1)
         error = self._through(lambda layer, c, eps: c.after(k, eps))
-        return error if dtype is None else min(error + self.rounding_error(dtype), self._through(lambda layer, c, eps: math.inf))
+        return (
+            error
+            if dtype is None
+            else min(error + self.rounding_error(dtype), self._through(lambda layer, c, eps: math.inf))
+        )
 
     def window(self, eps: float, dtype: torch.dtype | None = None) -> int:
         """The least k with `truncation_error(k, dtype) <= eps`. ValueError with the reason if there is none."""
@@ -80,7 +84,10 @@ class Certificate:
             found = []
             for layer in level:
                 dc, dh = local_error(layer, dtype)
-                each = (c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * series(c.rate) for c in layer.contractions)
+                each = (
+                    c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * series(c.rate)
+                    for c in layer.contractions
+                )
                 found.append(min(v * c.out[0] for v, c in zip(each, layer.contractions)))
             worst = max(found)
         return 2 * worst
@@ -114,13 +121,17 @@ class Certificate:
     def _why_not(self, eps: float, dtype: torch.dtype | None) -> str:
         if not self.stable:
             worst = max(self.layers, key=lambda layer: layer.rate)
-            return f"the module is not certified stable (rate {worst.rate:.4g}{' in ' + worst.name if worst.name else ''})"
+            return (
+                f"the module is not certified stable (rate {worst.rate:.4g}{' in ' + worst.name if worst.name else ''})"
+            )
         if dtype is not None and self.rounding_error(dtype) > eps:
             return f"rounding in {str(dtype).removeprefix('torch.')} alone may reach {self.rounding_error(dtype):.3g}"
         return f"the bound stays at {self.truncation_error(MAX_WINDOW, dtype):.3g}"
 
     def __str__(self) -> str:
-        lines = [f"{'stable' if self.stable else 'NOT certified stable'}: rate {_figure(self.rate)} per step in the {_kind(self.norm)}"]
+        lines = [
+            f"{'stable' if self.stable else 'NOT certified stable'}: rate {_figure(self.rate)} per step in the {_kind(self.norm)}"
+        ]
         if len(self.layers) > 1 or self.layers[0].forget is not None:
             for layer in self.layers:
                 forget = "" if layer.forget is None else f", forget gate <= {layer.forget:.4g}"
@@ -149,8 +160,13 @@ def _kind(norm: str) -> str:
 
 
 @on_cpu
-def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None, input_bound: float | None = None, *,
-                lengths: Tensor | None = None) -> Certificate:
+def certificate(
+    module: nn.Module,
+    input: Tensor | PackedSequence | None = None,
+    input_bound: float | None = None,
+    *,
+    lengths: Tensor | None = None,
+) -> Certificate:
     """Rigorous bounds on how fast an RNN or LSTM forgets: `StableRNN`, `StableLSTM`, torch's `nn.RNN`, `nn.LSTM`, or a cell of these.
 
     Without `input` they hold for all inputs with |x_t| <= input_bound in every entry (default: what the module's stable set assumes,
@@ -165,7 +181,9 @@ def certificate(module: nn.Module, input: Tensor | PackedSequence | None = None,
     stability = getattr(module, "stability", None)
     levels = read_module(module)
     if not levels[0][0].hidden:
-        raise ValueError(f"certificate: this {type(module).__name__} has no hidden unit, so nothing to certify (hidden_size=0)")
+        raise ValueError(
+            f"certificate: this {type(module).__name__} has no hidden unit, so nothing to certify (hidden_size=0)"
+        )
     width = levels[0][0].w_ih.shape[1]
     if input is not None and input_bound is not None:
         raise ValueError("certificate: pass input or input_bound, not both")
@@ -194,7 +212,9 @@ def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: f
 
 
 @on_cpu
-def judge_state_dict(state_dict: Mapping[str, Tensor], input_bound: float) -> tuple[dict[str, Certificate], dict[str, Exception]]:
+def judge_state_dict(
+    state_dict: Mapping[str, Tensor], input_bound: float
+) -> tuple[dict[str, Certificate], dict[str, Exception]]:
     """The certificates of a state dict's stacks, and why the others have none (`read_state_dict`), by their prefixes."""
     bound = _checked_bound(input_bound)
     stacks, faults = read_state_dict(state_dict)
@@ -209,15 +229,22 @@ def judge_state_dict(state_dict: Mapping[str, Tensor], input_bound: float) -> tu
     return found, faults
 
 
-def certify(levels: list[list[LayerWeights]], bound: float, data: Tensor | None = None, cap: float = 1.0,
-            target: tuple[float, float] | None = None) -> Certificate:
+def certify(
+    levels: list[list[LayerWeights]],
+    bound: float,
+    data: Tensor | None = None,
+    cap: float = 1.0,
+    target: tuple[float, float] | None = None,
+) -> Certificate:
     """The certificate of a stack. data (N, I): all inputs there are; else |x_t| <= bound."""
     width = levels[0][0].w_ih.shape[1]
     x = torch.full((width,), float(bound), dtype=torch.float64)  # |inputs| of the level
     x2 = length(x) if math.isfinite(bound) else (math.inf if width else 0.0)
     found = []
     for number, level in enumerate(levels):
-        made = [layer_certificate(w, x, x2, data if number == 0 else None, cap, target, upper=number > 0) for w in level]
+        made = [
+            layer_certificate(w, x, x2, data if number == 0 else None, cap, target, upper=number > 0) for w in level
+        ]
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
         found.append(tuple(layer for layer, _ in made))
@@ -246,11 +273,15 @@ def _rows(input: Tensor | PackedSequence, lengths: Tensor | None, width: int, ba
     if not input.is_floating_point():
         raise TypeError(f"certificate: input must have a real floating dtype, got {input.dtype}")
     if input.dim() not in (1, 2, 3) or input.shape[-1] != width:
-        raise ValueError(f"certificate: input must end in the module's input size {width}, got the shape {tuple(input.shape)}")
+        raise ValueError(
+            f"certificate: input must end in the module's input size {width}, got the shape {tuple(input.shape)}"
+        )
     data = input.detach().to("cpu", torch.float64)
     if lengths is not None:
         if data.dim() != 3:
-            raise ValueError(f"certificate: lengths need an input of three dimensions, got the shape {tuple(input.shape)}")
+            raise ValueError(
+                f"certificate: lengths need an input of three dimensions, got the shape {tuple(input.shape)}"
+            )
         batch, steps = data.shape[:2] if batch_first else data.shape[1::-1]
         lengths = check_lengths(lengths.cpu() if isinstance(lengths, Tensor) else lengths, batch, steps, data.device)
         real = torch.arange(steps)[:, None] < lengths  # (T, B)

@@ -39,14 +39,32 @@ class LayerCertificate:
         return STABILITY[self.cell].apart
 
 
-def layer_certificate(w: LayerWeights, x: Tensor, x2: float, data: Tensor | None, cap: float, target: tuple[float, float] | None,
-                      norms: tuple[str, ...] = ("2", "radius", "inf"), upper: bool = False) -> tuple[LayerCertificate, Tensor]:
+def layer_certificate(
+    w: LayerWeights,
+    x: Tensor,
+    x2: float,
+    data: Tensor | None,
+    cap: float,
+    target: tuple[float, float] | None,
+    norms: tuple[str, ...] = ("2", "radius", "inf"),
+    upper: bool = False,
+) -> tuple[LayerCertificate, Tensor]:
     """One layer and direction, and the bound of |h| per unit (P,)."""
     gain = norm2(w.w_ih) if data is None or upper else 0.0
     drive = drive_of_bound(w, x, x2, gain) if data is None else drive_of_data(w, data)
     reach = STABILITY[w.cell].reach(w, drive, gain, cap, norms, upper, target)
     best = min(reach.contractions, key=lambda c: c.rate)
     sizes = w.w_ih.shape[1], w.w_hh.shape[1]
-    layer = LayerCertificate(w.tag, w.cell, best.rate, best.norm, reach.forget, float(reach.h.abs().max()), reach.h2,
-                             tuple(reach.contractions), sizes, reach.cell)
+    layer = LayerCertificate(
+        w.tag,
+        w.cell,
+        best.rate,
+        best.norm,
+        reach.forget,
+        float(reach.h.abs().max()),
+        reach.h2,
+        tuple(reach.contractions),
+        sizes,
+        reach.cell,
+    )
     return layer, reach.h

@@ -23,11 +23,20 @@ INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their roo
 
 
 class Lstm(CellStability):
-
-    def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
-              target: tuple[float, float] | None) -> Reach:
+    def reach(
+        self,
+        w: LayerWeights,
+        drive: Drive,
+        gain: float,
+        cap: float,
+        norms: tuple[str, ...],
+        upper: bool,
+        target: tuple[float, float] | None,
+    ) -> Reach:
         b = lstm_bounds(w, drive, cap)
-        return Reach(lstm_contractions(w, b, norms, upper, target), b.h, length(b.h), float(b.c.max()), float(b.f.max()))
+        return Reach(
+            lstm_contractions(w, b, norms, upper, target), b.h, length(b.h), float(b.c.max()), float(b.f.max())
+        )
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)
@@ -49,14 +58,20 @@ class Lstm(CellStability):
         balls: list[Ball] = [(w_hh, scales / most, limits.rate * (1 - margin) / most)]
         return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
-    def bring_in(self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype) -> None:
+    def bring_in(
+        self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype
+    ) -> None:
         if limits.norm == "inf":
             w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
             rate, share = limits.rate * (1 - margin), limits.target[1]
             room = (rate - limits.forget) * CELL_WEIGHT
             rest = (1 - share) * room
-            most = (4 * math.sin(INPUT_ANGLE) * rest, 4 * (1 - limits.forget) * share * room, math.cos(INPUT_ANGLE) * rest,
-                    4 * rate * math.sqrt(1 - CELL_WEIGHT**2))
+            most = (
+                4 * math.sin(INPUT_ANGLE) * rest,
+                4 * (1 - limits.forget) * share * room,
+                math.cos(INPUT_ANGLE) * rest,
+                4 * rate * math.sqrt(1 - CELL_WEIGHT**2),
+            )
             for gate, limit in zip(w_hh.chunk(4), most):
                 row_project_(gate, limit)
             if w_hr is not None:
@@ -115,8 +130,9 @@ def _slope(low: Tensor, high: Tensor) -> Tensor:
     return torch.sigmoid(nearest) * torch.sigmoid(-nearest) * (1 + 2.0**-40)
 
 
-def lstm_contractions(w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool,
-                      target: tuple[float, float] | None) -> list[Contraction]:
+def lstm_contractions(
+    w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: tuple[float, float] | None
+) -> list[Contraction]:
     """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate and a share worth trying."""
     if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
@@ -159,7 +175,9 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
     own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
     even = torch.full_like(own, SHARE if target is None else target[1])
-    rate, share = min(((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0])
+    rate, share = min(
+        ((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0]
+    )
     found = [lstm_two_at(w, b, rate, share, kappa, upper)]
     if found[0].rate > rate:  # the estimate was short
         found.append(lstm_two_at(w, b, (rate + found[0].rate) / 2, share, kappa, upper))
@@ -250,4 +268,16 @@ def lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tupl
 def _any_gates(hidden: int, forget: float) -> LstmBounds:
     """Bounds whatever W_ih and the biases are, but that forget gates are <= forget."""
     one = torch.ones(hidden, dtype=torch.float64)
-    return LstmBounds(i=one, f=forget * one, o=one, z=one, si=one / 4, sf=one / 4, so=one / 4, c=one / (1 - forget), t=one, m=one, h=one)
+    return LstmBounds(
+        i=one,
+        f=forget * one,
+        o=one,
+        z=one,
+        si=one / 4,
+        sf=one / 4,
+        so=one / 4,
+        c=one / (1 - forget),
+        t=one,
+        m=one,
+        h=one,
+    )

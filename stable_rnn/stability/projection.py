@@ -24,7 +24,10 @@ from .rows import state_bound, wide
 from .sharded import GATHER, check_kept, is_sharded, store, whole
 from .weights import Names, check_finite, check_values, layer_names, named_weights, on_cpu, once, read, recurrent
 
-FIRST_MARGIN, ATTEMPTS = 1e-6, 7  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
+FIRST_MARGIN, ATTEMPTS = (
+    1e-6,
+    7,
+)  # how far inside to aim; eight times further where rounding to the weights' dtype led out again
 ROUNDS = 50  # through layers or modules that share weights; two or three are what it takes
 
 
@@ -64,8 +67,10 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
     module, cell = recurrent(module)
     STABILITY[cell].check(stability)
     if CELLS[cell].forgets is not None and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
-        raise ValueError(f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
-                         "here doesn't")
+        raise ValueError(
+            f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
+            "here doesn't"
+        )
     names = projected_names(module, stability)
     if not module.hidden_size:  # torch has cells without units
         return
@@ -93,8 +98,10 @@ def projected_names(module: nn.Module, stability: Limits) -> list[str]:
     for name in found:
         if name not in module._parameters and name not in module._buffers:
             flat = f" {GATHER}" if hasattr(module, "_is_fsdp_managed_module") else ""
-            raise ValueError(f"project_: {name} of {type(module).__name__} is computed from other parameters (by a parametrization or "
-                             f"weight norm), so that writing to it has no effect; remove that, or set stability=None{flat}")
+            raise ValueError(
+                f"project_: {name} of {type(module).__name__} is computed from other parameters (by a parametrization or "
+                f"weight norm), so that writing to it has no effect; remove that, or set stability=None{flat}"
+            )
     named_weights(module)
     for name, w in found.items():
         check_kept(module, name, w)
@@ -130,8 +137,10 @@ def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
     pair = first_overlap(distinct)
     if pair:
         first, second = (names[id(distinct[i])] for i in pair)
-        raise ValueError(f"project_: {first} and {second} share a part of their memory, or all of it in another order; make them one "
-                         "parameter, or give one a memory of its own (.clone())")
+        raise ValueError(
+            f"project_: {first} and {second} share a part of their memory, or all of it in another order; make them one "
+            "parameter, or give one a memory of its own (.clone())"
+        )
     sums = torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in distinct])
     if not torch.isfinite(sums).all():
         for name, w in found.items():
@@ -145,7 +154,9 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
     for _ in range(ROUNDS):
         if not _project_layers(weights, levels, stability, cell) or not tied:
             return
-    raise ValueError(f"project_: layers that share weights don't come to rest in the set {stability}; give them weights of their own")
+    raise ValueError(
+        f"project_: layers that share weights don't come to rest in the set {stability}; give them weights of their own"
+    )
 
 
 def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str) -> bool:
@@ -159,15 +170,23 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
         made = []
         for names in level:
             for attempt in range(ATTEMPTS):
-                layer, h = layer_certificate(read(weights.get, names, cell), x, x2, None, stability.cap, stability.target, norms)
+                layer, h = layer_certificate(
+                    read(weights.get, names, cell), x, x2, None, stability.cap, stability.target, norms
+                )
                 if layer.rate <= stability.rate:
                     break
                 margin, moved = FIRST_MARGIN * 8**attempt, True
                 _into_balls(STABILITY[cell].balls(weights, names, stability, margin))
                 STABILITY[cell].bring_in(weights, names, stability, margin, x, torch.float64)
             else:
-                forget = "" if layer.forget is None else f", its forget gate may reach {layer.forget:.6g} (allowed: {stability.forget:g})"
-                raise RuntimeError(f"project_: {names['weight_hh']} does not reach the set: rate {layer.rate:.6g}{forget}")
+                forget = (
+                    ""
+                    if layer.forget is None
+                    else f", its forget gate may reach {layer.forget:.6g} (allowed: {stability.forget:g})"
+                )
+                raise RuntimeError(
+                    f"project_: {names['weight_hh']} does not reach the set: rate {layer.rate:.6g}{forget}"
+                )
             made.append((layer, h))
         x = torch.cat([h for _, h in made])
         x2 = math.hypot(*(layer.bound2 for layer, _ in made))
@@ -176,8 +195,15 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
 
 @on_cpu
 def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str, warm: _Warm) -> None:
-    balls = [ball for level in levels for names in level for ball in STABILITY[cell].balls(weights, names, stability, FIRST_MARGIN)]
-    _step_into_balls(list({id(ball[0]): ball for ball in balls}.values()), warm)  # one weight has the same ball in every layer
+    balls = [
+        ball
+        for level in levels
+        for names in level
+        for ball in STABILITY[cell].balls(weights, names, stability, FIRST_MARGIN)
+    ]
+    _step_into_balls(
+        list({id(ball[0]): ball for ball in balls}.values()), warm
+    )  # one weight has the same ball in every layer
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:

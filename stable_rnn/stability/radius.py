@@ -10,7 +10,9 @@ from torch import Tensor
 from .nearest import FAR
 
 ANGLES = 12
-SHORT = 1.01  # 1 / cos(pi / 24), by which the largest eigenvalue at that many angles may fall short of the radius, and some
+SHORT = (
+    1.01  # 1 / cos(pi / 24), by which the largest eigenvalue at that many angles may fall short of the radius, and some
+)
 ROUNDS = 24  # of cyclic reduction, which converges quadratically
 UNIT = 2.0**-53
 
@@ -24,7 +26,9 @@ def radius(W: Tensor) -> float:
     W = (W / most).float()
     even, odd = (W + W.mT) / 2, (W - W.mT) / 2
     angles = (torch.arange(ANGLES) + 0.5) * (math.pi / ANGLES)
-    return most * max(float(torch.linalg.eigvalsh(torch.complex(math.cos(a) * even, math.sin(a) * odd))[-1]) for a in angles.tolist())
+    return most * max(
+        float(torch.linalg.eigvalsh(torch.complex(math.cos(a) * even, math.sin(a) * odd))[-1]) for a in angles.tolist()
+    )
 
 
 def weighing(W: Tensor, rate: float) -> Tensor | None:

@@ -24,8 +24,16 @@ LARGEST = 512  # units for which a numerical radius is looked for: it takes seco
 class Tanh(CellStability):
     assumed = "tanh cells"
 
-    def reach(self, w: LayerWeights, drive: Drive, gain: float, cap: float, norms: tuple[str, ...], upper: bool,
-              target: tuple[float, float] | None) -> Reach:
+    def reach(
+        self,
+        w: LayerWeights,
+        drive: Drive,
+        gain: float,
+        cap: float,
+        norms: tuple[str, ...],
+        upper: bool,
+        target: tuple[float, float] | None,
+    ) -> Reach:
         b = rnn_bounds(w, drive)
         found = rnn_contractions(w, b, norms, gain, target)
         h = self.bound(b, found)
@@ -41,7 +49,9 @@ class Tanh(CellStability):
         """Without a margin: the spectral projection proves its bound."""
         return [] if limits.norm in ("inf", "radius") else [(weights[names["weight_hh"]], None, limits.rate)]
 
-    def bring_in(self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype) -> None:
+    def bring_in(
+        self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype
+    ) -> None:
         w, rate = weights[names["weight_hh"]], limits.rate * (1 - margin)
         if limits.norm == "inf":
             row_project_(w, rate)
@@ -82,8 +92,9 @@ def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
     return RnnBounds(largest, drive.norm, h)
 
 
-def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float,
-                     target: tuple[float, float] | None) -> list[Contraction]:
+def rnn_contractions(
+    w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float, target: tuple[float, float] | None
+) -> list[Contraction]:
     """In the 2-norm ||W_hh||_2, and for "radius" near its numerical radius; in the max-norm absolute row sums, plain and with weights v
     near the Perron vector of |W_hh|.
 
@@ -106,7 +117,9 @@ def rnn_contractions(w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain
     return found
 
 
-def _rnn_radius(w: LayerWeights, b: RnnBounds, gain: float, most: float, target: tuple[float, float] | None) -> Iterator[Contraction]:
+def _rnn_radius(
+    w: LayerWeights, b: RnnBounds, gain: float, most: float, target: tuple[float, float] | None
+) -> Iterator[Contraction]:
     """V^2 = dh^T P dh, at a rate just above the numerical radius of W_hh and at the target, where these are below `most` >= ||W_hh||_2."""
     if not 0 < most < 2:  # the radius is at least half of the norm
         return
@@ -120,4 +133,12 @@ def _rnn_radius(w: LayerWeights, b: RnnBounds, gain: float, most: float, target:
         if off < 1 and proven(w.w_hh, P, rate):
             small, large = (1 - off) ** -0.5 * (1 + 2.0**-45), upwards((1 + off) ** 0.5)
             start = upwards(min(large * length(b.h), piled_up(small * b.norm, rate)))
-            yield Contraction("2", rate, upwards(small * gain), start, (small, small), (0.0, large * math.sqrt(w.hidden)), (0.0, large))
+            yield Contraction(
+                "2",
+                rate,
+                upwards(small * gain),
+                start,
+                (small, small),
+                (0.0, large * math.sqrt(w.hidden)),
+                (0.0, large),
+            )

@@ -12,8 +12,9 @@ from .bounds import times
 from .weights import Names, once
 
 
-def lower_forget(weights: dict[str, Tensor], names: Names, part: Callable[[Tensor], Tensor], forget: float, margin: float,
-                 x: Tensor) -> None:
+def lower_forget(
+    weights: dict[str, Tensor], names: Names, part: Callable[[Tensor], Tensor], forget: float, margin: float, x: Tensor
+) -> None:
     """sigmoid(|W_ih| x + |W_hh| h + b) <= forget for each unit of the forget gate, whose rows of a weight or bias are `part` of it.
     A negative bias is kept and counts.
 

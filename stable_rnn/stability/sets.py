@@ -100,8 +100,16 @@ class Certified(Limits, Stability):  # type: ignore[misc]  # `target` is read-on
     stability/README.md, after Miller & Hardt, "Stable Recurrent Models", ICLR 2019, arXiv 1805.10369.
     """
 
-    def __init__(self, rate: float = 0.99, norm: str = "2", forget: float | None = None, input_bound: float = 1.0,
-                 clamp: bool = False, *, cap: bool | None = None) -> None:
+    def __init__(
+        self,
+        rate: float = 0.99,
+        norm: str = "2",
+        forget: float | None = None,
+        input_bound: float = 1.0,
+        clamp: bool = False,
+        *,
+        cap: bool | None = None,
+    ) -> None:
         if cap is not None:
             warnings.warn("Certified: cap= is now called clamp=", DeprecationWarning, stacklevel=2)
             clamp = cap
@@ -115,12 +123,18 @@ class Certified(Limits, Stability):  # type: ignore[misc]  # `target` is read-on
         if not isinstance(clamp, bool):
             raise TypeError(f"Certified: clamp must be True or False, got {clamp!r}; the clamp's height is forget=")
         least = 0.0 if clamp else 0.5
-        chosen = min(0.6, 0.7 * rate) if clamp else min(0.55, (0.5 + rate) / 2)  # where no forget gate fits, `check` tells an LSTM so
+        chosen = (
+            min(0.6, 0.7 * rate) if clamp else min(0.55, (0.5 + rate) / 2)
+        )  # where no forget gate fits, `check` tells an LSTM so
         forget = chosen if forget is None else to_float("Certified: forget", forget)
         if forget != chosen and not least < forget < rate:
-            raise ValueError(f"Certified: forget must lie between {least:g} and the rate {rate}{'' if clamp else ' (or pass clamp=True)'}, "
-                             f"got {forget}")
-        for name, value in zip(("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)):
+            raise ValueError(
+                f"Certified: forget must lie between {least:g} and the rate {rate}{'' if clamp else ' (or pass clamp=True)'}, "
+                f"got {forget}"
+            )
+        for name, value in zip(
+            ("rate", "norm", "forget", "input_bound", "clamp"), (rate, norm, forget, input_bound, clamp)
+        ):
             object.__setattr__(self, name, value)
 
     def __setstate__(self, state: dict) -> None:
@@ -137,5 +151,7 @@ class Certified(Limits, Stability):  # type: ignore[misc]  # `target` is read-on
         return projected_names(module, self)
 
     def __repr__(self) -> str:
-        return (f"Certified(rate={self.rate}, norm={self.norm!r}, forget={self.forget}, input_bound={self.input_bound}, "
-                f"clamp={self.clamp})")
+        return (
+            f"Certified(rate={self.rate}, norm={self.norm!r}, forget={self.forget}, input_bound={self.input_bound}, "
+            f"clamp={self.clamp})"
+        )

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-GATHER = ("FSDP1 and ZeRO-3 hold parts of their own kind: gather them around the call (FullyShardedDataParallel.summon_full_params, "
-          "deepspeed.zero.GatheredParameters), or shard with torch.distributed.fsdp.fully_shard")
+GATHER = (
+    "FSDP1 and ZeRO-3 hold parts of their own kind: gather them around the call (FullyShardedDataParallel.summon_full_params, "
+    "deepspeed.zero.GatheredParameters), or shard with torch.distributed.fsdp.fully_shard"
+)
 
 
 def is_sharded(w: Tensor) -> TypeGuard[DTensor]:
@@ -35,11 +37,15 @@ def store(w: DTensor, value: Tensor) -> None:
 def check_kept(module: nn.Module, name: str, w: Tensor) -> None:
     """ValueError for a weight where what is written would be lost."""
     if is_sharded(w) and any(placement.is_partial() for placement in w.placements):
-        raise ValueError(f"project_: {name} has the placements {w.placements}, and a sum of parts cannot be written; redistribute it to "
-                         "Replicate() or Shard(...)")
+        raise ValueError(
+            f"project_: {name} has the placements {w.placements}, and a sum of parts cannot be written; redistribute it to "
+            "Replicate() or Shard(...)"
+        )
     if getattr(module, "_is_fsdp_managed_module", False) and _is_lent(w):
-        raise ValueError(f"project_: {name} is the gathered copy that fully_shard lends for a pass, and what is written to it is lost; "
-                         "call reshard() of the FSDP module before")
+        raise ValueError(
+            f"project_: {name} is the gathered copy that fully_shard lends for a pass, and what is written to it is lost; "
+            "call reshard() of the FSDP module before"
+        )
 
 
 def _is_lent(w: Tensor) -> bool:

@@ -29,11 +29,15 @@ def project_all_(modules: Sequence[nn.Module], certify: bool) -> None:
         if all(torch.equal(whole(w.detach()), old) for w, old in zip(shared, before)):
             return
     named = ", ".join(dict.fromkeys(str(stability) for _, stability in sets))
-    raise ValueError(f"project_: modules that share weights don't come to rest in their sets ({named}); give them weights of their own")
+    raise ValueError(
+        f"project_: modules that share weights don't come to rest in their sets ({named}); give them weights of their own"
+    )
 
 
 def _set_of(module: nn.Module) -> Stability:
     stability: Stability | None = getattr(module, "stability", None)
     if stability is None:
-        raise ValueError(f"project_: this {type(module).__name__} has no stable set; give it one first, module.stability = Certified()")
+        raise ValueError(
+            f"project_: this {type(module).__name__} has no stable set; give it one first, module.stability = Certified()"
+        )
     return stability

@@ -16,11 +16,15 @@ from ..cells import CELLS, MODES
 from .sharded import GATHER, whole
 
 # prefix, layer and direction; what follows (_g, .original0, ...) belongs to weights that are computed
-HIDDEN_WEIGHT = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL)
+HIDDEN_WEIGHT = re.compile(
+    r"(?:(.*?)\.)?(?:parametrizations\.)?weight_hh(?:_(l\d+(?:_reverse)?))?(?:[._].*)?", re.DOTALL
+)
 KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
 LARGE = 2**24  # values; an expanded tensor may look larger than any memory
 
-CLAMP = "forget_clamp"  # in the metadata of a state dict: weights trained under a clamp mean another function without it
+CLAMP = (
+    "forget_clamp"  # in the metadata of a state dict: weights trained under a clamp mean another function without it
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,7 +100,13 @@ def _mode(module: nn.RNNBase | nn.RNNCellBase) -> str:
     """As `nn.RNNBase.mode`, which torch's cells don't have."""
     if isinstance(module, nn.RNNCell):
         return f"RNN_{module.nonlinearity}".upper()
-    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU" if isinstance(module, nn.GRUCell) else getattr(module, "mode", "")
+    return (
+        "LSTM"
+        if isinstance(module, nn.LSTMCell)
+        else "GRU"
+        if isinstance(module, nn.GRUCell)
+        else getattr(module, "mode", "")
+    )
 
 
 def layer_names(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Names]]:
@@ -145,7 +155,9 @@ def check_values(name: str, w: Tensor) -> None:
     if w.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got the layout {w.layout}; pass {name}.to_dense()")
     if w.is_meta:
-        raise ValueError(f"{name} is on the meta device and holds no values; give it some first, module.to_empty(device=...) and weights")
+        raise ValueError(
+            f"{name} is on the meta device and holds no values; give it some first, module.to_empty(device=...) and weights"
+        )
 
 
 def check_finite(name: str, w: Tensor) -> None:
@@ -184,7 +196,9 @@ def clamp_text(cap: float) -> str:
     return f"a forget gate clamped at {cap}" if cap < 1 else "no clamp of the forget gate"
 
 
-def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
+def read_state_dict(
+    state_dict: Mapping[str, Tensor],
+) -> tuple[dict[str, list[list[LayerWeights]]], dict[str, Exception]]:
     """Every stack of recurrent layers by its prefix, and why others cannot be read, by theirs: LookupError for what has no certificate,
     ValueError or TypeError for weights that are no real numbers or don't fit each other, RuntimeError for what torch cannot convert.
 
@@ -205,7 +219,9 @@ def read_state_dict(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, list[li
         except (TypeError, ValueError) as error:  # the message starts with the weight's name
             faults[prefix] = type(error)(f"{printable(start)}{error}")
         except RuntimeError as error:
-            faults[prefix] = RuntimeError(f"{printable(prefix) or 'the model'} cannot be read: {str(error).partition(chr(10))[0]}")
+            faults[prefix] = RuntimeError(
+                f"{printable(prefix) or 'the model'} cannot be read: {str(error).partition(chr(10))[0]}"
+            )
     return stacks, faults
 
 
@@ -216,14 +232,18 @@ def _read_stack(state_dict: Mapping[str, Tensor], start: str, tags: list[str]) -
         raise LookupError(f"has layers of several kinds ({', '.join(sorted(cells))})")
     levels: dict[int, list[LayerWeights]] = {}
     for tag in tags:
-        levels.setdefault(_level(tag), []).append(read(lambda name: state_dict.get(start + name), Names(tag), min(cells)))
+        levels.setdefault(_level(tag), []).append(
+            read(lambda name: state_dict.get(start + name), Names(tag), min(cells))
+        )
     if sorted(levels) != list(range(len(levels))):
         raise LookupError(f"has the layers {_listed(sorted(levels))} only")
     for level in range(1, len(levels)):
         width = sum(w.w_hh.shape[1] for w in levels[level - 1])
         for w in levels[level]:
             if w.w_ih.shape[1] != width:
-                raise LookupError(f"has a {Names(w.tag)['weight_ih']} for inputs of size {w.w_ih.shape[1]}, the layer below gives {width}")
+                raise LookupError(
+                    f"has a {Names(w.tag)['weight_ih']} for inputs of size {w.w_ih.shape[1]}, the layer below gives {width}"
+                )
     return [levels[level] for level in range(len(levels))]
 
 
@@ -244,7 +264,9 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
         if not isinstance(state_dict.get(start + name), Tensor):
             parts = re.compile(rf"{re.escape(start)}(parametrizations\.)?{name}(?!_reverse|_l\d)[._].*", re.DOTALL)
             akin = _listed([key for key in state_dict if isinstance(key, str) and parts.fullmatch(key)])
-            raise LookupError(f"has no {name}" + (f", only {akin} (a computed weight, by weight norm for instance)" if akin else ""))
+            raise LookupError(
+                f"has no {name}" + (f", only {akin} (a computed weight, by weight norm for instance)" if akin else "")
+            )
     found = {kind: state_dict[start + names[kind]] for kind in KINDS if state_dict.get(start + names[kind]) is not None}
     shapes = {kind: tuple(getattr(w, "shape", ())) for kind, w in found.items()}
 
@@ -255,7 +277,9 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
 
     for kind, w in found.items():
         if isinstance(w, Tensor) and w.layout == torch.strided and w.numel() > max(LARGE, w.untyped_storage().nbytes()):
-            raise ValueError(f"{names[kind]} has the shape {shapes[kind]} but not that many values (an expanded tensor); pass a clone()")
+            raise ValueError(
+                f"{names[kind]} has the shape {shapes[kind]} but not that many values (an expanded tensor); pass a clone()"
+            )
     for kind in ("weight_ih", "weight_hh", "weight_hr"):
         check(kind, len(shapes.get(kind, (0, 0))) == 2, "a matrix is needed")
     rows, out = shapes["weight_hh"]
@@ -266,7 +290,9 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
         raise LookupError("looks like a GRU, which has no certificate here")
     if rest or gates not in of_gates:
         known = " or ".join(map(str, sorted(of_gates)))
-        raise LookupError(f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM ({known} gates)")
+        raise LookupError(
+            f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM ({known} gates)"
+        )
     check("weight_ih", shapes["weight_ih"][0] == rows, f"{rows} rows are needed")
     for kind in ("bias_ih", "bias_hh"):
         check(kind, shapes.get(kind, (rows,)) == (rows,), f"({rows},) is needed")

@@ -23,4 +23,4 @@ ABSENT(spectral_step_cuda, const SpectralParams&, const CudaLaunch&)
 }
 [[gnu::weak]] int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits&) { return 0; }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

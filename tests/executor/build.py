@@ -5,6 +5,7 @@ Objects are kept in `build/executor/` under the hash of what they are made from.
 
     python tests/executor/build.py [--asan]     prints the path of the module
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -30,7 +31,14 @@ CXX = os.environ.get("CXX", "g++")
 INCLUDE = [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda", "csrc/cpu", "tests/executor")]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *INCLUDE]
 # Sums are fused only where the source says so, as in the other builds; memory is read as one type and written as another, as on a device.
-KERNEL = ["-DSTABLE_RNN_EXECUTOR", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+KERNEL = [
+    "-DSTABLE_RNN_EXECUTOR",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+]
 SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 EXECUTOR = [HERE / "executor.cpp", HERE / "primitives.cpp"]
 LIMITS = (90, 132, 232448, 16)  # CudaLimits of executor.cpp: an H100
@@ -47,7 +55,13 @@ def _flags(source: Path, asan: bool) -> list[str]:
     if source.name == "bindings.cpp":
         import pybind11
 
-        return [*COMMON, "-O1", "-DSTABLE_RNN_CUDA", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        return [
+            *COMMON,
+            "-O1",
+            "-DSTABLE_RNN_CUDA",
+            f"-I{pybind11.get_include()}",
+            f"-I{sysconfig.get_path('include')}",
+        ]
     if source.parent.name == "cpu":
         return [*COMMON, "-O1"]
     fma = ["-mfma"] if "fma" in _cpu_flags() else []
@@ -148,8 +162,24 @@ def gpu_primitives() -> ctypes.CDLL:
     """The same kernels for the GPU of this machine."""
     sources = [HERE / "kernels.cu", ROOT / "csrc/cuda/limits.cu"]
     made = CACHE / "gpu" / "primitives.so"
-    move_into(made, lambda to: run(["nvcc", "-std=c++17", "-arch=native", "-fmad=false", "-shared", "-cudart=static", "-Xcompiler=-fPIC",
-                                      *INCLUDE, *map(str, sources), "-o", to]))
+    move_into(
+        made,
+        lambda to: run(
+            [
+                "nvcc",
+                "-std=c++17",
+                "-arch=native",
+                "-fmad=false",
+                "-shared",
+                "-cudart=static",
+                "-Xcompiler=-fPIC",
+                *INCLUDE,
+                *map(str, sources),
+                "-o",
+                to,
+            ]
+        ),
+    )
     return ctypes.CDLL(str(made))
 
 

@@ -105,9 +105,11 @@ void fail_as_all_wait() {
   const size_t threads = fibers[0].position.threads, shown = std::min<size_t>(blocks.size(), 4);
   for (size_t b = 0; b < shown; ++b) {
     std::map<std::string, int> places;
-    for (size_t i = b * threads; i < (b + 1) * threads; ++i) ++places[fibers[i].ended ? "ended" : std::string("in ") + fibers[i].at];
+    for (size_t i = b * threads; i < (b + 1) * threads; ++i)
+      ++places[fibers[i].ended ? "ended" : std::string("in ") + fibers[i].at];
     text += (b ? "; block " : "block ") + std::to_string(fibers[b * threads].position.block) + ":";
-    for (const auto& [place, count] : places) text += (place == places.begin()->first ? " " : ", ") + std::to_string(count) + " " + place;
+    for (const auto& [place, count] : places)
+      text += (place == places.begin()->first ? " " : ", ") + std::to_string(count) + " " + place;
   }
   if (shown < blocks.size()) text += "; and " + std::to_string(blocks.size() - shown) + " more blocks";
   fail("%s", text.c_str());
@@ -174,19 +176,24 @@ void run_together(const Grid& grid, int first, int count) {
 // What the CUDA runtime would answer to such a launch.
 const char* check(const Grid& grid) {
   const int cluster = std::max(grid.cluster, 1);
-  if (grid.blocks < 1 || grid.threads < 1 || grid.threads > 1024 || grid.blocks % cluster) return "invalid configuration argument";
-  if (grid.shared_bytes < 0 || grid.shared_bytes > limits.shared_bytes || (cluster > 1 && limits.arch < 90)) return "invalid argument";
+  if (grid.blocks < 1 || grid.threads < 1 || grid.threads > 1024 || grid.blocks % cluster)
+    return "invalid configuration argument";
+  if (grid.shared_bytes < 0 || grid.shared_bytes > limits.shared_bytes || (cluster > 1 && limits.arch < 90))
+    return "invalid argument";
   if (cluster > limits.max_cluster) return "cluster target block count not available";
-  if (grid.cooperative && grid.blocks > limits.sms) return "too many blocks in cooperative launch";   // one block of an SM is certain
-  if (grid.threads % WARP) return "the number of threads is not a multiple of 32";                    // a rule of device.cuh
+  if (grid.cooperative && grid.blocks > limits.sms)
+    return "too many blocks in cooperative launch";                                  // one block of an SM is certain
+  if (grid.threads % WARP) return "the number of threads is not a multiple of 32";   // a rule of device.cuh
   return nullptr;
 }
 
-}  // namespace
+}   // namespace
 
 void fail(const char* format, ...) {
   int length = 0;
-  if (running) length = std::snprintf(message, sizeof message, "block %d, thread %d: ", running->position.block, running->position.thread);
+  if (running)
+    length = std::snprintf(message, sizeof message, "block %d, thread %d: ", running->position.block,
+                           running->position.thread);
   va_list values;
   va_start(values, format);
   std::vsnprintf(message + length, sizeof message - length, format, values);
@@ -218,11 +225,12 @@ const char* run(const Grid& grid, void (*body)(const void* call), const void* ca
   thread_body = body;
   thread_call = call;
   failed = false;
-  for (int i = 0; i < batches && !failed; ++i) run_together(grid, (reversed ? batches - 1 - i : i) * together, together);
+  for (int i = 0; i < batches && !failed; ++i)
+    run_together(grid, (reversed ? batches - 1 - i : i) * together, together);
   return failed ? message : nullptr;
 }
 
-}  // namespace executor
+}   // namespace executor
 
 const char* cuda_driver_problem() { return nullptr; }
 const char* cuda_limits(int device, CudaLimits* found) {
@@ -231,7 +239,7 @@ const char* cuda_limits(int device, CudaLimits* found) {
   return nullptr;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
 
 // For Python's ctypes. Limits are what cuda_limits() reports and what launches are held to.
 extern "C" {

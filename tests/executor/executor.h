@@ -25,10 +25,18 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 namespace stable_rnn {
 
@@ -51,7 +59,7 @@ void* map(void* shared, int rank);
 void check_aligned(const char* name, const void* address, int bytes);
 void check_written(const char* name, const void* value, int bytes);
 
-}  // namespace executor
+}   // namespace executor
 
 inline int thread_index() { return executor::position.thread; }
 inline int thread_count() { return executor::position.threads; }
@@ -72,9 +80,13 @@ T shuffle_from(const char* name, T value, int source_lane) {
   return value;
 }
 template <class T>
-T shuffle(T value, int source_lane) { return shuffle_from("shuffle", value, source_lane); }
+T shuffle(T value, int source_lane) {
+  return shuffle_from("shuffle", value, source_lane);
+}
 template <class T>
-T shuffle_xor(T value, int mask) { return shuffle_from("shuffle_xor", value, thread_index() % 32 ^ mask); }
+T shuffle_xor(T value, int mask) {
+  return shuffle_from("shuffle_xor", value, thread_index() % 32 ^ mask);
+}
 
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Bf16Tag) {
   executor::multiply(c, a, b, executor::Product::bf16);
@@ -99,7 +111,9 @@ void copy_async(void* shared, const void* global) {
 }
 void copy_commit();
 template <int pending>
-void copy_wait() { executor::land(pending); }
+void copy_wait() {
+  executor::land(pending);
+}
 
 inline int cluster_rank() { return executor::position.block % executor::position.cluster; }
 inline int cluster_size() { return executor::position.cluster; }
@@ -110,7 +124,9 @@ inline void cluster_sync() {
   cluster_wait();
 }
 template <class T>
-T* cluster_map(T* shared, int rank) { return static_cast<T*>(executor::map(shared, rank)); }
+T* cluster_map(T* shared, int rank) {
+  return static_cast<T*>(executor::map(shared, rank));
+}
 
 void flag_signal(unsigned* flag, unsigned value);
 void flag_wait(const unsigned* flag, unsigned at_least);
@@ -135,10 +151,13 @@ const char* launch(void (*kernel)(Params), const Grid& grid, const Params& param
     void (*kernel)(Params);
     const Params& params;
   } const call{kernel, params};
-  return executor::run(grid, [](const void* c) { static_cast<const Call*>(c)->kernel(static_cast<const Call*>(c)->params); }, &call);
+  return executor::run(
+      grid, [](const void* c) { static_cast<const Call*>(c)->kernel(static_cast<const Call*>(c)->params); }, &call);
 }
 
 template <class Body>
-const char* with_device(int device, const Body& body) { return device == 0 ? body() : "invalid device ordinal"; }
+const char* with_device(int device, const Body& body) {
+  return device == 0 ? body() : "invalid device ordinal";
+}
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

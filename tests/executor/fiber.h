@@ -28,7 +28,8 @@ struct Stacks {
   bool reserve(size_t want) {
     if (want <= count) return true;
     if (memory) munmap(memory, count * STACK);
-    memory = static_cast<char*>(mmap(nullptr, want * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    memory = static_cast<char*>(
+        mmap(nullptr, want * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     count = memory == MAP_FAILED ? 0 : want;
     if (!count) memory = nullptr;
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -40,7 +41,7 @@ struct Stacks {
 // One side of a switch: a fiber, or the thread that runs them.
 struct Side {
 #if defined(__x86_64__)
-  void* registers;      // the stack pointer; the rest is on the stack
+  void* registers;   // the stack pointer; the rest is on the stack
 #else
   ucontext_t registers;
 #endif
@@ -79,7 +80,8 @@ inline void prepare(Side& side, char* stack, void (*entry)()) {
   __asan_unpoison_memory_region(stack + page, STACK - page);
 #endif
 #if defined(__x86_64__)
-  void** top = reinterpret_cast<void**>(stack + STACK) - 8;   // six registers, the address to return to, the caller of entry()
+  void** top =
+      reinterpret_cast<void**>(stack + STACK) - 8;   // six registers, the address to return to, the caller of entry()
   for (int i = 0; i < 8; ++i) top[i] = nullptr;
   top[6] = reinterpret_cast<void*>(entry);
   side.registers = top;
@@ -99,4 +101,4 @@ inline void begin([[maybe_unused]] Side& thread) {
 #endif
 }
 
-}  // namespace stable_rnn::executor
+}   // namespace stable_rnn::executor

@@ -34,8 +34,7 @@ __global__ void where(const Params p) {
 // out[i] = in[source[i]] within each warp; mode 1: of doubles; 2: in[i ^ count]
 __global__ void shuffles(const Params p) {
   const int i = global_thread(), source = static_cast<const int*>(p.more)[i];
-  if (p.mode == 1)
-    static_cast<double*>(p.out)[i] = shuffle(static_cast<const double*>(p.in)[i], source);
+  if (p.mode == 1) static_cast<double*>(p.out)[i] = shuffle(static_cast<const double*>(p.in)[i], source);
   else
     static_cast<float*>(p.out)[i] = p.mode == 2 ? shuffle_xor(static_cast<const float*>(p.in)[i], p.count)
                                                 : shuffle(static_cast<const float*>(p.in)[i], source);
@@ -106,7 +105,7 @@ __global__ void copies(const Params p) {
   if (p.mode == 5) out[i] = shared[i], out[n + i] = shared[n + 4 * i];   // too early
   copy_wait<1>();
   out[2 * n + i] = shared[i];
-  if (p.mode == 5) out[3 * n + i] = shared[n + 4 * i];                    // too early
+  if (p.mode == 5) out[3 * n + i] = shared[n + 4 * i];   // too early
   copy_wait<0>();
   block_sync();
   for (int j = 0; j < 5; ++j) out[4 * n + j * n + i] = shared[j * n + i];
@@ -149,8 +148,12 @@ __global__ void token(const Params p) {
   }
 }
 
-struct alignas(8) Two { float v[2]; };
-struct alignas(16) Four { float v[4]; };
+struct alignas(8) Two {
+  float v[2];
+};
+struct alignas(16) Four {
+  float v[4];
+};
 
 // Through L2 by 4, 8 and 16 bytes; mode 1: misaligned
 __global__ void through_l2(const Params p) {
@@ -216,16 +219,25 @@ struct Entry {
   const char* name;
   void (*kernel)(Params);
 };
-constexpr Entry kernels[] = {{"where", where}, {"shuffles", shuffles}, {"products", products}, {"conversions", conversions},
-                             {"neighbours", neighbours}, {"copies", copies}, {"cluster_exchange", cluster_exchange}, {"token", token},
-                             {"through_l2", through_l2}, {"faults", faults}, {"recurrence", recurrence}};
+constexpr Entry kernels[] = {{"where", where},
+                             {"shuffles", shuffles},
+                             {"products", products},
+                             {"conversions", conversions},
+                             {"neighbours", neighbours},
+                             {"copies", copies},
+                             {"cluster_exchange", cluster_exchange},
+                             {"token", token},
+                             {"through_l2", through_l2},
+                             {"faults", faults},
+                             {"recurrence", recurrence}};
 
-}  // namespace
+}   // namespace
 
-extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, int blocks, int threads, int cluster,
-                                                                         int64_t shared_bytes, int cooperative, void* stream, const void* in,
-                                                                         const void* more, const void* init, void* out, unsigned* flags,
-                                                                         int count, int mode) {
+extern "C" __attribute__((visibility("default"))) const char* run_kernel(const char* name, int blocks, int threads,
+                                                                         int cluster, int64_t shared_bytes,
+                                                                         int cooperative, void* stream, const void* in,
+                                                                         const void* more, const void* init, void* out,
+                                                                         unsigned* flags, int count, int mode) {
   for (const Entry& entry : kernels)
     if (std::strcmp(entry.name, name) == 0)
       return with_device(0, [&] {
@@ -235,4 +247,4 @@ extern "C" __attribute__((visibility("default"))) const char* run_kernel(const c
   return "no such kernel";
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

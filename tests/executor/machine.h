@@ -59,19 +59,20 @@ struct Fiber {
   Warp* warp;
   const unsigned* word;   // waits until *word >= least
   unsigned least;
-  const char* at;         // what it waits in
-  unsigned cluster_round; // that ends cluster_wait; 0: has not arrived
+  const char* at;           // what it waits in
+  unsigned cluster_round;   // that ends cluster_wait; 0: has not arrived
   bool ended;
   std::vector<Copy> copies;     // under way
   std::vector<size_t> groups;   // copies before the end of each committed group
 };
 
-extern Fiber* running;           // null in the scheduler
+extern Fiber* running;              // null in the scheduler
 extern std::vector<Block> blocks;   // that run together
 
-[[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);   // ends the launch with a message; a thread does not return from it
+[[gnu::format(printf, 1, 2)]] void fail(const char* format,
+                                        ...);   // ends the launch with a message; a thread does not return from it
 void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
 void pause(const char* at);   // until all other threads have had a turn
 
-}  // namespace stable_rnn::executor
+}   // namespace stable_rnn::executor

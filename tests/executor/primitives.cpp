@@ -13,7 +13,8 @@ template <class Work>
 void collective(const char* name, const Operands& operands, Work work) {
   Warp& warp = *running->warp;
   if (warp.barrier.arrived == 0) warp.collective = name;
-  if (std::strcmp(warp.collective, name) != 0) fail("is at %s, but other lanes of its warp are at %s", name, warp.collective);
+  if (std::strcmp(warp.collective, name) != 0)
+    fail("is at %s, but other lanes of its warp are at %s", name, warp.collective);
   warp.lanes[running->position.thread % WARP] = operands;
   if (warp.barrier.arrived == WARP - 1) work(warp.lanes);
   meet(warp.barrier, name);
@@ -21,7 +22,7 @@ void collective(const char* name, const Operands& operands, Work work) {
 
 float element(const uint32_t* fragment, int index, Product product) {   // of a lane's registers, in their order
   if (product == Product::tf32) {
-    const uint32_t bits = fragment[index] & 0xffffe000;                 // the rest is not read
+    const uint32_t bits = fragment[index] & 0xffffe000;   // the rest is not read
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
@@ -45,7 +46,8 @@ void multiply_warp(const Operands* lanes, Product product) {
     const int group = lane / 4, first = lane % 4 * pack;
     for (int i = 0; i < 4 * pack; ++i)
       a[group + i / pack % 2 * 8][first + i % pack + i / (2 * pack) * half] = element(lanes[lane].a, i, product);
-    for (int i = 0; i < 2 * pack; ++i) b[first + i % pack + i / pack * half][group] = element(lanes[lane].b, i, product);
+    for (int i = 0; i < 2 * pack; ++i)
+      b[first + i % pack + i / pack * half][group] = element(lanes[lane].b, i, product);
   }
   for (int lane = 0; lane < WARP; ++lane)
     for (int i = 0; i < 4; ++i) {
@@ -61,7 +63,7 @@ size_t offset_in(const Block& block, const void* shared) {
   return reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(block.shared);
 }
 
-}  // namespace
+}   // namespace
 
 uint64_t exchange(const char* name, uint64_t value, int source_lane) {
   if (source_lane < 0 || source_lane >= WARP) fail("%s from lane %d", name, source_lane);
@@ -75,11 +77,13 @@ uint64_t exchange(const char* name, uint64_t value, int source_lane) {
 
 void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product) {
   constexpr const char* names[] = {"mma (bf16)", "mma (f16)", "mma (tf32)"};
-  collective(names[static_cast<int>(product)], {nullptr, 0, c, a, b}, [=](const Operands* lanes) { multiply_warp(lanes, product); });
+  collective(names[static_cast<int>(product)], {nullptr, 0, c, a, b},
+             [=](const Operands* lanes) { multiply_warp(lanes, product); });
 }
 
 void check_aligned(const char* name, const void* address, int bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes) fail("%s of %d bytes at an address that is not a multiple of that", name, bytes);
+  if (reinterpret_cast<uintptr_t>(address) % bytes)
+    fail("%s of %d bytes at an address that is not a multiple of that", name, bytes);
 }
 
 // The value: 4 bytes, a double, or 4-byte parts of 16.
@@ -123,12 +127,13 @@ void land(int pending) {
 void* map(void* shared, int rank) {
   const Block& mine = *running->block;
   const size_t offset = offset_in(mine, shared);
-  if (offset >= mine.bytes) fail("cluster_map of an address outside its block's %zu bytes of shared memory", mine.bytes);
+  if (offset >= mine.bytes)
+    fail("cluster_map of an address outside its block's %zu bytes of shared memory", mine.bytes);
   if (rank < 0 || rank >= cluster_size()) fail("cluster_map to rank %d of a cluster of %d", rank, cluster_size());
   return (&mine)[rank - cluster_rank()].shared + offset;
 }
 
-}  // namespace executor
+}   // namespace executor
 
 using namespace executor;
 
@@ -144,7 +149,8 @@ void cluster_arrive() {
   Barrier& barrier = *running->block->cluster;
   running->cluster_round = barrier.round + 1;
   barrier.arrive();
-  pause("cluster_arrive");   // so that some threads are past cluster_wait while others have still to do what lies before it
+  pause(
+      "cluster_arrive");   // so that some threads are past cluster_wait while others have still to do what lies before it
 }
 void cluster_wait() {
   if (!running->cluster_round) fail("cluster_wait without cluster_arrive");
@@ -155,4 +161,4 @@ void cluster_wait() {
 void flag_signal(unsigned* flag, unsigned value) { *flag = value; }
 void flag_wait(const unsigned* flag, unsigned at_least) { wait(flag, at_least, "flag_wait"); }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

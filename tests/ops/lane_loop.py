@@ -3,6 +3,7 @@ as plain loops.
 
 The loops take one lane and one step at a time. In float64 they are the oracle; in float32 they say what error eager torch makes.
 """
+
 from dataclasses import dataclass, replace
 
 import torch
@@ -95,8 +96,17 @@ def loop_forward(case, made, kind=torch.float64):
     full = lambda *shape: torch.full(shape, NAN, dtype=kind)  # noqa: E731
     H, P = case.hidden, case.p
     to = {k: None if v is None else v.to(kind) for k, v in made.items()}
-    out = dict(y=full(case.n, P), h_n=full(case.batch, P), c_n=full(case.batch, H), saved=full(case.n, 4 * H), cells=full(case.n, H),
-               h_start=full(case.lanes, P), c_start=full(case.lanes, H), h_end=full(case.lanes, P), c_end=full(case.lanes, H))
+    out = dict(
+        y=full(case.n, P),
+        h_n=full(case.batch, P),
+        c_n=full(case.batch, H),
+        saved=full(case.n, 4 * H),
+        cells=full(case.n, H),
+        h_start=full(case.lanes, P),
+        c_start=full(case.lanes, H),
+        h_end=full(case.lanes, P),
+        c_end=full(case.lanes, H),
+    )
     for b in range(case.batch):
         if case.length[b] == 0:
             out["h_n"][b], out["c_n"][b] = to["h0"][b], to["c0"][b] if case.lstm else NAN
@@ -152,8 +162,16 @@ def loop_backward(case, made, saved, kind=torch.float64):
     H, P = case.hidden, case.p
     to = {k: None if v is None else v.to(kind) for k, v in (made | saved).items()}
     cap = float(torch.tensor(case.cap, dtype=case.dtype))
-    out = dict(dz=full(case.n, case.gates * H), dh=full(case.n, P), dh0=full(case.batch, P), dc0=full(case.batch, H),
-               dh_start=full(case.lanes, P), dc_start=full(case.lanes, H), dh_end=full(case.lanes, P), dc_end=full(case.lanes, H))
+    out = dict(
+        dz=full(case.n, case.gates * H),
+        dh=full(case.n, P),
+        dh0=full(case.batch, P),
+        dc0=full(case.batch, H),
+        dh_start=full(case.lanes, P),
+        dc_start=full(case.lanes, H),
+        dh_end=full(case.lanes, P),
+        dc_end=full(case.lanes, H),
+    )
     for b in range(case.batch):
         if case.length[b] == 0:
             out["dh0"][b], out["dc0"][b] = to["dh_n"][b], to["dc_n"][b]
@@ -177,7 +195,11 @@ def loop_backward(case, made, saved, kind=torch.float64):
                 out["dh"][row] = dh
             state = dict(h=to["y"][row], gates=None, c=None, c_prev=None)
             if case.lstm:
-                state |= dict(gates=to["saved"][row], c=to["cells"][row], c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b])
+                state |= dict(
+                    gates=to["saved"][row],
+                    c=to["cells"][row],
+                    c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b],
+                )
             dz, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
             if t < end:
                 out["dz"][row] = dz
@@ -238,10 +260,26 @@ def at(tensor):
 def _head(case):
     """The arguments up to the selection; the tensors behind the addresses are kept on the case."""
     tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=case.device)  # noqa: E731
-    case.kept = [None if case.plain_base else tensor(case.base), None if case.lengths is None else tensor(case.lengths),
-                 None if case.select is None else tensor(case.select)]
-    return (CELLS.index(case.cell), TF32 if case.tf32 else DTYPES[case.dtype], case.threads, case.hidden, case.p, case.cap, case.steps,
-            case.batch, case.step, case.stride, case.warmup, *map(at, case.kept), 0 if case.select is None else len(case.select))
+    case.kept = [
+        None if case.plain_base else tensor(case.base),
+        None if case.lengths is None else tensor(case.lengths),
+        None if case.select is None else tensor(case.select),
+    ]
+    return (
+        CELLS.index(case.cell),
+        TF32 if case.tf32 else DTYPES[case.dtype],
+        case.threads,
+        case.hidden,
+        case.p,
+        case.cap,
+        case.steps,
+        case.batch,
+        case.step,
+        case.stride,
+        case.warmup,
+        *map(at, case.kept),
+        0 if case.select is None else len(case.select),
+    )
 
 
 def _poisoned(case, **columns):
@@ -259,18 +297,32 @@ def _call(case, kernel, inputs, outputs):
 def run_forward(case, made, call=None):
     """`call`: takes the arguments of `recurrence_forward`; null: the compiled module's."""
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
-    out = _poisoned(case, y=(n, P, dtype), h_n=(batch, P, dtype), h_start=(case.lanes, P, f32), h_end=(case.lanes, P, f32))
+    out = _poisoned(
+        case, y=(n, P, dtype), h_n=(batch, P, dtype), h_start=(case.lanes, P, f32), h_end=(case.lanes, P, f32)
+    )
     if case.lstm:
-        out |= _poisoned(case, c_n=(batch, H, dtype), saved=(n, 4 * H, dtype), cells=(n, H, f32), c_start=(case.lanes, H, f32),
-                         c_end=(case.lanes, H, f32))
+        out |= _poisoned(
+            case,
+            c_n=(batch, H, dtype),
+            saved=(n, 4 * H, dtype),
+            cells=(n, H, f32),
+            c_start=(case.lanes, H, f32),
+            c_end=(case.lanes, H, f32),
+        )
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
     return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out)
 
 
 def run_backward(case, made, saved, call=None):
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
-    out = _poisoned(case, dz=(n, case.gates * H, dtype), dh=(n, P, dtype), dh0=(batch, P, dtype), dh_start=(case.lanes, P, f32),
-                    dh_end=(case.lanes, P, f32))
+    out = _poisoned(
+        case,
+        dz=(n, case.gates * H, dtype),
+        dh=(n, P, dtype),
+        dh0=(batch, P, dtype),
+        dh_start=(case.lanes, P, f32),
+        dh_end=(case.lanes, P, f32),
+    )
     if case.lstm:
         out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))

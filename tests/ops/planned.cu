@@ -17,12 +17,16 @@ EXPORT void complete_plan(bool backward, int cell, int dtype, int64_t hidden, Cu
   plan->shared_bytes = g.shared_bytes;
   plan->workspace_bytes = workspace_parts(*plan, g).bytes;
 }
-EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits* limits) {
+EXPORT CudaPlan automatic_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                               const CudaLimits* limits) {
   return recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, *limits);
 }
 EXPORT const char* device_limits(CudaLimits* limits) { return cuda_limits(0, limits); }
-EXPORT int allowed_warps(bool backward, int cell, int octets, bool held) { return most_warps(warp_layout(backward, cell), octets, held); }
+EXPORT int allowed_warps(bool backward, int cell, int octets, bool held) {
+  return most_warps(warp_layout(backward, cell), octets, held);
+}
 EXPORT void struct_sizes(int64_t* sizes) {
-  const int64_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(CudaPlan), sizeof(CudaLaunch), sizeof(CudaLimits)};
+  const int64_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams), sizeof(CudaPlan), sizeof(CudaLaunch),
+                         sizeof(CudaLimits)};
   for (int i = 0; i < 5; ++i) sizes[i] = all[i];
 }

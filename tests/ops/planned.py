@@ -3,6 +3,7 @@
 A `Variant` says how the work is divided, as `CudaPlan` does: how many blocks run a tile together and how they meet, lanes and units of a
 block, place of the weights. A `Machine` runs `lane_loop` cases by one.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -26,24 +27,36 @@ def _fields(kind, names):
 
 
 class Lanes(Structure):
-    _fields_ = _fields(c_int64, "steps batch step stride warmup") + _fields(c_void_p, "base length select") + [("n_select", c_int64)]
+    _fields_ = (
+        _fields(c_int64, "steps batch step stride warmup")
+        + _fields(c_void_p, "base length select")
+        + [("n_select", c_int64)]
+    )
 
 
 _HEAD = _fields(c_int, "cell dtype threads") + _fields(c_int64, "hidden out") + [("cap", c_float), ("lanes", Lanes)]
 
 
 class Forward(Structure):
-    _fields_ = _HEAD + _fields(c_void_p, "xp w_hh w_hr h0 c0 h_init c_init hidden_bias y h_n c_n saved cells h_start c_start h_end c_end")
+    _fields_ = _HEAD + _fields(
+        c_void_p, "xp w_hh w_hr h0 c0 h_init c_init hidden_bias y h_n c_n saved cells h_start c_start h_end c_end"
+    )
 
 
 class Backward(Structure):
-    _fields_ = (_HEAD + _fields(c_void_p, "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0")
-                + _fields(c_void_p, "dz dh dh0 dc0 dh_start dc_start dh_end dc_end"))
+    _fields_ = (
+        _HEAD
+        + _fields(c_void_p, "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0")
+        + _fields(c_void_p, "dz dh dh0 dc0 dh_start dc_start dh_end dc_end")
+    )
 
 
 class Plan(Structure):
-    _fields_ = ([("message", c_char_p)] + _fields(c_int, "blocks cluster lanes units warps place teams")
-                + _fields(c_int64, "shared_bytes workspace_bytes"))
+    _fields_ = (
+        [("message", c_char_p)]
+        + _fields(c_int, "blocks cluster lanes units warps place teams")
+        + _fields(c_int64, "shared_bytes workspace_bytes")
+    )
 
 
 class Launch(Structure):
@@ -77,7 +90,18 @@ class Variant:
         assert (self.blocks - 1) * groups * unit < hidden, "a block without units"
         warps = groups * (4 if cell == LSTM and backward else 1) * self.lane_groups
         cluster = 1 if self.grid else self.blocks
-        return Plan(None, self.blocks, cluster, 8 * self.octets * self.lane_groups, groups * unit, warps, self.place, self.teams, 0, 0)
+        return Plan(
+            None,
+            self.blocks,
+            cluster,
+            8 * self.octets * self.lane_groups,
+            groups * unit,
+            warps,
+            self.place,
+            self.teams,
+            0,
+            0,
+        )
 
 
 class Machine:
@@ -91,9 +115,27 @@ class Machine:
         if self.device == "cpu":
             return build._link("planned.so", [*sources, *build.EXECUTOR], self.asan)
         made = build.CACHE / "gpu" / "planned.so"
-        build.move_into(made, lambda to: build.run(
-            ["nvcc", "-std=c++17", "-arch=native", "--fmad=false", "--expt-relaxed-constexpr", "-shared", "-cudart=static",
-             "-Xcompiler=-fPIC,-fvisibility=hidden", "-t0", *build.INCLUDE, *map(str, sources), str(CSRC / "limits.cu"), "-o", to]))
+        build.move_into(
+            made,
+            lambda to: build.run(
+                [
+                    "nvcc",
+                    "-std=c++17",
+                    "-arch=native",
+                    "--fmad=false",
+                    "--expt-relaxed-constexpr",
+                    "-shared",
+                    "-cudart=static",
+                    "-Xcompiler=-fPIC,-fvisibility=hidden",
+                    "-t0",
+                    *build.INCLUDE,
+                    *map(str, sources),
+                    str(CSRC / "limits.cu"),
+                    "-o",
+                    to,
+                ]
+            ),
+        )
         return made
 
     @cached_property
@@ -117,8 +159,12 @@ class Machine:
             raise RuntimeError(problem.decode())
         return found
 
-    def automatic(self, limits: Limits, backward: bool, cell: int, dtype: int, hidden: int, entries: int, out: int | None = None) -> Plan:
-        return self.library.automatic_plan(backward, cell, dtype, hidden, hidden if out is None else out, entries, byref(limits))
+    def automatic(
+        self, limits: Limits, backward: bool, cell: int, dtype: int, hidden: int, entries: int, out: int | None = None
+    ) -> Plan:
+        return self.library.automatic_plan(
+            backward, cell, dtype, hidden, hidden if out is None else out, entries, byref(limits)
+        )
 
     def plan(self, how: Variant, backward: bool, case: loop.Case) -> Plan:
         cell, dtype = loop.CELLS.index(case.cell), loop.TF32 if case.tf32 else loop.DTYPES[case.dtype]
@@ -132,12 +178,16 @@ class Machine:
 
     def backward(self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits) -> dict:
         case = replace(case, device=self.device)
-        return loop.run_backward(case, made, saved, lambda *fields, **outputs: self._call(True, case, how, fields, outputs))
+        return loop.run_backward(
+            case, made, saved, lambda *fields, **outputs: self._call(True, case, how, fields, outputs)
+        )
 
     def _call(self, backward, case, how, fields, outputs):
         lanes = Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15])))
         pointers = [v or None for v in fields[15:]]
-        params = (Backward if backward else Forward)(*fields[:6], lanes, *pointers, **{k: v or None for k, v in outputs.items()})
+        params = (Backward if backward else Forward)(
+            *fields[:6], lanes, *pointers, **{k: v or None for k, v in outputs.items()}
+        )
         if isinstance(how, Limits):
             plan = self.automatic(how, backward, params.cell, params.dtype, params.hidden, len(case.ids), params.out)
         else:

@@ -1,4 +1,5 @@
 """Matrices with a known spectrum, and the exact projections in float64."""
+
 import torch
 
 
@@ -28,7 +29,17 @@ def spectrum(kind, k, bound):
     return values[kind].double() * bound
 
 
-KINDS = ("flat", "orthogonal", "clustered", "near equal", "one far out", "a block", "all outside", "rank 1", "just outside")
+KINDS = (
+    "flat",
+    "orthogonal",
+    "clustered",
+    "near equal",
+    "one far out",
+    "a block",
+    "all outside",
+    "rank 1",
+    "just outside",
+)
 
 
 def norm(W):

@@ -35,12 +35,12 @@ int meet(int threads, int rounds, bool judged, const Work& work) {
       for (int round = 0; round < rounds; ++round) {
         work(thread, round);
         const int* before = round ? &done[(round - 1) * items] : nullptr;   // of other threads, mostly
-        for (int64_t i = team.begin(items); i < team.end(items); ++i) done[round * items + i] += before ? before[items - 1 - i] : 1;
+        for (int64_t i = team.begin(items); i < team.end(items); ++i)
+          done[round * items + i] += before ? before[items - 1 - i] : 1;
         team.sync();
       }
       stayed[thread] = 1, ranks[thread] = team.rank, sizes[thread] = team.size;
-    } catch (const Left&) {
-    }
+    } catch (const Left&) {}
   };
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) others.emplace_back(member, thread);
@@ -62,13 +62,16 @@ void told() {   // threads leave at barriers in turn; nobody does of its own acc
     for (int round : {0, 1, 2, 5, 40}) {
       leave_at(round, 0);
       int left = threads, leaving = 1;
-      for (int at = round; at < 60 && left > 1; at += round + 1, leaving *= 2) left = left - leaving < 1 ? 1 : left - leaving;
+      for (int at = round; at < 60 && left > 1; at += round + 1, leaving *= 2)
+        left = left - leaving < 1 ? 1 : left - leaving;
       expect(meet(threads, 60, false, [](int, int) {}) == left, "threads at the end", left);
     }
   leave_at(-1, 0);
 }
 
-void late_one(int thread, int) { if (thread == 1) sleep_us(2000); }
+void late_one(int thread, int) {
+  if (thread == 1) sleep_us(2000);
+}
 
 void late() {   // one thread is always late: the others sleep, and the team goes on without somebody
   for (int threads : {2, 3, 4}) {
@@ -85,7 +88,9 @@ void late() {   // one thread is always late: the others sleep, and the team goe
 void many() {   // many rounds, at all speeds, more threads than most machines have
   leave_at(-1, 0);
   meet(2, 500, true, [](int, int) {});
-  meet(8, 100, false, [](int thread, int round) { if ((thread * 7 + round) % 50 == 0) sleep_us(100); });
+  meet(8, 100, false, [](int thread, int round) {
+    if ((thread * 7 + round) % 50 == 0) sleep_us(100);
+  });
   leave_at(-1, 0);
 }
 
@@ -94,7 +99,8 @@ void memory() {   // times in microseconds
   Crowd known;
   expect(known.threads(8, 0) == 8, "threads where nothing is known", known.threads(8, 0));
   known.collapsed(3, 500 * us, 0);
-  expect(known.threads(8, 9999 * us) == 3 && known.threads(2, 9999 * us) == 2, "threads soon after", known.threads(8, 9999 * us));
+  expect(known.threads(8, 9999 * us) == 3 && known.threads(2, 9999 * us) == 2, "threads soon after",
+         known.threads(8, 9999 * us));
   expect(known.threads(8, 10000 * us) == 8, "threads twenty times as long after", known.threads(8, 10000 * us));
   known.kept(0, 0, 5000 * us);   // with three threads: proves nothing
   expect(known.pause == 10000 * us, "pause", known.pause);
@@ -108,18 +114,18 @@ void memory() {   // times in microseconds
   known.collapsed(1, 0, 0);
   expect(known.waits == 0 && known.lost == 0, "an account that was closed", known.waits);
   for (int i = 0; i < 20; ++i) known.kept(2, -1 * us, known.until + i);
-  expect(known.pause == 0 && known.until == 0 && known.waits == 0 && known.lost == 0, "pause of a quiet machine", known.pause);
+  expect(known.pause == 0 && known.until == 0 && known.waits == 0 && known.lost == 0, "pause of a quiet machine",
+         known.pause);
 }
 
 void calls() {   // each too short to tell
   leave_at(-1, 0);
   int call = 0;
-  while (call < 50 && crowd().limit == 0)
-    meet(2, 1, true, late_one), ++call;
+  while (call < 50 && crowd().limit == 0) meet(2, 1, true, late_one), ++call;
   expect(crowd().limit == 1, "threads", crowd().limit);
 }
 
-}  // namespace
+}   // namespace
 
 int main(int, char** arguments) {
   const struct {

@@ -1,5 +1,6 @@
 """`spectral_project_` as it runs on a GPU, where nothing may wait: on one where there is one, else on CPU tensors that are taken for a
 GPU's, with the CUDA kernel in the block executor."""
+
 import copy
 import math
 import pickle
@@ -44,8 +45,10 @@ def no_waiting():
         return
     with pytest.MonkeyPatch.context() as patch:
         for name in ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
+
             def wait(*_, name=name):
                 raise AssertionError(f"the host waits: {name}")
+
             patch.setattr(torch.Tensor, name, wait)
         yield
 
@@ -55,9 +58,11 @@ def looks(monkeypatch):
     """How often the host waited for proofs, and how many matrices went the slow way."""
     counted = {"look": 0, "alone": 0}
     for name, function in (("look", certified.look), ("_alone", certified._alone)):
+
         def count(*arguments, name=name, function=function):
             counted[name.strip("_")] += 1
             return function(*arguments)
+
         monkeypatch.setattr(certified, name, count)
     return counted
 
@@ -87,7 +92,11 @@ def test_no_step_of_a_loop_waits():
 def test_a_training_loop_stays_close(start):
     """As on the CPU, but that what a full block hides is seen up to 20 calls late."""
     n, size = 40, 2e-3
-    W = (torch.rand(n, n) * 2 - 1) * 1.5 / n**0.5 if start == "uniform" else torch.linalg.qr(torch.randn(n, n)).Q.contiguous()
+    W = (
+        (torch.rand(n, n) * 2 - 1) * 1.5 / n**0.5
+        if start == "uniform"
+        else torch.linalg.qr(torch.randn(n, n)).Q.contiguous()
+    )
     W, state = W.to(DEVICE), SpectralState()
     spectral_project_(W, BOUND, certify=False, state=state)
     worst = 0.0
@@ -144,7 +153,10 @@ def test_states_are_copied_and_pickled_without_what_is_under_way():
 
 
 def test_certified_inside_waits_once(looks):
-    Ws = [with_spectrum(torch.linspace(0.9, 0.1, min(s)), *s).float().to(DEVICE) for s in ((20, 20), (20, 20), (33, 9), (1, 1), (0, 4))]
+    Ws = [
+        with_spectrum(torch.linspace(0.9, 0.1, min(s)), *s).float().to(DEVICE)
+        for s in ((20, 20), (20, 20), (33, 9), (1, 1), (0, 4))
+    ]
     before = [W.clone() for W in Ws]
     norms = spectral_project_(Ws, BOUND)
     assert looks == {"look": 1, "alone": 0}
@@ -213,7 +225,9 @@ def test_which_backend_runs_on_a_gpu(monkeypatch):
     W = SimpleNamespace(device=torch.device("cuda"))
     for able, want in (((True, True), cuda), ((False, True), triton), ((False, False), None)):
         for backend, yes in zip((cuda, triton), able):
-            monkeypatch.setattr(backend, "can_run", lambda *_, yes=yes, name=backend.__name__: (yes, "" if yes else f"not {name[-4:]}"))
+            monkeypatch.setattr(
+                backend, "can_run", lambda *_, yes=yes, name=backend.__name__: (yes, "" if yes else f"not {name[-4:]}")
+            )
         found, reason = registration.PROJECTION.find("auto", W.device, [W], [W])
         assert registration.kernel([W], [W]) is found
         assert found is want and (found is not None or reason == "not cuda; not iton")

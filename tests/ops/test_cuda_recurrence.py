@@ -1,5 +1,6 @@
 """The CUDA recurrence kernels' own source: in the block executor in two schedules and, where there is one, on a GPU. Every output of
 params.h against plain float64 loops, for every way in which the work can be divided."""
+
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,12 @@ pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or
 FORWARD, BACKWARD = False, True
 EXECUTOR, DESCENDING = Machine("executor"), Machine("descending", descending=True)
 GPU = [Machine("gpu", "cuda")] if torch.cuda.is_available() else []
-KINDS = {"float32": dict(), "tf32": dict(tf32=True), "bfloat16": dict(dtype=torch.bfloat16), "float16": dict(dtype=torch.float16)}
+KINDS = {
+    "float32": dict(),
+    "tf32": dict(tf32=True),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "float16": dict(dtype=torch.float16),
+}
 H100, A100, SMALL = Limits(90, 132, 232448, 16), Limits(80, 108, 166912, 1), Limits(120, 36, 101376, 8)
 
 VARIANTS = [
@@ -56,7 +62,9 @@ def exists(machine, variant, backward, case):
     if -(-case.hidden // (variant.blocks * unit)) * unit * (variant.blocks - 1) >= case.hidden:
         return False  # a block without units
     plan = machine.plan(variant, backward, case)
-    most = machine.library.allowed_warps(backward, loop.CELLS.index(case.cell), variant.octets, variant.place == REGISTERS)
+    most = machine.library.allowed_warps(
+        backward, loop.CELLS.index(case.cell), variant.octets, variant.place == REGISTERS
+    )
     limits = machine.limits
     return plan.warps <= most and plan.shared_bytes <= limits.shared_bytes and plan.cluster <= limits.max_cluster
 
@@ -101,7 +109,9 @@ def check(machine, case, how):
     """Forward, and backward over what the plain forward saved."""
     made, saved = check_forward(machine, case, how)
     if case.select is not None:  # a selection saves its own rows only
-        saved = machine.forward(replace(case, select=None), {k: v for k, v in made.items() if not k.endswith("_init")}, how)
+        saved = machine.forward(
+            replace(case, select=None), {k: v for k, v in made.items() if not k.endswith("_init")}, how
+        )
     check_backward(machine, case, how, made, saved)
 
 
@@ -122,7 +132,9 @@ def test_every_variant(machine, variant, kind, cell):
     """Against the loops; several tiles a team, and lanes that end in between."""
     hidden = hidden_of(variant)
     lanes = 2 * 8 * variant.octets * variant.lane_groups * variant.teams
-    case = Case(cell, min(lanes, 37) // 2 + 1, 2, hidden, stride=2, warmup=1, cap=0.8 if cell == "lstm" else 1.0, **KINDS[kind])
+    case = Case(
+        cell, min(lanes, 37) // 2 + 1, 2, hidden, stride=2, warmup=1, cap=0.8 if cell == "lstm" else 1.0, **KINDS[kind]
+    )
     case = replace(case, lengths=(case.steps, max(case.steps - 3, 0)))
     made = saved = None
     if exists(machine, variant, FORWARD, case):
@@ -184,10 +196,17 @@ def test_sizes(machine, cell, hidden):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("stride, warmup", [(9, 0), (100, 3), (1, 0), (1, 3), (1, 20), (4, 2), (3, 0), (4, 9)])
-@pytest.mark.parametrize("layout, lengths", [
-    ("padded", None), ("reverse", None), ("padded", (5, 0, 9)), ("reverse", (5, 0, 9)), ("packed", (9, 4, 2)),
-    ("packed_reverse", (4, 0, 9)),
-])
+@pytest.mark.parametrize(
+    "layout, lengths",
+    [
+        ("padded", None),
+        ("reverse", None),
+        ("padded", (5, 0, 9)),
+        ("reverse", (5, 0, 9)),
+        ("packed", (9, 4, 2)),
+        ("packed_reverse", (4, 0, 9)),
+    ],
+)
 def test_lanes_and_layouts(machine, cell, stride, warmup, layout, lengths):
     variant = SOME[(stride + warmup) % 3]
     check(machine, Case(cell, 9, 3, 17, stride, warmup, layout=layout, lengths=lengths), variant)
@@ -217,7 +236,10 @@ def test_cap_holds_and_stops_the_gradient(machine, cap, kind):
 @pytest.mark.parametrize("cell", CELLS)
 def test_absent_inputs_are_zeros_and_absent_outputs_stay_away(machine, cell):
     case = Case(cell, 5, 2, 20, stride=3, warmup=1, lengths=(5, 0), device=machine.device)
-    zeros = {k: torch.zeros_like(v) if k in ("h0", "c0", "dh_n", "dc_n") and v is not None else v for k, v in case.draw().items()}
+    zeros = {
+        k: torch.zeros_like(v) if k in ("h0", "c0", "dh_n", "dc_n") and v is not None else v
+        for k, v in case.draw().items()
+    }
     without = {k: None if k in ("h0", "c0", "dh_n", "dc_n") else v for k, v in zeros.items()}
     saved = machine.forward(case, zeros, machine.limits)
     equal(machine.forward(case, without, machine.limits), saved)
@@ -226,11 +248,16 @@ def test_absent_inputs_are_zeros_and_absent_outputs_stay_away(machine, cell):
 
     def only(name, backward):  # every other output is null
         def call(*fields, **outputs):
-            machine._call(backward, case, machine.limits, fields, {k: v if k == name else 0 for k, v in outputs.items()})
+            machine._call(
+                backward, case, machine.limits, fields, {k: v if k == name else 0 for k, v in outputs.items()}
+            )
+
         return call
 
-    for name, found, everything in (("y", loop.run_forward(case, zeros, only("y", FORWARD)), saved),
-                                    ("dz", loop.run_backward(case, zeros, saved, only("dz", BACKWARD)), back)):
+    for name, found, everything in (
+        ("y", loop.run_forward(case, zeros, only("y", FORWARD)), saved),
+        ("dz", loop.run_backward(case, zeros, saved, only("dz", BACKWARD)), back),
+    ):
         equal({name: found.pop(name)}, {name: everything[name]})
         assert all(v.isnan().all() for v in found.values())
 
@@ -257,7 +284,9 @@ def test_nan_and_infinity_pass_through(machine, cell, kind):
     for variant in SOME:
         y = machine.forward(case, made, variant)["y"].view(6, 2, 20)
         assert not y[:2].isnan().any() and not y[:, 1].isnan().any() and y[2:, 0].isnan().all()
-    windows = Case(cell, 6, 2, 20, stride=1, warmup=2, **KINDS[kind])  # from zeros, which times infinity are NaN: as in a plain product
+    windows = Case(
+        cell, 6, 2, 20, stride=1, warmup=2, **KINDS[kind]
+    )  # from zeros, which times infinity are NaN: as in a plain product
     made = windows.draw()
     made["w_hh"][3, 5] = float("inf")
     found, exact = machine.forward(windows, made, machine.limits), loop.loop_forward(windows, made)
@@ -318,7 +347,10 @@ def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(machine, cell, 
     lanes = replace(whole, stride=10, select=(0, 1, 2))
     found = machine.forward(lanes, made, machine.limits)
     for j in (1, 2):
-        state = dict(h_init=found["h_end"][j - 1].clone()[None], c_init=found["c_end"][j - 1].clone()[None] if whole.lstm else None)
+        state = dict(
+            h_init=found["h_end"][j - 1].clone()[None],
+            c_init=found["c_end"][j - 1].clone()[None] if whole.lstm else None,
+        )
         again = machine.forward(replace(lanes, select=(j,), init=True), made | state, machine.limits)
         found["h_end"][j], found["y"][10 * j : 10 * j + 10] = again["h_end"][j], again["y"][10 * j : 10 * j + 10]
         if whole.lstm:
@@ -374,8 +406,13 @@ def test_errors_say_what_is_wrong():
     projected = replace(good, out=2)
     with pytest.raises(RuntimeError, match="proj_size"):
         EXECUTOR.forward(projected, projected.draw(), H100)
-    for arguments, word in (((7, 0, 8, 1), "cell"), ((2, 9, 8, 1), "dtype"), ((2, 0, -1, 1), "hidden"), ((2, 0, 10**6, 1), "too large"),
-                            ((2, 0, 8, 1, 4), "proj_size")):
+    for arguments, word in (
+        ((7, 0, 8, 1), "cell"),
+        ((2, 9, 8, 1), "dtype"),
+        ((2, 0, -1, 1), "hidden"),
+        ((2, 0, 10**6, 1), "too large"),
+        ((2, 0, 8, 1, 4), "proj_size"),
+    ):
         assert word in EXECUTOR.automatic(H100, FORWARD, *arguments).message.decode()
     assert b"8.0" in EXECUTOR.automatic(Limits(75, 40, 65536, 1), FORWARD, 2, 0, 8, 1).message
 
@@ -389,8 +426,13 @@ def test_entry_points_of_the_module():
     start = space[-space.data_ptr() % 256 // 4 :].data_ptr()
 
     def run(size):
-        return loop.run_forward(case, made, lambda *fields, **outputs: module.recurrence_forward_cuda(
-            *fields, **outputs, device=0, stream=0, workspace=start, workspace_bytes=size))
+        return loop.run_forward(
+            case,
+            made,
+            lambda *fields, **outputs: module.recurrence_forward_cuda(
+                *fields, **outputs, device=0, stream=0, workspace=start, workspace_bytes=size
+            ),
+        )
 
     for limits in (build.LIMITS, (80, 108, 166912, 1)):
         with build.limits(module, *limits):
@@ -429,6 +471,11 @@ def test_address_sanitizer():
         pytest.skip(f"{build.CXX} has no AddressSanitizer library")
     Machine("asan", asan=True).build()
     path = [str(build.ROOT), str(build.ROOT / "tests"), str(Path(__file__).parent)]
-    done = subprocess.run([sys.executable, "-c", SANITIZED.format(path=path)], env=build.sanitized_environment(), capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED.format(path=path)],
+        env=build.sanitized_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, done.stderr

@@ -1,5 +1,6 @@
 """The CUDA spectral step's own source: in the block executor, in two schedules and for teams and layouts of every kind, and, where there is
 one, on a GPU. Against the exact projection in float64, the reference and the CPU kernel."""
+
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -117,11 +118,23 @@ def assert_orthonormal(X, few):
     assert gram.diagonal()[:few].min() > 0.9
 
 
-@pytest.mark.parametrize("dtype, scale, size", [
-    (torch.float32, False, 1.0), (torch.float32, True, 1.0), (torch.float32, False, 1e30), (torch.float32, True, 1e-30),
-    (torch.bfloat16, False, 1.0), (torch.bfloat16, True, 1e30), (torch.float16, False, 1.0), (torch.float16, True, 2.0**14)])
+@pytest.mark.parametrize(
+    "dtype, scale, size",
+    [
+        (torch.float32, False, 1.0),
+        (torch.float32, True, 1.0),
+        (torch.float32, False, 1e30),
+        (torch.float32, True, 1e-30),
+        (torch.bfloat16, False, 1.0),
+        (torch.bfloat16, True, 1e30),
+        (torch.float16, False, 1.0),
+        (torch.float16, True, 2.0**14),
+    ],
+)
 def test_no_worse_than_the_reference(machine, dtype, scale, size):
-    Ws = [(gapped(*shape) if all(shape) else torch.zeros(shape)).mul(size).to(machine.device, dtype) for shape in SHAPES]
+    Ws = [
+        (gapped(*shape) if all(shape) else torch.zeros(shape)).mul(size).to(machine.device, dtype) for shape in SHAPES
+    ]
     bounds = [0.9 * size] * len(Ws)
     found, plain, like_cpu = ([W.clone() for W in Ws] for _ in range(3))
     blocks = [block(W) for W in Ws]
@@ -133,13 +146,19 @@ def test_no_worse_than_the_reference(machine, dtype, scale, size):
             assert_close(W, V, R, b, scale)
             assert_orthonormal(X, min(5, *shape))
     assert near.tolist() == [min(5, *shape) for shape in SHAPES]
-    assert torch.allclose(norms, torch.tensor([b * all(shape) for b, shape in zip(bounds, SHAPES)], dtype=torch.float64), rtol=1e-12)
-    if dtype != torch.float16 and _native.lib is not None:  # the CPU kernel starts from the same random vectors and ends in the same place
+    assert torch.allclose(
+        norms, torch.tensor([b * all(shape) for b, shape in zip(bounds, SHAPES)], dtype=torch.float64), rtol=1e-12
+    )
+    if (
+        dtype != torch.float16 and _native.lib is not None
+    ):  # the CPU kernel starts from the same random vectors and ends in the same place
         like_cpu = [W.cpu() for W in like_cpu]
         native.spectral_step(like_cpu, starts, bounds, 2, scale, 8, 7)
         for V, C, X, S, shape in zip(found, like_cpu, blocks, starts, SHAPES):
             if all(shape):
-                assert (V.cpu().double() - C.double()).norm() <= (EPS * 8 * max(shape) ** 0.5 + torch.finfo(dtype).eps) * C.double().norm()
+                assert (V.cpu().double() - C.double()).norm() <= (
+                    EPS * 8 * max(shape) ** 0.5 + torch.finfo(dtype).eps
+                ) * C.double().norm()
                 few = min(5, *shape)
                 overlap = X[:, :few].cpu().double().T @ S[:, :few].double()
                 assert (overlap.abs() - torch.eye(few)).abs().max() <= 1e-5  # spectrum: 0.2 apart
@@ -224,7 +243,10 @@ def test_estimates_from_below(machine):
 def test_many_matrices_are_as_each_alone(machine):
     """More than fit into one launch, of mixed dtypes. All of them small enough for one block, so that the team is the same."""
     sizes = torch.Generator().manual_seed(1)
-    Ws = [torch.randn(*torch.randint(1, 30, (2,), generator=sizes).tolist()).to(machine.device, DTYPES[i % 3]) for i in range(50)]
+    Ws = [
+        torch.randn(*torch.randint(1, 30, (2,), generator=sizes).tolist()).to(machine.device, DTYPES[i % 3])
+        for i in range(50)
+    ]
     blocks, bounds = [block(W) for W in Ws], [0.5 + i / 10 for i in range(50)]
     alone = [(W.clone(), X.clone()) for W, X in zip(Ws, blocks)]
     norms, near = machine.step(Ws, blocks, bounds, iterations=2)
@@ -239,7 +261,12 @@ def test_a_grid_of_several_teams():
     """Each has its own flags and workspace; the one whose matrix is not finite ends early."""
     if GPU:
         pytest.skip("a GPU has its own limits")
-    Ws = [gapped(190, 180).float(), torch.full((190, 180), float("nan")), gapped(190, 180).float(), gapped(100, 20).float()]
+    Ws = [
+        gapped(190, 180).float(),
+        torch.full((190, 180), float("nan")),
+        gapped(190, 180).float(),
+        gapped(100, 20).float(),
+    ]
     limits = (80, 11, 166912, 1)
     assert cuda._workspace(Ws, [block(W) for W in Ws], limits) > 4 * 2 * 64 * 192
     sound = [W for W in Ws if W.isfinite().all()]
@@ -256,7 +283,13 @@ def test_a_grid_of_several_teams():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_alignments(machine, dtype):
     """Rows that begin anywhere; columns apart go through a copy. Nothing beside the view is written."""
-    for take in (lambda t: t[3:43, 5:38], lambda t: t[:40, :32], lambda t: t[1::2, 1:34], lambda t: t.T[2:40, 4:44], lambda t: t[:, ::3]):
+    for take in (
+        lambda t: t[3:43, 5:38],
+        lambda t: t[:40, :32],
+        lambda t: t[1::2, 1:34],
+        lambda t: t.T[2:40, 4:44],
+        lambda t: t[:, ::3],
+    ):
         big = (torch.randn(90, 101) * 0.3).to(machine.device, dtype)
         view, outside = take(big), big.clone()
         dense = view.contiguous()
@@ -281,7 +314,9 @@ def test_a_matrix_that_is_not_finite_is_left_alone(machine, bad):
         norms, near = machine.step(Ws, blocks, [1.0, 1.0], iterations=2)
         machine.step(alone[:1], alone[1:], [1.0], iterations=2)
         assert norms.isnan().tolist() == [False, True] and near.tolist()[1] == 0
-        assert GPU or torch.equal(Ws[0], alone[0]) and torch.equal(blocks[0], alone[1])  # both teams are of 2 blocks in the executor
+        assert (
+            GPU or torch.equal(Ws[0], alone[0]) and torch.equal(blocks[0], alone[1])
+        )  # both teams are of 2 blocks in the executor
         assert all(torch.equal(a.nan_to_num(7, 8, 9), b.nan_to_num(7, 8, 9)) for a, b in zip(kept, (Ws[1], blocks[1])))
 
 
@@ -340,8 +375,13 @@ def test_can_run_says_why_not(monkeypatch):
     W, X = torch.randn(20, 20, device=device), torch.randn(20, 16, device=device)
     assert cuda.can_run([W], [X]) == (True, "")
     many = torch.randn(20, 17, device=device)
-    for matrix, vectors, words in ((W.double(), X, "float64"), (W, X.double(), "float32 blocks"), (W, many, "16 vectors"),
-                                   (W.to("meta"), X, "on meta"), (W, X.mT.contiguous().mT, "contiguous")):
+    for matrix, vectors, words in (
+        (W.double(), X, "float64"),
+        (W, X.double(), "float32 blocks"),
+        (W, many, "16 vectors"),
+        (W.to("meta"), X, "on meta"),
+        (W, X.mT.contiguous().mT, "contiguous"),
+    ):
         able, reason = cuda.can_run([W, matrix], [X, vectors])
         assert not able and words in reason
 
@@ -387,8 +427,12 @@ def test_address_sanitizer():
     if not build.sanitizer():
         pytest.skip(f"{build.CXX} has no AddressSanitizer library")
     here = Path(__file__).parent
-    library = build._link("spectral.so", [build.ROOT / "csrc/cuda/spectral.cu", here / "spectral_entry.cpp", *build.EXECUTOR], True)
+    library = build._link(
+        "spectral.so", [build.ROOT / "csrc/cuda/spectral.cu", here / "spectral_entry.cpp", *build.EXECUTOR], True
+    )
     limits = [build.LIMITS, (80, 10, 166912, 1), (80, 1, 64 * 1024, 1), (90, 132, 64 * 1024, 2)]
     code = SANITIZED.format(path=[str(build.ROOT), str(build.ROOT / "tests")], library=str(library), limits=limits)
-    done = subprocess.run([sys.executable, "-c", code], env=build.sanitized_environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=build.sanitized_environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, done.stderr

@@ -1,4 +1,5 @@
 """The compiled kernels through `stable_rnn._C` itself: every output of params.h against plain float64 loops, on every instruction set."""
+
 import os
 import subprocess
 import sys
@@ -56,14 +57,18 @@ def check_forward(case, seed=0):
     made = case.draw(seed)
     found = loop.run_forward(case, made)
     longest = min(case.stride + case.warmup, case.steps)
-    assert_like(found, loop.loop_forward(case, made), loop.loop_forward(case, made, torch.float32), case.dtype, longest, case.p)
+    assert_like(
+        found, loop.loop_forward(case, made), loop.loop_forward(case, made, torch.float32), case.dtype, longest, case.p
+    )
     return made, found
 
 
 def check_backward(case, made, saved):
     found = loop.run_backward(case, made, saved)
     exact, eager = (loop.loop_backward(case, made, saved, kind) for kind in (torch.float64, torch.float32))
-    assert_like(found, exact, eager, torch.float32, min(case.stride + case.warmup, case.steps), case.gates * case.hidden)
+    assert_like(
+        found, exact, eager, torch.float32, min(case.stride + case.warmup, case.steps), case.gates * case.hidden
+    )
 
 
 def check(case):
@@ -94,10 +99,17 @@ def test_sizes(cell, hidden, isa):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("stride, warmup", [(9, 0), (100, 3), (1, 0), (1, 3), (1, 20), (4, 2), (3, 0), (4, 9)])
-@pytest.mark.parametrize("layout, lengths", [
-    ("padded", None), ("reverse", None), ("padded", (5, 0, 9)), ("reverse", (5, 0, 9)), ("packed", (9, 4, 2)),
-    ("packed_reverse", (4, 0, 9)),
-])
+@pytest.mark.parametrize(
+    "layout, lengths",
+    [
+        ("padded", None),
+        ("reverse", None),
+        ("padded", (5, 0, 9)),
+        ("reverse", (5, 0, 9)),
+        ("packed", (9, 4, 2)),
+        ("packed_reverse", (4, 0, 9)),
+    ],
+)
 def test_lanes_and_layouts(cell, stride, warmup, layout, lengths):
     case = Case(cell, 9, 3, 5, stride, warmup, layout=layout, lengths=lengths)
     check(case)
@@ -137,7 +149,17 @@ def test_cap_holds_and_stops_the_gradient(cap):
 @pytest.mark.parametrize("stride, warmup", [(9, 0), (1, 3), (4, 2)])
 def test_bfloat16(cell, stride, warmup, isa):
     for hidden in (5, 33):
-        case = Case(cell, 9, 3, hidden, stride, warmup, dtype=torch.bfloat16, cap=0.7 if cell == "lstm" else 1.0, lengths=(9, 0, 4))
+        case = Case(
+            cell,
+            9,
+            3,
+            hidden,
+            stride,
+            warmup,
+            dtype=torch.bfloat16,
+            cap=0.7 if cell == "lstm" else 1.0,
+            lengths=(9, 0, 4),
+        )
         check(case)
         if stride == 1:
             check_windowed(case)
@@ -215,7 +237,10 @@ def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
     lanes = replace(whole, stride=20, select=(0, 1, 2))
     found = loop.run_forward(lanes, made)
     for j in (1, 2):
-        state = dict(h_init=found["h_end"][j - 1].clone()[None], c_init=found["c_end"][j - 1].clone()[None] if whole.lstm else None)
+        state = dict(
+            h_init=found["h_end"][j - 1].clone()[None],
+            c_init=found["c_end"][j - 1].clone()[None] if whole.lstm else None,
+        )
         again = loop.run_forward(replace(lanes, select=(j,), init=True), made | state)
         found["h_end"][j], found["y"][20 * j : 20 * j + 20] = again["h_end"][j], again["y"][20 * j : 20 * j + 20]
         if whole.lstm:
@@ -225,12 +250,16 @@ def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
 
 def project(x, w_ih, b_ih, b_hh, threads=1):
     xp = torch.full((x.shape[0], w_ih.shape[0]), loop.NAN, dtype=x.dtype)
-    _native.lib.input_projection(loop.DTYPES[x.dtype], threads, *x.shape, w_ih.shape[0], *map(loop.at, (x, w_ih, b_ih, b_hh, xp)))
+    _native.lib.input_projection(
+        loop.DTYPES[x.dtype], threads, *x.shape, w_ih.shape[0], *map(loop.at, (x, w_ih, b_ih, b_hh, xp))
+    )
     return xp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows, inputs, sums", [(0, 3, 4), (1, 1, 1), (5, 0, 7), (3, 33, 31), (29, 70, 260), (400, 40, 65), (64, 128, 600)])
+@pytest.mark.parametrize(
+    "rows, inputs, sums", [(0, 3, 4), (1, 1, 1), (5, 0, 7), (3, 33, 31), (29, 70, 260), (400, 40, 65), (64, 128, 600)]
+)
 def test_input_projection(dtype, rows, inputs, sums, isa):
     x, w, b_ih, b_hh = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (sums, inputs), (sums,), (sums,)))
     for biases in ((b_ih, b_hh), (None, None)):
@@ -249,12 +278,22 @@ def test_input_projection(dtype, rows, inputs, sums, isa):
 def test_cell_step_is_bitwise_projection_and_recurrence(cell, dtype, batch, inputs, hidden, isa):
     case = Case(cell, 1, batch, hidden, stride=1, warmup=0, dtype=dtype, cap=0.7 if cell == "lstm" else 1.0)
     made, sums = case.draw(), case.gates * hidden
-    x, w_ih, b_ih, b_hh = (torch.randn(*shape).to(dtype) for shape in ((batch, inputs), (sums, inputs), (sums,), (sums,)))
+    x, w_ih, b_ih, b_hh = (
+        torch.randn(*shape).to(dtype) for shape in ((batch, inputs), (sums, inputs), (sums,), (sums,))
+    )
     for biases, state in (((b_ih, b_hh), ("h0", "c0")), ((None, None), ())):
         given = [made[k] if k in state else None for k in ("h0", "c0")]
         h, c = (torch.full((batch, hidden), loop.NAN, dtype=dtype) for _ in range(2))
-        _native.lib.cell_step(CELLS.index(cell), loop.DTYPES[dtype], 2, batch, inputs, hidden, case.cap,
-                              *map(loop.at, (x, *given, w_ih, made["w_hh"], *biases, h, c)))
+        _native.lib.cell_step(
+            CELLS.index(cell),
+            loop.DTYPES[dtype],
+            2,
+            batch,
+            inputs,
+            hidden,
+            case.cap,
+            *map(loop.at, (x, *given, w_ih, made["w_hh"], *biases, h, c)),
+        )
         zeros = {k: None if made[k] is None else torch.zeros_like(made[k]) for k in ("h0", "c0") if k not in state}
         expected = loop.run_forward(case, made | zeros | dict(xp=project(x, w_ih, *biases)))
         assert torch.equal(h, expected["h_n"])
@@ -279,7 +318,9 @@ def test_nan_and_infinity_pass_through(cell, isa):
     made["xp"][4] = loop.NAN  # row 0, time 2
     y = loop.run_forward(case, made)["y"].view(6, 2, 20)
     assert not y[:2].isnan().any() and not y[:, 1].isnan().any() and y[2:, 0].isnan().all()
-    windows = Case(cell, 6, 2, 20, stride=1, warmup=2)  # from zeros, which times infinity are NaN: as in a plain product
+    windows = Case(
+        cell, 6, 2, 20, stride=1, warmup=2
+    )  # from zeros, which times infinity are NaN: as in a plain product
     made = windows.draw()
     made["w_hh"][3, 5] = float("inf")
     found, exact = loop.run_forward(windows, made), loop.loop_forward(windows, made)
@@ -300,8 +341,14 @@ def test_saturated_gates(isa):
 
 
 def check_forward_with(case, made):
-    assert_like(loop.run_forward(case, made), loop.loop_forward(case, made), loop.loop_forward(case, made, torch.float32), case.dtype,
-                case.steps, case.p)
+    assert_like(
+        loop.run_forward(case, made),
+        loop.loop_forward(case, made),
+        loop.loop_forward(case, made, torch.float32),
+        case.dtype,
+        case.steps,
+        case.p,
+    )
 
 
 def test_tanh_to_a_few_units(isa):
@@ -316,7 +363,12 @@ def test_tanh_to_a_few_units(isa):
 def test_errors_say_what_is_wrong():
     good = Case("rnn_tanh", 3, 1, 4, stride=1, warmup=0)
     made = good.draw()
-    for bad, word in ((dict(stride=0), "stride"), (dict(cap=0.0), "cap"), (dict(cap=2.0), "cap"), (dict(out=2), "w_hr")):
+    for bad, word in (
+        (dict(stride=0), "stride"),
+        (dict(cap=0.0), "cap"),
+        (dict(cap=2.0), "cap"),
+        (dict(out=2), "w_hr"),
+    ):
         case = replace(good)
         for name, value in bad.items():
             setattr(case, "p" if name == "out" else name, value)
@@ -331,5 +383,7 @@ def test_errors_say_what_is_wrong():
 def test_instruction_set_by_environment():
     program = "import torch; from stable_rnn import _native; print(_native.lib.cpu_features()['isa'] if _native.lib else _native.reason)"
     for asked in ("plain", "mmx"):
-        run = subprocess.run([sys.executable, "-c", program], env=os.environ | {"STABLE_RNN_ISA": asked}, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"STABLE_RNN_ISA": asked}, capture_output=True, text=True
+        )
         assert (asked if asked == "plain" else "STABLE_RNN_ISA must be") in run.stdout, run.stderr

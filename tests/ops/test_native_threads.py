@@ -1,4 +1,5 @@
 """Teams of threads on cores that others use too: whichever threads leave, and whenever, the results are those of one thread, bit by bit."""
+
 import platform
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ from lane_loop import CELLS, Case
 from stable_rnn import _native
 from stable_rnn.ops.spectral import native as spectral
 
-pytestmark = pytest.mark.skipif(not (_native.lib and _native.lib.cpu_features()["openmp"]), reason=f"no threads: {_native.reason}")
+pytestmark = pytest.mark.skipif(
+    not (_native.lib and _native.lib.cpu_features()["openmp"]), reason=f"no threads: {_native.reason}"
+)
 LONG = 60  # seconds
 
 
@@ -41,8 +44,10 @@ def few_lanes(cell, steps=40, out=None, **how):
     return Case(cell, steps, 2, hidden, how.pop("stride", steps), how.pop("warmup", 0), out=out, **how)
 
 
-@pytest.mark.parametrize("cell, out, dtype", [*((cell, None, torch.float32) for cell in CELLS), ("lstm", 100, torch.float32),
-                                              ("lstm", None, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "cell, out, dtype",
+    [*((cell, None, torch.float32) for cell in CELLS), ("lstm", 100, torch.float32), ("lstm", None, torch.bfloat16)],
+)
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_recurrence(cell, out, dtype, threads):
     case = few_lanes(cell, out=out, dtype=dtype)
@@ -87,7 +92,9 @@ def test_input_projection(dtype, barriers):
 
     def project(threads):
         xp = torch.full((6, 270), loop.NAN, dtype=dtype)
-        _native.lib.input_projection(loop.DTYPES[dtype], threads, 6, 300, 270, loop.at(x), loop.at(w), 0, 0, loop.at(xp))
+        _native.lib.input_projection(
+            loop.DTYPES[dtype], threads, 6, 300, 270, loop.at(x), loop.at(w), 0, 0, loop.at(xp)
+        )
         return xp
 
     expected = project(1)
@@ -101,7 +108,9 @@ def test_cell_step():
 
     def step(threads):
         new = torch.full((2, 16, 200), loop.NAN)
-        _native.lib.cell_step(2, 0, threads, 16, 200, 200, 1.0, *map(loop.at, (x, h, c, w_ih, w_hh)), 0, 0, *map(loop.at, new))
+        _native.lib.cell_step(
+            2, 0, threads, 16, 200, 200, 1.0, *map(loop.at, (x, h, c, w_ih, w_hh)), 0, 0, *map(loop.at, new)
+        )
         return new
 
     expected = step(1)
@@ -134,7 +143,9 @@ def test_later_calls_start_with_fewer_threads_for_a_while():
         assert lib.crowd() == {"threads": None, "seconds": 0}
         loop.run_forward(case, made)
         first = lib.crowd()
-        assert first["threads"] == 1 and 0 < first["seconds"] <= 5  # whatever happened, threads come back within seconds
+        assert (
+            first["threads"] == 1 and 0 < first["seconds"] <= 5
+        )  # whatever happened, threads come back within seconds
         loop.run_forward(case, made)  # alone: nobody can leave, which would start the time anew
         assert lib.crowd()["seconds"] < first["seconds"]
     finally:
@@ -148,8 +159,21 @@ def team(tmp_path_factory):
     if not shutil.which(build.CXX):
         pytest.skip("no C++ compiler")
     program = tmp_path_factory.mktemp("team") / "team"
-    command = [build.CXX, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{build.ROOT / 'csrc/cpu'}",
-               str(build.ROOT / "tests/ops/team.cpp"), str(build.ROOT / "csrc/cpu/crowd.cpp"), "-o", str(program)]
+    command = [
+        build.CXX,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-pthread",
+        f"-I{build.ROOT / 'csrc/cpu'}",
+        str(build.ROOT / "tests/ops/team.cpp"),
+        str(build.ROOT / "csrc/cpu/crowd.cpp"),
+        "-o",
+        str(program),
+    ]
     fixed = ["setarch", platform.machine(), "-R"]  # the sanitizer wants fixed addresses
     try:
         build.run([*command, "-fsanitize=thread"])

@@ -1,4 +1,5 @@
 """Every registered op on arguments that do not lie row by row: the results of row-major copies, and fakes that know their strides."""
+
 import pytest
 import torch
 from layouts import LAYOUTS, place, plain, row_major
@@ -54,8 +55,15 @@ def spectral(name, dtype=torch.float32):
             yield ops.top_singular.default, (torch.randn(3, 2, *shape, generator=g).to(dtype),), ()
         else:
             wide = torch.promote_types(dtype, torch.float32)
-            matrices, blocks = torch.randn(shape, generator=g).to(dtype), torch.randn(shape[1], min(shape), generator=g).to(wide)
-            yield (lambda W, X, *rest: (*ops.spectral_step_([W], [X], *rest), W, X)), (matrices, blocks), ([0.5], 1, False, 8, 3)
+            matrices, blocks = (
+                torch.randn(shape, generator=g).to(dtype),
+                torch.randn(shape[1], min(shape), generator=g).to(wide),
+            )
+            yield (
+                (lambda W, X, *rest: (*ops.spectral_step_([W], [X], *rest), W, X)),
+                (matrices, blocks),
+                ([0.5], 1, False, 8, 3),
+            )
 
 
 def test_every_op_is_tried():
@@ -159,13 +167,23 @@ def test_blocks_in_every_layout():
             torch.testing.assert_close(laid @ laid.T, copy @ copy.T)  # the space that the block spans
 
 
-@pytest.mark.parametrize("matrices, blocks, bounds, word", [
-    ([torch.ones(3, 4)], [torch.ones(3, 2)], [1.0], r"blocks\[0\] \(3, 2\)"), ([torch.ones(3)], [torch.ones(3, 2)], [1.0], r"\(3,\)"),
-    ([torch.ones(3, 4)], [torch.ones(4, 2, device="meta")], [1.0], "meta"), ([torch.ones(3, 4)], [], [1.0], "got 0 and 1"),
-    ([torch.ones(3, 4)], [torch.ones(4, 2)], [1.0, 1.0], "got 1 and 2"),
-    ([torch.ones(3, 4), torch.ones(3, 4, device="meta")], [torch.ones(4, 2), torch.ones(4, 2, device="meta")], [1.0] * 2, "meta"),
-    ([torch.ones(8).as_strided((3, 4), (2, 1))], [torch.ones(4, 2)], [1.0], "overlaps itself"),
-])
+@pytest.mark.parametrize(
+    "matrices, blocks, bounds, word",
+    [
+        ([torch.ones(3, 4)], [torch.ones(3, 2)], [1.0], r"blocks\[0\] \(3, 2\)"),
+        ([torch.ones(3)], [torch.ones(3, 2)], [1.0], r"\(3,\)"),
+        ([torch.ones(3, 4)], [torch.ones(4, 2, device="meta")], [1.0], "meta"),
+        ([torch.ones(3, 4)], [], [1.0], "got 0 and 1"),
+        ([torch.ones(3, 4)], [torch.ones(4, 2)], [1.0, 1.0], "got 1 and 2"),
+        (
+            [torch.ones(3, 4), torch.ones(3, 4, device="meta")],
+            [torch.ones(4, 2), torch.ones(4, 2, device="meta")],
+            [1.0] * 2,
+            "meta",
+        ),
+        ([torch.ones(8).as_strided((3, 4), (2, 1))], [torch.ones(4, 2)], [1.0], "overlaps itself"),
+    ],
+)
 def test_what_the_spectral_step_cannot_write(matrices, blocks, bounds, word):
     with pytest.raises(ValueError, match=word):
         ops.spectral_step_(matrices, blocks, bounds, 1, False, 2, 0)
@@ -192,7 +210,7 @@ def test_vmap(name, backend):
             op, tensors, rest = recurrence(name, cell, plan, "several", backend)
             given = [i for i, t in enumerate(tensors) if t is not None and t.numel()]
             for dim in (0, 1, 2):
-                for mapped in ([given] if dim else [[i] for i in given] + [given]):
+                for mapped in [given] if dim else [[i] for i in given] + [given]:
                     many = [torch.stack([t, -t], dim) if i in mapped else t for i, t in enumerate(tensors)]
                     dims = tuple(dim if i in mapped else None for i in range(len(tensors)))
                     found = torch.func.vmap(lambda *ts, op=op, rest=rest: op(*ts, *rest), dims)(*many)

@@ -1,4 +1,5 @@
 """The recurrence op on every backend against the oracle: layouts, lanes, cells, gradients."""
+
 from functools import cache
 
 import oracle
@@ -41,9 +42,13 @@ def draw(cell, n, batch, hidden, out, dtype, seed=0):
     gates = 4 if cell == "lstm" else 1
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     proj = out != hidden
-    made = dict(xp=rand(n, gates * hidden), w_hh=rand(gates * hidden, out) * 0.9 / max(out, 1) ** 0.5,
-                w_hr=rand(out, hidden) / hidden ** 0.5 if proj else None, h0=rand(batch, out),
-                c0=rand(batch, hidden) if cell == "lstm" else None)
+    made = dict(
+        xp=rand(n, gates * hidden),
+        w_hh=rand(gates * hidden, out) * 0.9 / max(out, 1) ** 0.5,
+        w_hr=rand(out, hidden) / hidden**0.5 if proj else None,
+        h0=rand(batch, out),
+        c0=rand(batch, hidden) if cell == "lstm" else None,
+    )
     grads = dict(dy=rand(n, out), dh_n=rand(batch, out), dc_n=rand(batch, hidden))
     cast = lambda d: {k: None if v is None else v.to(dtype) for k, v in d.items()}  # noqa: E731
     return cast(made), cast(grads)
@@ -62,7 +67,9 @@ def assert_close(found, expected, eager, dtype):
 
 def run(cell, made, grads, base, lengths, p):
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
-    y, h_n, c_n, _ = layer(leaves["xp"], None, None, leaves["w_hh"], leaves.get("w_hr"), leaves["h0"], leaves.get("c0"), base, lengths, p)
+    y, h_n, c_n, _ = layer(
+        leaves["xp"], None, None, leaves["w_hh"], leaves.get("w_hr"), leaves["h0"], leaves.get("c0"), base, lengths, p
+    )
     outputs = [y, h_n] + ([c_n] if cell == "lstm" else [])
     given = [grads["dy"], grads["dh_n"]] + ([grads["dc_n"]] if cell == "lstm" else [])
     found = torch.autograd.grad(outputs, list(leaves.values()), given)
@@ -78,9 +85,15 @@ def loop(cell, made, grads, rows, schedule, steps, cap):
     args = (leaves["w_hh"], leaves["w_hr"], leaves["h0"], c0, rows, stride or max(steps, 1), warmup, cap)
     y, cells, h_n, c_n, before = oracle.forward(cell, leaves["xp"], *args)
     if stride == 1:
-        total = (y * grads["dy"]).sum() + (h_n * grads["dh_n"]).sum() + ((c_n * grads["dc_n"]).sum() if cell == "lstm" else 0)
+        total = (
+            (y * grads["dy"]).sum()
+            + (h_n * grads["dh_n"]).sum()
+            + ((c_n * grads["dc_n"]).sum() if cell == "lstm" else 0)
+        )
         wanted = [k for k, v in leaves.items() if v is not None]
-        found = dict(zip(wanted, torch.autograd.grad(total, [leaves[k] for k in wanted], materialize_grads=True), strict=True))
+        found = dict(
+            zip(wanted, torch.autograd.grad(total, [leaves[k] for k in wanted], materialize_grads=True), strict=True)
+        )
     else:
         plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
         parts = oracle.backward(cell, *grads.values(), leaves["xp"], y.detach(), cells.detach(), before, *plain)
@@ -101,8 +114,12 @@ def check(cell, layout, schedule, backend, dtype, steps=9, lengths=(9, 0, 4), hi
     out = out or hidden
     _, base, given, step, n = rows_of(layout, steps, list(lengths))
     made, grads = draw(cell, n, len(lengths), hidden, out, dtype)
-    outputs, found = run(cell, made, grads, base, given, Problem(cell, steps, step, *schedule, cap=cap, backend=backend))
-    (states, gradients), (eager_states, eager_gradients) = expected(cell, layout, schedule, dtype, steps, lengths, hidden, out, cap)
+    outputs, found = run(
+        cell, made, grads, base, given, Problem(cell, steps, step, *schedule, cap=cap, backend=backend)
+    )
+    (states, gradients), (eager_states, eager_gradients) = expected(
+        cell, layout, schedule, dtype, steps, lengths, hidden, out, cap
+    )
     for a, b, c in zip(outputs, states, eager_states, strict=False):
         assert_close(a, b, c, dtype)
     if cell == "rnn_relu" and dtype == torch.bfloat16:
@@ -185,9 +202,16 @@ def test_chunk_gradient_is_the_same_when_differentiated_again(cell):
     p = Problem(cell, 12, 2, 3, 2, backend="reference")
     _, plain = run(cell, made, grads, None, None, p)
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
-    y, h_n, c_n, _ = layer(leaves["xp"], None, None, leaves["w_hh"], None, leaves["h0"], leaves.get("c0"), None, None, p)
-    outputs, given = [y, h_n] + [c_n][: cell == "lstm"], [grads["dy"], grads["dh_n"]] + [grads["dc_n"]][: cell == "lstm"]
+    y, h_n, c_n, _ = layer(
+        leaves["xp"], None, None, leaves["w_hh"], None, leaves["h0"], leaves.get("c0"), None, None, p
+    )
+    outputs, given = (
+        [y, h_n] + [c_n][: cell == "lstm"],
+        [grads["dy"], grads["dh_n"]] + [grads["dc_n"]][: cell == "lstm"],
+    )
     again = torch.autograd.grad(outputs, list(leaves.values()), given, create_graph=True)
     for name, value in zip(leaves, again, strict=True):
-        torch.testing.assert_close(value, plain[name], rtol=1e-12, atol=1e-12)  # float64: the same sums in another order
+        torch.testing.assert_close(
+            value, plain[name], rtol=1e-12, atol=1e-12
+        )  # float64: the same sums in another order
         assert value.requires_grad

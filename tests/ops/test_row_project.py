@@ -1,4 +1,5 @@
 """`row_project_`: the exact projection onto the l1 ball, sums never above the bound, rows inside untouched."""
+
 import math
 from fractions import Fraction
 
@@ -95,24 +96,40 @@ def test_bounds_per_row_batches_and_views():
         row_project_(torch.zeros(shape), 1.0)
 
 
-@pytest.mark.parametrize("W, bound, method, error, word", [
-    (torch.tensor([[9.0], [float("nan")]]), 1.0, "l1", ValueError, "NaN"), (torch.ones(2, 2), 0.0, "l1", ValueError, "0.0"),
-    (torch.ones(2, 2), -1.0, "l1", ValueError, "-1"), (torch.ones(2, 2), float("inf"), "l1", ValueError, "inf"),
-    (torch.ones(2, 2), [1.0, float("nan")], "l1", ValueError, "nan"), (torch.ones(2, 2), [1.0, 1.0, 1.0], "l1", ValueError, r"\(3,\)"),
-    (torch.ones(2, 2), 1.0, "l2", ValueError, "l2"), (torch.ones(2), 1.0, "l1", ValueError, r"\(2,\)"),
-    (torch.ones(2, 2).long(), 1.0, "l1", TypeError, "int64"), ([[1.0]], 1.0, "l1", TypeError, "list"),
-])
+@pytest.mark.parametrize(
+    "W, bound, method, error, word",
+    [
+        (torch.tensor([[9.0], [float("nan")]]), 1.0, "l1", ValueError, "NaN"),
+        (torch.ones(2, 2), 0.0, "l1", ValueError, "0.0"),
+        (torch.ones(2, 2), -1.0, "l1", ValueError, "-1"),
+        (torch.ones(2, 2), float("inf"), "l1", ValueError, "inf"),
+        (torch.ones(2, 2), [1.0, float("nan")], "l1", ValueError, "nan"),
+        (torch.ones(2, 2), [1.0, 1.0, 1.0], "l1", ValueError, r"\(3,\)"),
+        (torch.ones(2, 2), 1.0, "l2", ValueError, "l2"),
+        (torch.ones(2), 1.0, "l1", ValueError, r"\(2,\)"),
+        (torch.ones(2, 2).long(), 1.0, "l1", TypeError, "int64"),
+        ([[1.0]], 1.0, "l1", TypeError, "list"),
+    ],
+)
 def test_errors_write_nothing(W, bound, method, error, word):
     before = W.clone() if isinstance(W, torch.Tensor) else W
     with pytest.raises(error, match=word):
         row_project_(W, bound, method)
-    assert W is before or torch.equal(torch.nan_to_num(W, 7), torch.nan_to_num(before, 7)) if isinstance(W, torch.Tensor) else True
+    assert (
+        W is before or torch.equal(torch.nan_to_num(W, 7), torch.nan_to_num(before, 7))
+        if isinstance(W, torch.Tensor)
+        else True
+    )
 
 
-@pytest.mark.parametrize("W, error, text", [
-    (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"), (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
-    (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
-])
+@pytest.mark.parametrize(
+    "W, error, text",
+    [
+        (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"),
+        (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
+        (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
+    ],
+)
 def test_what_cannot_be_projected(W, error, text):
     with pytest.raises(error, match=text):
         row_project_(W, 1.0)

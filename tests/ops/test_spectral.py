@@ -1,4 +1,5 @@
 """`spectral_project_`: what a certified call guarantees on hard spectra, and what uncertified steps keep up in a training loop."""
+
 import copy
 import pickle
 
@@ -6,7 +7,13 @@ import pytest
 import torch
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
-from stable_rnn.functional import SpectralState, row_project_, spectral_norm_bound, spectral_project_, spectral_projection
+from stable_rnn.functional import (
+    SpectralState,
+    row_project_,
+    spectral_norm_bound,
+    spectral_project_,
+    spectral_projection,
+)
 
 BOUND = 0.99
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,13 +39,20 @@ def test_certified(kind, method, dtype):
         assert norm(W) >= 0.98 * BOUND
         # The target lies one eps inside (and 1e-8), which every outside singular value follows; each entry is then rounded.
         want, eps = projected(before, BOUND, method), torch.finfo(dtype).eps
-        assert (W.double() - want).norm() <= (1.01 * eps + eps / 2 + 1e-7) * want.norm() + 3e-4 * (before.double() - want).norm()
+        assert (W.double() - want).norm() <= (1.01 * eps + eps / 2 + 1e-7) * want.norm() + 3e-4 * (
+            before.double() - want
+        ).norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_inside_is_untouched(method, dtype):
-    for values in (torch.full((20,), 1 - 1e-3), torch.linspace(1 - 1e-3, 0, 20), torch.linspace(0.5, 0, 20), torch.zeros(20)):
+    for values in (
+        torch.full((20,), 1 - 1e-3),
+        torch.linspace(1 - 1e-3, 0, 20),
+        torch.linspace(0.5, 0, 20),
+        torch.zeros(20),
+    ):
         W = with_spectrum(values * BOUND, 24, 20).to(dtype)
         before, bound = W.clone(), max(BOUND, norm(W) / (1 - 1e-3))  # rounding to storage moves the norm
         for certify in (True, False):
@@ -57,8 +71,18 @@ def test_projecting_again_changes_nothing(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e30), (torch.float32, 1e36), (torch.float32, 1e-40), (torch.float64, 1e200),
-                                         (torch.float64, 1e305), (torch.float64, 1e-310), (torch.bfloat16, 1e30)])
+@pytest.mark.parametrize(
+    "dtype, size",
+    [
+        (torch.float32, 1e30),
+        (torch.float32, 1e36),
+        (torch.float32, 1e-40),
+        (torch.float64, 1e200),
+        (torch.float64, 1e305),
+        (torch.float64, 1e-310),
+        (torch.bfloat16, 1e30),
+    ],
+)
 def test_any_size_of_weights(dtype, size, method):
     for kind in ("flat", "one far out", "rank 1"):
         W = with_spectrum(spectrum(kind, 12, 1.0), 12, 14).mul(size).to(dtype)
@@ -148,7 +172,11 @@ def test_a_training_loop_stays_close(start, kind):
     """Each update adds at most its norm to the norm (Weyl), and at the latest every 16th call takes all excess away where the block is
     full; where it is not, it holds every direction that is outside but for new ones, which it finds within a few calls."""
     n, size = 64, 2e-3
-    W = (torch.rand(n, n) * 2 - 1) * 1.5 / n**0.5 if start == "uniform" else torch.linalg.qr(torch.randn(n, n)).Q.contiguous()
+    W = (
+        (torch.rand(n, n) * 2 - 1) * 1.5 / n**0.5
+        if start == "uniform"
+        else torch.linalg.qr(torch.randn(n, n)).Q.contiguous()
+    )
     state = SpectralState()
     spectral_project_(W, BOUND, state=state)
     updates, worst = update(kind, n, torch.Generator().manual_seed(1), size), 0.0
@@ -223,11 +251,18 @@ def test_errors_write_nothing(certify):
     nan, inf = torch.randn(4, 4), torch.randn(4, 4).bfloat16()
     nan[3, 3], inf[0, 1] = float("nan"), float("inf")
     cases = [
-        (([good, nan], 1.0), ValueError, "NaN"), (([good, inf], 1.0), ValueError, "infinite"), (([good], 0.0), ValueError, "0.0"),
-        (([good], -1), ValueError, "-1"), (([good], float("inf")), ValueError, "inf"), (([good], float("nan")), ValueError, "nan"),
-        (([good, good], [1.0]), ValueError, "per matrix"), (([good], 1.0, "clop"), ValueError, "clop"),
-        (([good, torch.ones(2, 2, dtype=torch.int32)], 1.0), TypeError, "int32"), (([good, torch.ones(3)], 1.0), ValueError, r"\(3,\)"),
-        (([good, torch.ones(2, 3, 4)], 1.0), ValueError, r"\(2, 3, 4\)"), (([good, [[1.0]]], 1.0), TypeError, "list"),
+        (([good, nan], 1.0), ValueError, "NaN"),
+        (([good, inf], 1.0), ValueError, "infinite"),
+        (([good], 0.0), ValueError, "0.0"),
+        (([good], -1), ValueError, "-1"),
+        (([good], float("inf")), ValueError, "inf"),
+        (([good], float("nan")), ValueError, "nan"),
+        (([good, good], [1.0]), ValueError, "per matrix"),
+        (([good], 1.0, "clop"), ValueError, "clop"),
+        (([good, torch.ones(2, 2, dtype=torch.int32)], 1.0), TypeError, "int32"),
+        (([good, torch.ones(3)], 1.0), ValueError, r"\(3,\)"),
+        (([good, torch.ones(2, 3, 4)], 1.0), ValueError, r"\(2, 3, 4\)"),
+        (([good, [[1.0]]], 1.0), TypeError, "list"),
     ]
     for arguments, error, word in cases:
         with pytest.raises(error, match=word):
@@ -266,7 +301,9 @@ def test_global_settings_change_nothing(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("certify", [False, True])
-@pytest.mark.parametrize("view", [lambda W: W, lambda W: W[:16], lambda W: W.detach(), lambda W: W.mT, lambda W: W[:, ::2]])
+@pytest.mark.parametrize(
+    "view", [lambda W: W, lambda W: W[:16], lambda W: W.detach(), lambda W: W.mT, lambda W: W[:, ::2]]
+)
 def test_autograd_learns_of_the_write(view, certify):
     W = torch.nn.Parameter(torch.randn(32, 32) * 10)
     x = torch.randn(4, 32, requires_grad=True)
@@ -286,14 +323,25 @@ def test_inference_tensors(certify):
     assert torch.linalg.matrix_norm(W, 2) < 1.1
 
 
-@pytest.mark.parametrize("project", [spectral_project_, spectral_projection, row_project_,
-                                     lambda W, bound: spectral_project_([W], [bound]), lambda W, bound: row_project_(W, [bound] * 4)])
-@pytest.mark.parametrize("bound, error, text", [
-    ("1.0", TypeError, "bound must be a number or several, got '1.0'"),
-    (True, TypeError, "bound must be a number or several, got True"),
-    (torch.tensor(True), TypeError, "bound must be a number or several, got True"),
-    (torch.tensor(1.0, requires_grad=True), ValueError, "bound requires grad"),
-])
+@pytest.mark.parametrize(
+    "project",
+    [
+        spectral_project_,
+        spectral_projection,
+        row_project_,
+        lambda W, bound: spectral_project_([W], [bound]),
+        lambda W, bound: row_project_(W, [bound] * 4),
+    ],
+)
+@pytest.mark.parametrize(
+    "bound, error, text",
+    [
+        ("1.0", TypeError, "bound must be a number or several, got '1.0'"),
+        (True, TypeError, "bound must be a number or several, got True"),
+        (torch.tensor(True), TypeError, "bound must be a number or several, got True"),
+        (torch.tensor(1.0, requires_grad=True), ValueError, "bound requires grad"),
+    ],
+)
 def test_bounds_that_are_no_constant_numbers(project, bound, error, text):
     W = torch.randn(4, 4) * 10
     before = W.clone()
@@ -310,24 +358,34 @@ def test_a_state_of_another_kind():
     assert torch.equal(W, before)
 
 
-@pytest.mark.parametrize("W, error, text", [
-    (None, TypeError, "W must be a tensor or several, got NoneType"), (3.0, TypeError, "W must be a tensor or several, got float"),
-    (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"),
-    ([torch.ones(3, 3, device="meta")], ValueError, r"W\[0\] is on the meta device"),
-    (torch.ones(3, 3).to_sparse(), TypeError, "W must be a dense tensor, got the layout torch.sparse_coo"),
-    (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
-])
+@pytest.mark.parametrize(
+    "W, error, text",
+    [
+        (None, TypeError, "W must be a tensor or several, got NoneType"),
+        (3.0, TypeError, "W must be a tensor or several, got float"),
+        (torch.ones(3, 3, device="meta"), ValueError, "W is on the meta device"),
+        ([torch.ones(3, 3, device="meta")], ValueError, r"W\[0\] is on the meta device"),
+        (torch.ones(3, 3).to_sparse(), TypeError, "W must be a dense tensor, got the layout torch.sparse_coo"),
+        (torch.ones(3).expand(3, 3), ValueError, "W overlaps itself"),
+    ],
+)
 @pytest.mark.parametrize("certify", [True, False])
 def test_what_cannot_be_projected(W, error, text, certify):
     with pytest.raises(error, match=text):
         spectral_project_(W, 1.0, certify=certify)
 
 
-@pytest.mark.parametrize("arguments, error, text", [
-    ((1.5,), TypeError, "kept must be an int, got 1.5"), ((True,), TypeError, "kept must be an int, got True"),
-    (("a",), TypeError, "kept must be an int, got 'a'"), ((2, 0), ValueError, "fresh must be at least 1, got 0"),
-    ((2, 2, "a"), TypeError, "seed must be an int, got 'a'"), ((2, 2, 2**70), ValueError, "seed must lie between"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, text",
+    [
+        ((1.5,), TypeError, "kept must be an int, got 1.5"),
+        ((True,), TypeError, "kept must be an int, got True"),
+        (("a",), TypeError, "kept must be an int, got 'a'"),
+        ((2, 0), ValueError, "fresh must be at least 1, got 0"),
+        ((2, 2, "a"), TypeError, "seed must be an int, got 'a'"),
+        ((2, 2, 2**70), ValueError, "seed must lie between"),
+    ],
+)
 def test_states_that_cannot_be(arguments, error, text):
     with pytest.raises(error, match=text):
         SpectralState(*arguments)

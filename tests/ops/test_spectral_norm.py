@@ -1,4 +1,5 @@
 """`spectral_norm_bound`: never below the norm, in exact rational arithmetic; and tight."""
+
 from fractions import Fraction
 
 import pytest
@@ -26,8 +27,10 @@ def test_never_below(shape, dtype):
         assert Fraction(float(spectral_norm_bound(W))) ** 2 >= rayleigh(W)
 
 
-@pytest.mark.parametrize("values", [[0.9] * 12, [1.0 + 1e-15] * 12, [1] + [0] * 11, [1, 1 - 1e-9] + [1e-8] * 10,
-                                    [10.0**-i for i in range(12)]])
+@pytest.mark.parametrize(
+    "values",
+    [[0.9] * 12, [1.0 + 1e-15] * 12, [1] + [0] * 11, [1, 1 - 1e-9] + [1e-8] * 10, [10.0**-i for i in range(12)]],
+)
 def test_never_below_on_hard_spectra(values):
     for shape in ((12, 12), (15, 12), (12, 15)):
         W = with_spectrum(values, *shape)
@@ -39,7 +42,12 @@ def test_norms_known_exactly():
     for _ in range(7):
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])  # H^T H = 128 I
     a, b = torch.arange(1.0, 41), torch.arange(-7.0, 13)
-    for W, square in ((H, 128), (torch.outer(a, b), int(a @ a) * int(b @ b)), (torch.eye(33), 1), (torch.tensor([[3.0, 4.0]]), 25)):
+    for W, square in (
+        (H, 128),
+        (torch.outer(a, b), int(a @ a) * int(b @ b)),
+        (torch.eye(33), 1),
+        (torch.tensor([[3.0, 4.0]]), 25),
+    ):
         bound = Fraction(float(spectral_norm_bound(W)))
         assert square <= bound**2 <= square * (1 + Fraction(1, 10**8))
 
@@ -101,16 +109,19 @@ def test_leaves_the_graph_alone():
     assert not spectral_norm_bound(W).requires_grad
 
 
-@pytest.mark.parametrize("bad, error, word", [
-    (torch.tensor([[1.0, float("nan")]]), ValueError, "NaN"),
-    (torch.tensor([[1.0, float("inf")]]), ValueError, "infinite"),
-    (torch.ones(3), ValueError, r"\(3,\)"),
-    (torch.ones(3, 3, dtype=torch.int64), TypeError, "int64"),
-    (torch.ones(3, 3, dtype=torch.complex64), TypeError, "complex64"),
-    ([[1.0]], TypeError, "list"),
-    (torch.ones(3, 3, device="meta"), ValueError, "meta device"),
-    (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
-])
+@pytest.mark.parametrize(
+    "bad, error, word",
+    [
+        (torch.tensor([[1.0, float("nan")]]), ValueError, "NaN"),
+        (torch.tensor([[1.0, float("inf")]]), ValueError, "infinite"),
+        (torch.ones(3), ValueError, r"\(3,\)"),
+        (torch.ones(3, 3, dtype=torch.int64), TypeError, "int64"),
+        (torch.ones(3, 3, dtype=torch.complex64), TypeError, "complex64"),
+        ([[1.0]], TypeError, "list"),
+        (torch.ones(3, 3, device="meta"), ValueError, "meta device"),
+        (torch.ones(3, 3).to_sparse(), TypeError, "sparse_coo"),
+    ],
+)
 def test_errors(bad, error, word):
     with pytest.raises(error, match=word):
         spectral_norm_bound(bad)

@@ -1,4 +1,5 @@
 """`spectral_projection`: values, derivatives of first and second order, vmap, compile, and the registered ops."""
+
 import pytest
 import torch
 from spectra import norm, projected, with_spectrum
@@ -24,7 +25,9 @@ def test_gradient_with_a_large_block():
     assert gradgradcheck(lambda w: spectral_projection(w, 1.0), (W,), fast_mode=True)
 
 
-@pytest.mark.parametrize("W", [torch.zeros(3, 3), torch.eye(3) * 0.4, torch.zeros(3, 0), torch.zeros(0, 3), torch.zeros(0, 3, 3)])
+@pytest.mark.parametrize(
+    "W", [torch.zeros(3, 3), torch.eye(3) * 0.4, torch.zeros(3, 0), torch.zeros(0, 3), torch.zeros(0, 3, 3)]
+)
 def test_inside_it_is_the_identity_even_where_values_coincide(W):
     W = W.double().requires_grad_()
     assert torch.equal(spectral_projection(W, 0.5), W)
@@ -46,8 +49,12 @@ def test_huge_weights():
 
 
 def check_values(dtype, error, n):
-    for values in (torch.linspace(3, 0, n), torch.full((n,), 2.0), torch.cat([torch.tensor([2.0]), torch.full((n - 1,), 1.9999)]),
-                   torch.linspace(0.9, 0, n)):
+    for values in (
+        torch.linspace(3, 0, n),
+        torch.full((n,), 2.0),
+        torch.cat([torch.tensor([2.0]), torch.full((n - 1,), 1.9999)]),
+        torch.linspace(0.9, 0, n),
+    ):
         W = with_spectrum(values, n, n + 20).to(dtype)
         found, want = spectral_projection(W, 1.0), projected(W, 1.0, "scale")
         assert found.dtype == dtype and (found.double() - want).norm() <= error * want.norm()
@@ -63,7 +70,9 @@ def test_vmap():
     W[0] *= 0.01
     gradient, hessian = torch.func.grad(loss), torch.func.jacrev(torch.func.grad(loss))
     for batched, single in ((torch.func.vmap(gradient)(W), gradient), (torch.func.vmap(hessian)(W), hessian)):
-        assert torch.allclose(batched, torch.stack([single(w) for w in W]), rtol=1e-9, atol=1e-12)  # float64: iterated to convergence
+        assert torch.allclose(
+            batched, torch.stack([single(w) for w in W]), rtol=1e-9, atol=1e-12
+        )  # float64: iterated to convergence
     assert torch.allclose(torch.func.vmap(gradient, in_dims=1)(W.movedim(0, 1)), torch.func.vmap(gradient)(W))
     batch = W.clone().requires_grad_()
     loss(batch).backward()
@@ -72,8 +81,8 @@ def test_vmap():
 
 def test_compile():
     W = torch.randn(6, 5, requires_grad=True)
-    want, = torch.autograd.grad(loss(W), W)
-    found, = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(W), W)
+    (want,) = torch.autograd.grad(loss(W), W)
+    (found,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(W), W)
     assert torch.equal(found, want)
 
 
@@ -83,7 +92,9 @@ def test_third_derivative():
     along = lambda t: loss(W + t * D)  # noqa: E731
     second = torch.func.grad(torch.func.grad(along))
     zero, h = torch.zeros((), dtype=torch.float64), 1e-5
-    assert float(torch.func.grad(second)(zero)) == pytest.approx(float(second(zero + h) - second(zero - h)) / (2 * h), rel=1e-6)
+    assert float(torch.func.grad(second)(zero)) == pytest.approx(
+        float(second(zero + h) - second(zero - h)) / (2 * h), rel=1e-6
+    )
 
 
 def test_as_parametrization():
@@ -113,14 +124,20 @@ def test_opcheck(dtype):
         ops.spectral_step_(Ws, state.blocks, [0.9, 0.2], 2, False, 0, 3)
 
 
-@pytest.mark.parametrize("W, bound, error, word", [
-    (torch.tensor([[1.0, float("nan")]]), 1.0, ValueError, "NaN"), (torch.tensor([[float("inf")]]), 1.0, ValueError, "infinite"),
-    (torch.ones(3), 1.0, ValueError, r"\(3,\)"), (torch.ones(2, 2), 0.0, ValueError, "0.0"),
-    (torch.ones(2, 2), float("nan"), ValueError, "nan"),
-    (torch.ones(2, 2).int(), 1.0, TypeError, "int32"), ([[1.0]], 1.0, TypeError, "list"),
-    (torch.ones(2, 2), [1.0], TypeError, r"bound must be a number, got \[1.0\]"),
-    (torch.ones(2, 2), torch.tensor([1.0, 2.0]), TypeError, r"bound must be a number, got tensor"),
-])
+@pytest.mark.parametrize(
+    "W, bound, error, word",
+    [
+        (torch.tensor([[1.0, float("nan")]]), 1.0, ValueError, "NaN"),
+        (torch.tensor([[float("inf")]]), 1.0, ValueError, "infinite"),
+        (torch.ones(3), 1.0, ValueError, r"\(3,\)"),
+        (torch.ones(2, 2), 0.0, ValueError, "0.0"),
+        (torch.ones(2, 2), float("nan"), ValueError, "nan"),
+        (torch.ones(2, 2).int(), 1.0, TypeError, "int32"),
+        ([[1.0]], 1.0, TypeError, "list"),
+        (torch.ones(2, 2), [1.0], TypeError, r"bound must be a number, got \[1.0\]"),
+        (torch.ones(2, 2), torch.tensor([1.0, 2.0]), TypeError, r"bound must be a number, got tensor"),
+    ],
+)
 def test_errors(W, bound, error, word):
     with pytest.raises(error, match=word):
         spectral_projection(W, bound)

@@ -1,4 +1,5 @@
 """Compiles the kernels in their table configurations for devices that are not here, and reads what they take."""
+
 import re
 import subprocess
 import tempfile
@@ -16,8 +17,13 @@ from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
 from stable_rnn.ops.spectral import triton as backend_spectral
 from stable_rnn.ops.spectral import triton_step
 
-KINDS = {"float32": DTYPES[torch.float32], "tf32": TF32, "tf32x3": backend.TF32X3, "float16": DTYPES[torch.float16],
-         "bfloat16": DTYPES[torch.bfloat16]}
+KINDS = {
+    "float32": DTYPES[torch.float32],
+    "tf32": TF32,
+    "tf32x3": backend.TF32X3,
+    "float16": DTYPES[torch.float16],
+    "bfloat16": DTYPES[torch.bfloat16],
+}
 TYPES = {"float32": "fp32", "tf32": "fp32", "tf32x3": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
 ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
@@ -25,8 +31,22 @@ NEVER = {(False, "hidden_bias"), (True, "h0")}  # of cells that are not here
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
 BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
 WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
-LSTM = ("c0", "c_n", "saved", "cells", "c_init", "dc_init", "c_start", "c_end", "dc_n", "dc0", "dc_start", "dc_end", "c_planes",
-        "dc_planes")
+LSTM = (
+    "c0",
+    "c_n",
+    "saved",
+    "cells",
+    "c_init",
+    "dc_init",
+    "c_start",
+    "c_end",
+    "dc_n",
+    "dc0",
+    "dc_start",
+    "dc_end",
+    "c_planes",
+    "dc_planes",
+)
 
 
 class Use(NamedTuple):
@@ -43,15 +63,28 @@ def target(arch) -> GPUTarget:
     return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
 
-def recurrence(arch, backward: bool, cell: str, kind: str, hidden: int, windows: bool = False, alone: bool = True,
-               absent=()) -> tuple[bool, Use]:
+def recurrence(
+    arch, backward: bool, cell: str, kind: str, hidden: int, windows: bool = False, alone: bool = True, absent=()
+) -> tuple[bool, Use]:
     """The kernel that a shape gets, with all its tensors but those `absent`: whether it is a small one, and what it takes."""
     found = backend.config(backward, cell, KINDS[kind], hidden, windows, device(arch))
     kernels = triton_small if found.small else triton_large
     kernel = kernels.backward if backward else kernels.forward
-    fixed = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell, PRECISION=backend.PRECISIONS.get(KINDS[kind], "ieee"),
-                 INNER=found.inner, WIDTH=-(-hidden // 16) * 16, ALONE=alone)
-    missing = {*absent, *(() if cell == "lstm" else LSTM), *(name for of_backward, name in NEVER if of_backward == backward)}
+    fixed = dict(
+        H=hidden,
+        UNITS=found.units,
+        LANES=found.lanes,
+        CELL=cell,
+        PRECISION=backend.PRECISIONS.get(KINDS[kind], "ieee"),
+        INNER=found.inner,
+        WIDTH=-(-hidden // 16) * 16,
+        ALONE=alone,
+    )
+    missing = {
+        *absent,
+        *(() if cell == "lstm" else LSTM),
+        *(name for of_backward, name in NEVER if of_backward == backward),
+    }
     kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -66,7 +99,9 @@ def recurrence(arch, backward: bool, cell: str, kind: str, hidden: int, windows:
             attributes[(place,)] = [["tt.divisibility", 16]]
     constants = {name: fixed.get(name) for name, what in signature.items() if what == "constexpr"}
     options = backend.options(found, KINDS[kind], device(arch)) | dict(launch_cooperative_grid=not alone)
-    return found.small, use(triton.compile(ASTSource(kernel, signature, constants, attributes), target=target(arch), options=options))
+    return found.small, use(
+        triton.compile(ASTSource(kernel, signature, constants, attributes), target=target(arch), options=options)
+    )
 
 
 def use(kernel) -> Use:
@@ -77,16 +112,30 @@ def use(kernel) -> Use:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        printed = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return Use(kernel.metadata.shared, int(re.search(r"STACK:(\d+)", printed)[1]), kernel.asm["ptx"])
 
 
 def spectral(arch, kind: str, scale: bool, alone: bool = True) -> Use:
     """The spectral step for matrices of one dtype."""
-    fixed = dict(DTYPE=getattr(triton.language, kind), SCALE=scale, ALONE=alone, FIELDS=triton_step.FIELDS, BAND=triton_step.BAND,
-                 TILE=triton_step.TILE)
-    pointers = dict(table="*i64", bounds="*fp64", norms="*fp64", near="*i64", space="*fp32", grams="*fp64", arrivals="*i32")
-    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in triton_step.step.arg_names}
+    fixed = dict(
+        DTYPE=getattr(triton.language, kind),
+        SCALE=scale,
+        ALONE=alone,
+        FIELDS=triton_step.FIELDS,
+        BAND=triton_step.BAND,
+        TILE=triton_step.TILE,
+    )
+    pointers = dict(
+        table="*i64", bounds="*fp64", norms="*fp64", near="*i64", space="*fp32", grams="*fp64", arrivals="*i32"
+    )
+    signature = {
+        name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in triton_step.step.arg_names
+    }
     attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(pointers))}
     options = backend_spectral.OPTIONS | dict(launch_cooperative_grid=not alone)
-    return use(triton.compile(ASTSource(triton_step.step, signature, fixed, attributes), target=target(arch), options=options))
+    return use(
+        triton.compile(ASTSource(triton_step.step, signature, fixed, attributes), target=target(arch), options=options)
+    )

@@ -1,8 +1,9 @@
 """Two processes run these files. Triton's interpreter is chosen as the kernels are imported, so it needs one of its own:
 
-    TRITON_INTERPRET=1 pytest tests/triton     the kernels' arithmetic, on the CPU
-    pytest                                     compiled for devices that are not here; on a GPU, where there is one, the same tests on it
+TRITON_INTERPRET=1 pytest tests/triton     the kernels' arithmetic, on the CPU
+pytest                                     compiled for devices that are not here; on a GPU, where there is one, the same tests on it
 """
+
 import os
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Runs the backend on a `lane_loop.Case` with poisoned outputs, and holds what it writes against the plain loops."""
+
 import lane_loop as loop
 import torch
 
@@ -35,23 +36,72 @@ def _poisoned(case, kind, wide, **columns):
 
 def forward(case, made) -> dict:
     H, C = case.hidden, case.hidden * case.lstm
-    out = _poisoned(case, Output, ("cells", "h_start", "c_start", "h_end", "c_end"), y=H, h_n=H, c_n=C, saved=4 * C, cells=C, h_start=H,
-                    c_start=C, h_end=H, c_end=C)
+    out = _poisoned(
+        case,
+        Output,
+        ("cells", "h_start", "c_start", "h_end", "c_end"),
+        y=H,
+        h_n=H,
+        c_n=C,
+        saved=4 * C,
+        cells=C,
+        h_start=H,
+        c_start=C,
+        h_end=H,
+        c_end=C,
+    )
     on = {name: to_device(value) for name, value in made.items()}
-    backend.forward(on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case), problem(case), borders=True, ids=to_device(case.select),
-                    h_init=on.get("h_init"), c_init=on.get("c_init") if case.lstm else None, out=out)
+    backend.forward(
+        on["xp"],
+        on["w_hh"],
+        None,
+        on["h0"],
+        on["c0"],
+        *rows(case),
+        problem(case),
+        borders=True,
+        ids=to_device(case.select),
+        h_init=on.get("h_init"),
+        c_init=on.get("c_init") if case.lstm else None,
+        out=out,
+    )
     return {name: t.cpu() for name, t in out._asdict().items() if t.dim() == 2}
 
 
 def backward(case, made, saved) -> dict:
     H, C = case.hidden, case.hidden * case.lstm
-    out = _poisoned(case, Adjoint, ("dh_start", "dc_start", "dh_end", "dc_end"), dz=case.gates * H, dh0=H, dc0=C, dh_start=H, dc_start=C,
-                    dh_end=H, dc_end=C)
+    out = _poisoned(
+        case,
+        Adjoint,
+        ("dh_start", "dc_start", "dh_end", "dc_end"),
+        dz=case.gates * H,
+        dh0=H,
+        dc0=C,
+        dh_start=H,
+        dc_start=C,
+        dh_end=H,
+        dc_end=C,
+    )
     on = {name: to_device(value) for name, value in (made | saved).items()}
     empty = torch.empty(0, device=DEVICE)
-    backend.backward(on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, on["y"], on.get("saved", empty), on.get("cells", empty),
-                     on["w_hh"], None, on["c0"], *rows(case), problem(case), borders=True, ids=to_device(case.select),
-                     dh_init=on.get("h_init"), dc_init=on.get("c_init") if case.lstm else None, out=out)
+    backend.backward(
+        on["dy"],
+        on["dh_n"],
+        on["dc_n"] if case.lstm else None,
+        on["y"],
+        on.get("saved", empty),
+        on.get("cells", empty),
+        on["w_hh"],
+        None,
+        on["c0"],
+        *rows(case),
+        problem(case),
+        borders=True,
+        ids=to_device(case.select),
+        dh_init=on.get("h_init"),
+        dc_init=on.get("c_init") if case.lstm else None,
+        out=out,
+    )
     return {name: t.cpu() for name, t in out._asdict().items() if t.dim() == 2}
 
 
@@ -88,7 +138,9 @@ def check(case, saved=None) -> tuple[dict, dict]:
     assert_like(found, loop.loop_forward(case, made), loop.loop_forward(case, made, torch.float32), case, case.hidden)
     saved = {name: (found if saved is None else saved)[name] for name in ("y", "saved", "cells") if name in found}
     back = backward(case, made, saved)
-    exact, eager = ({name: t for name, t in loop.loop_backward(case, made, saved, kind).items() if name != "dh"}
-                    for kind in (torch.float64, torch.float32))
+    exact, eager = (
+        {name: t for name, t in loop.loop_backward(case, made, saved, kind).items() if name != "dh"}
+        for kind in (torch.float64, torch.float32)
+    )
     assert_like(back, exact, eager, case, case.gates * case.hidden)
     return found, back

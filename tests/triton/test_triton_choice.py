@@ -1,4 +1,5 @@
 """When the `triton` backend runs, what it says when it does not, and that importing this package imports no Triton."""
+
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -31,7 +32,10 @@ def test_reasons(gpu, monkeypatch):
     assert backend.can_run(P, f32) == (False, "the Triton kernels run on CUDA and ROCm devices, the tensors are on cpu")
     gpu(75)
     assert backend.can_run(P, f32) == (True, "") == backend.can_run(None, f32)
-    assert backend.can_run(P, bf16) == (False, "the Triton kernels need compute capability 8.0 for torch.bfloat16, this device has 7.5")
+    assert backend.can_run(P, bf16) == (
+        False,
+        "the Triton kernels need compute capability 8.0 for torch.bfloat16, this device has 7.5",
+    )
     gpu(70)
     assert "7.5 for torch.float32, this device has 7.0" in backend.can_run(P, f32)[1]
     gpu(90)
@@ -73,12 +77,20 @@ def test_products_of_float32(gpu, monkeypatch):
     assert backend._dtype(f32) == plain
 
 
-@pytest.mark.parametrize("missing, reason", [
-    ("sys.modules['triton'] = None; importlib.util.find_spec = lambda name, *rest: None", "triton is not installed (pip install triton)"),
-    ("triton = types.ModuleType('triton'); triton.__version__ = '3.1.0'; sys.modules['triton'] = triton; "
-     "importlib.util.find_spec = lambda name, *rest: types.SimpleNamespace(origin='here')",
-     "the Triton kernels need triton 3.3, this is 3.1.0"),
-])
+@pytest.mark.parametrize(
+    "missing, reason",
+    [
+        (
+            "sys.modules['triton'] = None; importlib.util.find_spec = lambda name, *rest: None",
+            "triton is not installed (pip install triton)",
+        ),
+        (
+            "triton = types.ModuleType('triton'); triton.__version__ = '3.1.0'; sys.modules['triton'] = triton; "
+            "importlib.util.find_spec = lambda name, *rest: types.SimpleNamespace(origin='here')",
+            "the Triton kernels need triton 3.3, this is 3.1.0",
+        ),
+    ],
+)
 def test_without_triton(missing, reason):
     program = f"""
 import importlib.util, os, sys, types

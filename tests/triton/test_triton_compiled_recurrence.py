@@ -1,5 +1,6 @@
 """The Triton recurrence kernels compiled for devices that are not here, as their table says: what they take of a device's memory, and
 that nothing is spilled where all of a run is to stay on chip."""
+
 import re
 
 import pytest
@@ -49,4 +50,3 @@ def test_memory_and_registers(arch, cell, kind, hidden, windows, backward):
         waits = [bool(re.search(rf"(red|atom|ld)\.\S*{order}", use.code)) for order in ("release", "acquire")]
         assert waits == [not alone] * 2
     assert "atom.add.f32" not in use.code and "atom.global.add.f32" not in use.code
-

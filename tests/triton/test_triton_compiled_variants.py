@@ -1,4 +1,5 @@
 """What Triton compiles when the backend runs: a driver that stands for a GPU takes the launches, and nothing is launched."""
+
 import pytest
 import torch
 import triton
@@ -38,7 +39,9 @@ def compiled(request, monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver(request.param))
     monkeypatch.setattr(JITFunction, "_do_compile", compile)
-    monkeypatch.setattr(JITFunction, "__getitem__", lambda self, grid: lambda *a, **k: self.run(*a, grid=grid, warmup=True, **k))
+    monkeypatch.setattr(
+        JITFunction, "__getitem__", lambda self, grid: lambda *a, **k: self.run(*a, grid=grid, warmup=True, **k)
+    )
     monkeypatch.setattr(backend, "device_of", lambda x: device(request.param))
     return made
 
@@ -77,4 +80,6 @@ def test_spectral_shapes_compile_nothing_anew(compiled):
         blocks = [torch.zeros(W.shape[1], min(16, *W.shape)) for W in Ws]
         for iterations in (1, 8):
             spectral.spectral_step(Ws, blocks, [1.0] * len(Ws), 2, False, iterations, seed)
-    assert len(compiled) == len({options.launch_cooperative_grid for *_, options in compiled}) == 2  # a program a matrix, or several
+    assert (
+        len(compiled) == len({options.launch_cooperative_grid for *_, options in compiled}) == 2
+    )  # a program a matrix, or several

@@ -1,4 +1,5 @@
 """Modules and plans on the `triton` backend, interpreted or on a GPU."""
+
 import pytest
 import torch
 from backend_runs import PLANS, assert_captured, assert_close, made

@@ -1,4 +1,5 @@
 """The Triton recurrence kernels, interpreted or on a GPU: every output against plain float64 loops, for each way to divide the work."""
+
 from dataclasses import replace
 
 import lane_loop as loop
@@ -13,7 +14,12 @@ from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
-    KINDS |= {"tf32": dict(tf32=True), "tf32x3": dict(), "float16": dict(dtype=torch.float16), "bfloat16": dict(dtype=torch.bfloat16)}
+    KINDS |= {
+        "tf32": dict(tf32=True),
+        "tf32x3": dict(),
+        "float16": dict(dtype=torch.float16),
+        "bfloat16": dict(dtype=torch.bfloat16),
+    }
 WAYS = ("small", "large", "team")
 
 
@@ -62,7 +68,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.cell}-{c.steps}x{c.batch}x{c.hidden}-{c.stride}-{c.warmup}-{c.layout}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.cell}-{c.steps}x{c.batch}x{c.hidden}-{c.stride}-{c.warmup}-{c.layout}"
+)
 def test_every_output(case, way, kind):
     found, _ = check(replace(case, **kind))
     if case.cap < 1:
@@ -105,7 +113,9 @@ def test_bitwise_whatever_the_team(cell, kind, monkeypatch):
     for programs in (1, 2, 9):
         with monkeypatch.context() as patch:
             divide("team", patch)
-            patch.setattr(backend, "device_of", lambda x, n=programs, given=backend.device_of: given(x)._replace(programs=n))
+            patch.setattr(
+                backend, "device_of", lambda x, n=programs, given=backend.device_of: given(x)._replace(programs=n)
+            )
             saved = forward(case, made)
             runs.append(saved | backward(case, made, saved))
     for run in runs[1:]:
@@ -138,8 +148,20 @@ def test_empty(cell, steps, batch, hidden):
     assert out.y.shape == (steps * batch, hidden) and torch.equal(out.h_n.cpu(), made["h0"])
     zeros = torch.zeros(steps * batch, hidden, device=DEVICE)
     c0 = to_device(made["c0"])
-    back = backend.backward(zeros, to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None, out.y, out.saved, out.cells,
-                            to_device(made["w_hh"]), None, c0, None, None, problem(case))
+    back = backend.backward(
+        zeros,
+        to_device(made["dh_n"]),
+        to_device(made["dc_n"]) if case.lstm else None,
+        out.y,
+        out.saved,
+        out.cells,
+        to_device(made["w_hh"]),
+        None,
+        c0,
+        None,
+        None,
+        problem(case),
+    )
     assert back.dz.shape == (steps * batch, case.gates * hidden) and torch.equal(back.dh0.cpu(), made["dh_n"])
     if case.lstm:
         assert torch.equal(out.c_n.cpu(), made["c0"]) and torch.equal(back.dc0.cpu(), made["dc_n"])
@@ -182,7 +204,9 @@ def test_tanh_and_sigmoid_to_a_few_units():
     assert ((y - exact).abs() <= unit * exact.abs()).all()
     case = replace(case, cell="lstm")
     zeros = torch.zeros(len(x), 1)
-    gates = run(case, dict(xp=x[:, None].expand(-1, 4).contiguous(), w_hh=torch.zeros(4, 1), h0=zeros, c0=zeros)).saved.cpu()
+    gates = run(
+        case, dict(xp=x[:, None].expand(-1, 4).contiguous(), w_hh=torch.zeros(4, 1), h0=zeros, c0=zeros)
+    ).saved.cpu()
     exact = torch.sigmoid(x.double())
     at_least = torch.exp(torch.tensor(-87.0, dtype=torch.float64))  # where the exponential ends
     for gate in (0, 1, 3):
@@ -198,7 +222,10 @@ def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
     names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "h0", "c0")
 
     def gradients(module, dtype, device):
-        given = [None if made[name] is None or name == "dc_n" and not case.lstm else made[name].to(device, dtype) for name in names]
+        given = [
+            None if made[name] is None or name == "dc_n" and not case.lstm else made[name].to(device, dtype)
+            for name in names
+        ]
         at = [None if t is None else t.to(device) for t in rows(case)]
         return module.windowed_backward(*given, *at, problem(case))
 
@@ -226,7 +253,9 @@ def test_verified(cell, way):
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
-    tensors = BackwardInputs(on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case))
+    tensors = BackwardInputs(
+        on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case)
+    )
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(back.dz, backend.backward(*tensors, problem(case)).dz)

@@ -1,4 +1,5 @@
 """The Triton spectral step, interpreted or on a GPU: against the float64 projection, no worse than the reference."""
+
 import pytest
 import torch
 from lane_cases import DEVICE
@@ -52,7 +53,9 @@ def test_no_worse_than_the_reference(programs, scale, dtype, size):
         # float32 arithmetic: sums over a side, growing like a random walk; then the rounding of what is stored.
         rounding = 2.0**-24 * max(shape) ** 0.5 * W.double().norm() + torch.finfo(dtype).eps / 2 * want.norm()
         assert (V.double() - want).norm() <= 2 * (R.double() - want).norm() + rounding, shape
-        gram = X.double().T @ X.double()  # orthonormal, but for columns dropped (zero) where W maps the block to fewer dimensions
+        gram = (
+            X.double().T @ X.double()
+        )  # orthonormal, but for columns dropped (zero) where W maps the block to fewer dimensions
         assert (gram - gram.diagonal().round().diag()).abs().max() <= 2.0**-24 * 8 * max(shape) ** 0.5
         assert gram.diagonal()[: min(5, *shape)].min() > 0.9
     assert near.tolist() == [min(5, *shape) for shape in shapes]

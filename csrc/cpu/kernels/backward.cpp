@@ -44,7 +44,9 @@ struct Tensors {
   STABLE_RNN_INLINE State<Vec> before(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
     const bool first_time = run.last && s + 1 == run.steps;
     const auto of = [&](const auto* x, const void* x0, int64_t size) {
-      return !first_time ? load(x + row(run, s + 1) * size + unit, n) : x0 ? load(in(x0) + run.b * size + unit, n) : Vec(0.f);
+      return !first_time ? load(x + row(run, s + 1) * size + unit, n)
+             : x0        ? load(in(x0) + run.b * size + unit, n)
+                         : Vec(0.f);
     };
     State<Vec> state{Vec(0.f), Vec(0.f)};
     if constexpr (Cell::h_before) state.h = of(in(p.y), p.h0, p.out);
@@ -55,7 +57,8 @@ struct Tensors {
   STABLE_RNN_INLINE void whole(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     if (p.dh && s >= run.warm) store(static_cast<T*>(p.dh) + row(run, s) * p.out + unit, dh, n);
   }
-  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz, const Vec*) const {
+  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz,
+                                  const Vec*) const {
     if (s < run.warm) return;
     for (int gate = 0; gate < Cell::gates; ++gate)
       store(static_cast<T*>(p.dz) + (row(run, s) * Cell::gates + gate) * p.hidden + unit, dz[gate], n);
@@ -66,8 +69,8 @@ struct Tensors {
   STABLE_RNN_INLINE void carried_cell(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dc) const {
     border(run, s, p.hidden, unit, n, dc, p.dc_start, p.dc_end, p.dc0);
   }
-  static STABLE_RNN_INLINE void border(const Run& run, int64_t s, int64_t size, int64_t unit, int64_t n, Vec x, float* start,
-                                       float* end, void* at_zero) {
+  static STABLE_RNN_INLINE void border(const Run& run, int64_t s, int64_t size, int64_t unit, int64_t n, Vec x,
+                                       float* start, float* end, void* at_zero) {
     if (s == run.warm && start) store(start + run.id * size + unit, x, n);
     if (s < run.steps) return;
     if (end) store(end + run.id * size + unit, x, n);
@@ -95,7 +98,8 @@ const char* run_backward(const BackwardParams& p, Cell cell, const int64_t* entr
       Workspace piece(tile_memory + slot * tile_bytes);
       tile.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
-      for (int64_t r = own.begin(n); r < own.end(n); ++r) tile.runs[r] = backward_run(p.lanes, entries[first + r], p.dh_init);
+      for (int64_t r = own.begin(n); r < own.end(n); ++r)
+        tile.runs[r] = backward_run(p.lanes, entries[first + r], p.dh_init);
       own.sync();
       tile.run(own, n);
     });
@@ -109,11 +113,11 @@ const char* backward_of(const BackwardParams& p, const int64_t* entries, int64_t
   return dispatch_cell(p.cell, cap, [&](auto cell) { return run_backward<T>(p, cell, entries, lanes); });
 }
 
-}  // namespace
+}   // namespace
 
 const char* backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
   return p.dtype == BF16 ? backward_of<bf16>(p, entries, lanes) : backward_of<float>(p, entries, lanes);
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

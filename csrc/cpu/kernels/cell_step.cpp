@@ -9,8 +9,8 @@ namespace stable_rnn {
 namespace STABLE_RNN_NS {
 namespace {
 
-constexpr int64_t slice = 64;                   // of k
-constexpr int most_rows = 4 * block_rows;       // of the batch at a time
+constexpr int64_t slice = 64;               // of k
+constexpr int most_rows = 4 * block_rows;   // of the batch at a time
 
 // acc[r][v] = sum over k of a[r][k] * w[v][lane][k], for rows of w that start at w + v * gate.
 template <class T, int vectors>
@@ -19,11 +19,13 @@ void products(const T* a, int64_t k, int rows, const T* w, int64_t gate, int64_t
   for (int i = 0; i < rows * vectors; ++i) acc[i] = Vec(0.f);
   for (int64_t from = 0; from < k && a; from += slice) {
     const int64_t part = k - from < slice ? k - from : slice;
-    for (int v = 0; v < vectors; ++v) pack_transposed(w + v * gate + from, k, valid, part, panel + v * width, vectors * width);
+    for (int v = 0; v < vectors; ++v)
+      pack_transposed(w + v * gate + from, k, valid, part, panel + v * width, vectors * width);
     for (int r = 0; r < rows; ++r)
       for (int64_t j = 0; j < part; j += width) store(state + r * slice + j, load(a + r * k + from + j, part - j));
     for (int r = 0; r < rows; r += block_rows)
-      multiply_rows<vectors, true>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel, part, acc + r * vectors);
+      multiply_rows<vectors, true>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel, part,
+                                   acc + r * vectors);
   }
 }
 
@@ -35,7 +37,8 @@ void units(const CellStepParams& p, Cell cell, int64_t unit, int64_t first, int 
   const int64_t n = p.hidden - unit, gate = p.hidden;
   Vec x[most_rows * gates], z[most_rows * gates];
   products<T, gates>(in(p.x) + first * p.input, p.input, rows, in(p.w_ih) + unit * p.input, gate * p.input, n, x);
-  products<T, gates>(p.h ? in(p.h) + first * p.hidden : nullptr, p.hidden, rows, in(p.w_hh) + unit * p.hidden, gate * p.hidden, n, z);
+  products<T, gates>(p.h ? in(p.h) + first * p.hidden : nullptr, p.hidden, rows, in(p.w_hh) + unit * p.hidden,
+                     gate * p.hidden, n, z);
   for (int r = 0; r < rows; ++r) {
     Vec bias(0.f);
     for (int g = 0; g < gates; ++g) {
@@ -68,12 +71,13 @@ const char* run_cell_step(const CellStepParams& p, Cell cell) {
   return nullptr;
 }
 
-}  // namespace
+}   // namespace
 
 const char* cell_step(const CellStepParams& p) {
-  return dispatch_cell(p.cell, p.cap,
-                       [&](auto cell) { return p.dtype == BF16 ? run_cell_step<bf16>(p, cell) : run_cell_step<float>(p, cell); });
+  return dispatch_cell(p.cell, p.cap, [&](auto cell) {
+    return p.dtype == BF16 ? run_cell_step<bf16>(p, cell) : run_cell_step<float>(p, cell);
+  });
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

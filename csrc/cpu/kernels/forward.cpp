@@ -12,7 +12,8 @@ template <class T, class Cell>
 struct Outputs {
   const ForwardParams& p;
 
-  STABLE_RNN_INLINE void hidden(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before, Vec h) const {
+  STABLE_RNN_INLINE void hidden(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before,
+                                Vec h) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
     store(static_cast<T*>(p.y) + row * p.out + unit, h, n);
@@ -23,7 +24,8 @@ struct Outputs {
   }
 
   template <class Step>
-  STABLE_RNN_INLINE void step(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before, const Step& now) const {
+  STABLE_RNN_INLINE void step(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before,
+                              const Step& now) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
     if (Cell::saved && p.saved) {
@@ -62,7 +64,8 @@ const char* run_forward(const ForwardParams& p, Cell cell, const int64_t* entrie
       Workspace piece(tile_memory + slot * tile_bytes);
       tile.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
-      for (int64_t r = own.begin(n); r < own.end(n); ++r) tile.runs[r] = forward_run(p.lanes, entries[first + r], p.h_init);
+      for (int64_t r = own.begin(n); r < own.end(n); ++r)
+        tile.runs[r] = forward_run(p.lanes, entries[first + r], p.h_init);
       own.sync();
       tile.run(own, n);
     });
@@ -70,7 +73,7 @@ const char* run_forward(const ForwardParams& p, Cell cell, const int64_t* entrie
   return nullptr;
 }
 
-}  // namespace
+}   // namespace
 
 const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
@@ -78,5 +81,5 @@ const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lane
   });
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -15,7 +15,8 @@ const char* project(const InputProjectionParams& p) {
   const int64_t stride = convert ? state_stride(p.input) : p.input;
   const int64_t tile_floats = convert ? tiling.rows * stride : 0;
   Workspace memory;
-  if (!memory.allocate(Workspace::bytes<float>(panels.floats()) + Workspace::bytes<float>(tiling.teams() * tile_floats)))
+  if (!memory.allocate(Workspace::bytes<float>(panels.floats()) +
+                       Workspace::bytes<float>(tiling.teams() * tile_floats)))
     return out_of_memory;
   panels.data = memory.take<float>(panels.floats());
   float* tiles = memory.take<float>(tiling.teams() * tile_floats);
@@ -53,9 +54,11 @@ const char* project(const InputProjectionParams& p) {
   return nullptr;
 }
 
-}  // namespace
+}   // namespace
 
-const char* input_projection(const InputProjectionParams& p) { return p.dtype == BF16 ? project<bf16>(p) : project<float>(p); }
+const char* input_projection(const InputProjectionParams& p) {
+  return p.dtype == BF16 ? project<bf16>(p) : project<float>(p);
+}
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -12,12 +12,12 @@ using Small = double[K][K];
 
 // In G = Z^T Z; out the upper triangular T with orthonormal Z T. A column that depends on those before it gets a zero column.
 inline void orthogonalizer(const Small& G, Small& T) {
-  double R[K][K] = {};  // G = R^T R
+  double R[K][K] = {};   // G = R^T R
   bool kept[K];
   for (int c = 0; c < K; ++c) {
     double pivot = G[c][c];
     for (int i = 0; i < c; ++i) pivot -= R[i][c] * R[i][c];
-    kept[c] = pivot > 1e-12 * G[c][c] && pivot > 1e-280;  // float data carry no more
+    kept[c] = pivot > 1e-12 * G[c][c] && pivot > 1e-280;   // float data carry no more
     R[c][c] = kept[c] ? std::sqrt(pivot) : 1;
     for (int j = c + 1; j < K; ++j) {
       double sum = G[c][j];
@@ -25,7 +25,7 @@ inline void orthogonalizer(const Small& G, Small& T) {
       R[c][j] = kept[c] ? sum / R[c][c] : 0;
     }
   }
-  for (int c = 0; c < K; ++c)  // T = R^-1, column by column
+  for (int c = 0; c < K; ++c)   // T = R^-1, column by column
     for (int i = K - 1; i >= 0; --i) {
       double sum = i == c ? 1 : 0;
       for (int j = i + 1; j <= c; ++j) sum -= R[i][j] * T[j][c];
@@ -35,7 +35,7 @@ inline void orthogonalizer(const Small& G, Small& T) {
 
 // Eigenvalues of the symmetric A (destroyed), descending, and eigenvectors in the columns of E. Cyclic Jacobi rotations.
 inline void eigen(Small& A, double (&values)[K], Small& E) {
-  double rows[K][K] = {};  // E^T
+  double rows[K][K] = {};   // E^T
   for (int i = 0; i < K; ++i) rows[i][i] = 1;
   for (int sweep = 0; sweep < 30; ++sweep) {
     bool rotated = false;
@@ -68,5 +68,5 @@ inline void eigen(Small& A, double (&values)[K], Small& E) {
   }
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

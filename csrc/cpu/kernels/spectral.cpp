@@ -17,9 +17,9 @@ namespace {
 
 static_assert(K == SPECTRAL_BLOCK, "small.h is written for the block size");
 
-constexpr int PARTS = K / width;  // vectors in a row of a block
+constexpr int PARTS = K / width;   // vectors in a row of a block
 #if defined(__AVX512F__)
-constexpr int GROUP = 8;          // rows of W at a time: as many accumulators as there are registers for
+constexpr int GROUP = 8;   // rows of W at a time: as many accumulators as there are registers for
 #elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int GROUP = 6;
 #else
@@ -27,7 +27,7 @@ constexpr int GROUP = 3;
 #endif
 constexpr int64_t CHUNK = 64, MOST_CHUNKS = 16;
 
-inline uint64_t mixed(uint64_t x) {  // one draw of splitmix64
+inline uint64_t mixed(uint64_t x) {   // one draw of splitmix64
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
@@ -46,19 +46,19 @@ STABLE_RNN_INLINE void accumulate(Vec (&sum)[GROUP][PARTS], const float* w, int6
 
 struct Job {
   SpectralMatrix a;
-  double bound;                // in units of `unit` once that is known
-  double unit = 1;             // a power of two that keeps the powers of W / unit in range, and is in range itself
-  int64_t chunk, chunks;       // rows in a chunk, number of chunks
-  float *X, *XT;               // [n, K], [K, n]
-  float* Y;                    // [m, K]
-  float* parts;                // [chunks, n, K] summands of W^T Y
-  float* rows;                 // [chunks, GROUP, n] rows of W / unit at work
-  float* largest;              // [chunks] largest |W|, NaN where there is one
-  Small* grams;                // [chunks] summands of Y^T Y
-  float C[K][K] = {};          // the update is W -= (Y C) X^T
-  double factor = 1;           // or W *= factor
+  double bound;            // in units of `unit` once that is known
+  double unit = 1;         // a power of two that keeps the powers of W / unit in range, and is in range itself
+  int64_t chunk, chunks;   // rows in a chunk, number of chunks
+  float *X, *XT;           // [n, K], [K, n]
+  float* Y;                // [m, K]
+  float* parts;            // [chunks, n, K] summands of W^T Y
+  float* rows;             // [chunks, GROUP, n] rows of W / unit at work
+  float* largest;          // [chunks] largest |W|, NaN where there is one
+  Small* grams;            // [chunks] summands of Y^T Y
+  float C[K][K] = {};      // the update is W -= (Y C) X^T
+  double factor = 1;       // or W *= factor
   bool outside = false;
-  int64_t near = 0;            // singular values of the block above 0.999 of the bound
+  int64_t near = 0;   // singular values of the block above 0.999 of the bound
 
   Job(const SpectralMatrix& matrix, double limit) : a(matrix), bound(limit) {
     chunk = (a.rows + MOST_CHUNKS - 1) / MOST_CHUNKS;
@@ -69,8 +69,9 @@ struct Job {
   // The bytes that the arrays take; gives them their place if there is a space.
   int64_t place(Workspace* space) {
     const int64_t n = a.cols;
-    return place(X, n * K, space) + place(XT, n * K, space) + place(Y, a.rows * K, space) + place(parts, chunks * n * K, space) +
-           place(rows, chunks * n * GROUP, space) + place(largest, chunks, space) + place(grams, chunks, space);
+    return place(X, n * K, space) + place(XT, n * K, space) + place(Y, a.rows * K, space) +
+           place(parts, chunks * n * K, space) + place(rows, chunks * n * GROUP, space) +
+           place(largest, chunks, space) + place(grams, chunks, space);
   }
   template <class T>
   static int64_t place(T*& array, int64_t n, Workspace* space) {
@@ -81,7 +82,9 @@ struct Job {
   int64_t first(int64_t c) const { return c * chunk; }
   int64_t last(int64_t c) const { return (c + 1) * chunk < a.rows ? (c + 1) * chunk : a.rows; }
   template <class T>
-  T* at(int64_t i) const { return reinterpret_cast<T*>(a.w) + i * a.stride; }
+  T* at(int64_t i) const {
+    return reinterpret_cast<T*>(a.w) + i * a.stride;
+  }
 
   // Rows i .. i+GROUP of W as far as there are, then zeros; times a factor.
   template <class T>
@@ -89,7 +92,8 @@ struct Job {
     float* out = rows + c * a.cols * GROUP;
     for (int64_t r = 0; r < GROUP; ++r)
       for (int64_t j = 0; j < a.cols; j += width)
-        store(out + r * a.cols + j, i + r < last(c) ? load(at<T>(i + r) + j, a.cols - j) * Vec(factor) : Vec(0.f), a.cols - j);
+        store(out + r * a.cols + j, i + r < last(c) ? load(at<T>(i + r) + j, a.cols - j) * Vec(factor) : Vec(0.f),
+              a.cols - j);
     return out;
   }
 
@@ -145,9 +149,9 @@ struct Job {
     for (int64_t j = 0; j < a.cols; ++j)
       for (int64_t c = 0; c < K; ++c) {
         const uint64_t random = mixed(mixed(seed) + static_cast<uint64_t>(j * K + c));
-        X[j * K + c] = c >= a.width ? 0
+        X[j * K + c] = c >= a.width          ? 0
                        : c < a.width - fresh ? block[j * a.width + c]
-                                             : (static_cast<int64_t>(random) >> 11) * 0x1p-52f;  // uniform in (-1, 1)
+                                             : (static_cast<int64_t>(random) >> 11) * 0x1p-52f;   // uniform in (-1, 1)
       }
     return true;
   }
@@ -179,7 +183,7 @@ struct Job {
   // G = B^T B for `count` rows of a block, in doubles.
   static void set_gram(const float* block, int64_t count, Small& G) {
     std::memset(G, 0, sizeof G);
-    constexpr int lanes = width / 2, vectors = K / lanes, at_once = 4;  // rows of G whose sums stay in registers
+    constexpr int lanes = width / 2, vectors = K / lanes, at_once = 4;   // rows of G whose sums stay in registers
     typedef double Doubles __attribute__((vector_size(width * 4)));
     double wide[CHUNK][K];
     for (; count > 0; block += CHUNK * K, count -= CHUNK) {
@@ -200,7 +204,7 @@ struct Job {
     }
   }
 
-  static void rotate(float* block, int64_t n, const Small& T) {  // block <- block T
+  static void rotate(float* block, int64_t n, const Small& T) {   // block <- block T
     float narrowed[K][K];
     for (int r = 0; r < K; ++r)
       for (int c = 0; c < K; ++c) narrowed[r][c] = T[r][c];
@@ -268,7 +272,7 @@ struct Job {
 
   void subtract(float* w, int64_t i, int64_t some) const {
     const int64_t n = a.cols;
-    float t[GROUP][K] = {};  // rows of Y C
+    float t[GROUP][K] = {};   // rows of Y C
     for (int64_t r = 0; r < some; ++r)
       for (int k = 0; k < K; ++k)
         for (int c = 0; c < K; ++c) t[r][c] += Y[(i + r) * K + k] * C[k][c];
@@ -284,7 +288,7 @@ struct Job {
   }
 };
 
-}  // namespace
+}   // namespace
 
 const char* spectral_step(const SpectralParams& p) {
   Workspace list, arrays;
@@ -322,11 +326,16 @@ const char* spectral_step(const SpectralParams& p) {
       each_job([](Job& job, int64_t) { job.orthonormalize(); });
     }
     each_item([](Job& job, int64_t c) { job.multiply(c, true); });
-    each_job([&](Job& job, int64_t i) { p.norms[i] = job.decide(p.scale); p.near[i] = job.near; });
-    each_item([&](Job& job, int64_t c) { if (job.outside) job.update(c, p.scale); });
+    each_job([&](Job& job, int64_t i) {
+      p.norms[i] = job.decide(p.scale);
+      p.near[i] = job.near;
+    });
+    each_item([&](Job& job, int64_t c) {
+      if (job.outside) job.update(c, p.scale);
+    });
   });
   return nullptr;
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -14,13 +14,13 @@ using Params = WindowedBackwardParams;
 template <class T, class Cell>
 struct Windows {
   const Params& p;
-  int64_t k, most_steps;       // of the workspace; of a lane
+  int64_t k, most_steps;   // of the workspace; of a lane
   int64_t c_stride, h_stride;
-  float *dh0, *dc0;            // [lanes from time 0] their adjoints there, by lane - first
+  float *dh0, *dc0;   // [lanes from time 0] their adjoints there, by lane - first
 
   explicit Windows(const Params& p)
-      : p(p), k(p.lanes.warmup + 1), most_steps(k < p.lanes.steps ? k : p.lanes.steps), c_stride(state_stride(p.hidden)),
-        h_stride(state_stride(p.out)) {}
+      : p(p), k(p.lanes.warmup + 1), most_steps(k < p.lanes.steps ? k : p.lanes.steps),
+        c_stride(state_stride(p.hidden)), h_stride(state_stride(p.out)) {}
 
   int64_t from_zero() const {   // lanes of the group that start at time 0
     const int64_t end = most_steps * p.lanes.batch;
@@ -51,7 +51,8 @@ struct Windows {
       const int64_t id = end * batch + b;
       if (id < p.first || id >= p.last) continue;
       const float* part = p.dz + ((id - p.first) * k + k - 1 - (end - t)) * size;
-      for (int64_t u = 0; u < size; u += width) store(sum + u, load(sum + u, size - u) + load(part + u, size - u), size - u);
+      for (int64_t u = 0; u < size; u += width)
+        store(sum + u, load(sum + u, size - u) + load(part + u, size - u), size - u);
     }
   }
 
@@ -62,7 +63,8 @@ struct Windows {
       const int64_t lane = end * batch + b - p.first;
       if (lane < 0 || lane >= p.last - p.first) continue;
       for (int64_t u = 0; u < p.out && p.dh0; ++u) p.dh0[b * p.out + u] += dh0[lane * p.out + u];
-      for (int64_t u = 0; u < p.hidden && Cell::has_cell && p.dc0; ++u) p.dc0[b * p.hidden + u] += dc0[lane * p.hidden + u];
+      for (int64_t u = 0; u < p.hidden && Cell::has_cell && p.dc0; ++u)
+        p.dc0[b * p.hidden + u] += dc0[lane * p.hidden + u];
     }
   }
 };
@@ -70,13 +72,15 @@ struct Windows {
 // The memory of a tile beside that of the two recurrences. What a step saves lies where its dz will, if that is as wide.
 template <class Cell>
 struct States {
-  float *cells, *last, *saved;   // c before each step and after the last, [rows][steps + 1]; the last h; [rows][steps][S*H] or null
+  float *cells, *last,
+      *saved;   // c before each step and after the last, [rows][steps + 1]; the last h; [rows][steps][S*H] or null
 
   static constexpr bool own_saved = Cell::saved > Cell::gates;
 };
 
 template <class T, class Cell>
-STABLE_RNN_INLINE float* saved_of(const Windows<T, Cell>& w, const States<Cell>& states, int64_t r, const Run& run, int64_t s) {
+STABLE_RNN_INLINE float* saved_of(const Windows<T, Cell>& w, const States<Cell>& states, int64_t r, const Run& run,
+                                  int64_t s) {
   return States<Cell>::own_saved ? states.saved + (r * w.most_steps + s) * Cell::saved * w.p.hidden : w.dz(run, s);
 }
 
@@ -85,12 +89,14 @@ struct Recorder {   // a Sink
   const Windows<T, Cell>& w;
   States<Cell> states;
 
-  STABLE_RNN_INLINE void hidden(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before, Vec h) const {
+  STABLE_RNN_INLINE void hidden(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before,
+                                Vec h) const {
     store(w.h_prev(run, s) + unit, load(before), n);
     if (Cell::h_after && s + 1 == run.steps) store(states.last + r * w.h_stride + unit, h);
   }
   template <class Step>
-  STABLE_RNN_INLINE void step(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before, const Step& now) const {
+  STABLE_RNN_INLINE void step(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before,
+                              const Step& now) const {
     Saved<Cell, Vec> kept;
     now.save(kept);
     float* to = saved_of(w, states, r, run, s) + unit;
@@ -137,7 +143,8 @@ struct Player {   // a Port; its s counts backward
   STABLE_RNN_INLINE void whole(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh) const {
     if (w.p.dh) store(w.p.dh + w.row(run, step(run, s)) * w.p.out + unit, dh, n);
   }
-  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz, const Vec* d_hidden) const {
+  STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz,
+                                  const Vec* d_hidden) const {
     const int64_t at = w.row(run, step(run, s)) * Cell::gates * w.p.hidden + unit;
     for (int gate = 0; gate < Cell::gates; ++gate) {
       store(w.p.dz + at + gate * w.p.hidden, dz[gate], n);
@@ -200,8 +207,10 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
     for_each_tile(team, tiling, lanes, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
       Workspace piece(tile_memory + slot * tile_bytes);
       const States<Cell> states{piece.take<float>(cells), piece.take<float>(last), piece.take<float>(saved)};
-      Forward forward(forward_weights, Recorder<T, Cell>{windows, states}, cell, p.xp, p.h0, p.c0, p.hidden_bias, nullptr, nullptr);
-      Backward backward(backward_weights, Player<T, Cell>{windows, states}, cell, p.hidden, p.out, p.dh_n, p.dc_n, nullptr, nullptr);
+      Forward forward(forward_weights, Recorder<T, Cell>{windows, states}, cell, p.xp, p.h0, p.c0, p.hidden_bias,
+                      nullptr, nullptr);
+      Backward backward(backward_weights, Player<T, Cell>{windows, states}, cell, p.hidden, p.out, p.dh_n, p.dc_n,
+                        nullptr, nullptr);
       forward.take(piece, tiling.rows);
       backward.take(piece, tiling.rows);
       own.sync();   // nobody reads the last tile's runs any more
@@ -224,7 +233,7 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
   return nullptr;
 }
 
-}  // namespace
+}   // namespace
 
 const char* windowed_backward(const Params& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
@@ -232,5 +241,5 @@ const char* windowed_backward(const Params& p, const int64_t* entries, int64_t l
   });
 }
 
-}  // namespace STABLE_RNN_NS
-}  // namespace stable_rnn
+}   // namespace STABLE_RNN_NS
+}   // namespace stable_rnn

@@ -15,7 +15,7 @@
 namespace stable_rnn {
 
 STABLE_RNN_HD float fma(float a, float b, float c) { return std::fma(a, b, c); }
-STABLE_RNN_HD float at_least(float x, float low) { return x < low ? low : x; }      // a NaN stays
+STABLE_RNN_HD float at_least(float x, float low) { return x < low ? low : x; }   // a NaN stays
 STABLE_RNN_HD float at_most(float x, float high) { return high < x ? high : x; }
 STABLE_RNN_HD float select_le(float a, float b, float yes, float no) { return a <= b ? yes : no; }
 STABLE_RNN_HD float power_of_two(float t) {   // 2^(m - 127) for the m in the low bits of t, which become the exponent
@@ -34,12 +34,14 @@ struct Exponential {
 
 template <int a, class V>
 STABLE_RNN_HD Exponential<V> exponential(V x) {
-  const V shifter(12582912.f + 127.f);             // adding 1.5 * 2^23 rounds to an integer, held in the low bits; 127 is for the exponent
+  const V shifter(12582912.f +
+                  127.f);   // adding 1.5 * 2^23 rounds to an integer, held in the low bits; 127 is for the exponent
   const V t = fma(x, V(a * 1.44269504f), shifter);
   const V n = t - shifter;
-  V r = fma(n, V(-0.693145751953125f / a), x);     // ln 2 in two parts; the first product is exact
+  V r = fma(n, V(-0.693145751953125f / a), x);   // ln 2 in two parts; the first product is exact
   r = fma(n, V(-1.42860682e-6f / a), r);
-  V q(a * a * a * a * a * a * 0.00139510981f);     // (e^s - 1 - s) / s^2 at s = a r, minimax on |s| <= ln 2 / 2: e^s to 5e-9
+  V q(a * a * a * a * a * a *
+      0.00139510981f);   // (e^s - 1 - s) / s^2 at s = a r, minimax on |s| <= ln 2 / 2: e^s to 5e-9
   q = fma(q, r, V(a * a * a * a * a * 0.00836923905f));
   q = fma(q, r, V(a * a * a * a * 0.0416661985f));
   q = fma(q, r, V(a * a * a * 0.166665152f));
@@ -60,14 +62,16 @@ STABLE_RNN_HD Fraction<V> operator*(Fraction<V> a, Fraction<V> b) {
 }
 
 template <class V>
-STABLE_RNN_HD Fraction<V> sigmoid(V x) {           // e^x / (1 + e^x); 1 from x = 17 on, so x may end at 40 and products stay finite
+STABLE_RNN_HD Fraction<V> sigmoid(
+    V x) {   // e^x / (1 + e^x); 1 from x = 17 on, so x may end at 40 and products stay finite
   const Exponential<V> e = exponential<1>(at_most(at_least(x, V(-87.f)), V(40.f)));
   const V power = fma(e.scale, e.p, e.scale);
   return {power, power + V(1.f)};
 }
 
 template <class V>
-STABLE_RNN_HD Fraction<V> hyperbolic_tangent(V x) {   // (e^2x - 1) / (e^2x + 1), with no cancellation near 0; 1 from x = 9.1 on
+STABLE_RNN_HD Fraction<V> hyperbolic_tangent(
+    V x) {   // (e^2x - 1) / (e^2x + 1), with no cancellation near 0; 1 from x = 9.1 on
   const Exponential<V> e = exponential<2>(at_most(at_least(x, V(-10.f)), V(10.f)));
   const V minus_one = fma(e.scale, e.p, e.scale - V(1.f));
   return {minus_one, minus_one + V(2.f)};
@@ -104,4 +108,4 @@ struct Adjoint {
 template <class Cell, class V>
 using Saved = V[Cell::saved ? Cell::saved : 1];
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -12,7 +12,9 @@ using EveryCell = CellList<Rnn, Lstm>;
 constexpr const char* unknown_cell = "cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)";
 
 template <class... Cells>
-constexpr bool is_one_of(CellList<Cells...>, int code) { return (Cells::is(code) || ...); }
+constexpr bool is_one_of(CellList<Cells...>, int code) {
+  return (Cells::is(code) || ...);
+}
 constexpr bool is_cell(int code) { return is_one_of(EveryCell{}, code); }
 
 template <class Body, class First, class... Rest>
@@ -24,7 +26,9 @@ static auto dispatch(CellList<First, Rest...>, int code, float cap, const Body& 
 
 // body(cell) with the cell of this code (see is_cell).
 template <class Body>
-static auto dispatch_cell(int code, float cap, const Body& body) { return dispatch(EveryCell{}, code, cap, body); }
+static auto dispatch_cell(int code, float cap, const Body& body) {
+  return dispatch(EveryCell{}, code, cap, body);
+}
 
 static inline bool has_cell(int code) {
   return dispatch_cell(code, 1.f, [](auto cell) { return decltype(cell)::has_cell; });
@@ -33,4 +37,4 @@ static inline bool projects(int code) {
   return dispatch_cell(code, 1.f, [](auto cell) { return decltype(cell)::projects; });
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

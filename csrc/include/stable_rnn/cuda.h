@@ -11,39 +11,40 @@ namespace stable_rnn {
 struct CudaLaunch {
   int device;
   void* stream;
-  void* workspace;          // device memory, 256-byte aligned, free to use until the stream has passed the call
+  void* workspace;   // device memory, 256-byte aligned, free to use until the stream has passed the call
   int64_t workspace_bytes;
 };
 
 // What a plan depends on of a device; also made by hand, to ask what another device would do.
 struct CudaLimits {
-  int arch;                 // 80, 90, 100, 120
+  int arch;   // 80, 90, 100, 120
   int sms;
-  int64_t shared_bytes;     // that one block may have
-  int max_cluster;          // 1: no clusters
+  int64_t shared_bytes;   // that one block may have
+  int max_cluster;        // 1: no clusters
 };
 
 // How a team of blocks runs a tile of lanes. The fields from `message` on mean nothing where it is not null.
 struct CudaPlan {
-  const char* message;      // null, or why no kernel takes this shape
-  int blocks;               // S of a team
-  int cluster;              // S where the team is a cluster, 1 where it is a single block or meets through L2
-  int lanes;                // N of a tile
-  int units;                // U of a block
-  int warps;                // of a block
-  int place;                // of W between steps: 0 registers, 1 shared memory, 2 L2
-  int teams;                // launched; they take tiles in turn
-  int64_t shared_bytes;     // of a block
-  int64_t workspace_bytes;  // that the call needs
+  const char* message;       // null, or why no kernel takes this shape
+  int blocks;                // S of a team
+  int cluster;               // S where the team is a cluster, 1 where it is a single block or meets through L2
+  int lanes;                 // N of a tile
+  int units;                 // U of a block
+  int warps;                 // of a block
+  int place;                 // of W between steps: 0 registers, 1 shared memory, 2 L2
+  int teams;                 // launched; they take tiles in turn
+  int64_t shared_bytes;      // of a block
+  int64_t workspace_bytes;   // that the call needs
 };
 
 const char* cuda_limits(int device, CudaLimits* limits);
-CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries, const CudaLimits& limits);
+CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                              const CudaLimits& limits);
 int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits& limits);
 
-const char* recurrence_forward_cuda(const ForwardParams&, const CudaLaunch&);     // `threads` is not read
+const char* recurrence_forward_cuda(const ForwardParams&, const CudaLaunch&);   // `threads` is not read
 const char* recurrence_backward_cuda(const BackwardParams&, const CudaLaunch&);
 // `matrices` and `bounds` are host memory; W, blocks, norms and near are device memory.
 const char* spectral_step_cuda(const SpectralParams&, const CudaLaunch&);
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -8,13 +8,14 @@
 namespace stable_rnn {
 
 struct Run {
-  int64_t id, entry;   // lane id j * batch + b; its place in `select`, or the id
-  int64_t b;           // row of the batch
-  int64_t first, move; // buffer row of step 0, and from one step to the next
-  int64_t steps, warm; // steps in all, and before the first that writes
-  int64_t stages;      // steps; backward one more, in which the last step's adjoint goes on to the time before
-  bool given;          // starts at the row's own start (backward: end), from the caller's state; else from zeros or from `init`
-  bool last;           // ends at the row's own end (backward: start)
+  int64_t id, entry;     // lane id j * batch + b; its place in `select`, or the id
+  int64_t b;             // row of the batch
+  int64_t first, move;   // buffer row of step 0, and from one step to the next
+  int64_t steps, warm;   // steps in all, and before the first that writes
+  int64_t stages;        // steps; backward one more, in which the last step's adjoint goes on to the time before
+  bool
+      given;   // starts at the row's own start (backward: end), from the caller's state; else from zeros or from `init`
+  bool last;   // ends at the row's own end (backward: start)
 };
 
 STABLE_RNN_HD int64_t length_of(const Lanes& lanes, int64_t b) { return lanes.length ? lanes.length[b] : lanes.steps; }
@@ -78,4 +79,4 @@ STABLE_RNN_HD int64_t lanes_per_row(const Lanes& lanes) {
   return lanes.steps ? (lanes.steps - 1) / lanes.stride + 1 : 0;
 }
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

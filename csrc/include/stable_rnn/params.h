@@ -23,13 +23,13 @@ constexpr int interface_number = 2;
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
 
 struct Lanes {
-  int64_t steps;          // T: the largest length
-  int64_t batch;          // B
-  int64_t step;           // buffer rows between consecutive times, may be negative
-  int64_t stride, warmup; // the schedule; ceil(T / stride) lanes a row
-  const int64_t* base;    // [B] or null: b, or (T-1)*B + b where step < 0
-  const int64_t* length;  // [B] or null: T for every row
-  const int64_t* select;  // [n_select] lane ids, ascending, or null: every lane
+  int64_t steps;            // T: the largest length
+  int64_t batch;            // B
+  int64_t step;             // buffer rows between consecutive times, may be negative
+  int64_t stride, warmup;   // the schedule; ceil(T / stride) lanes a row
+  const int64_t* base;      // [B] or null: b, or (T-1)*B + b where step < 0
+  const int64_t* length;    // [B] or null: T for every row
+  const int64_t* select;    // [n_select] lane ids, ascending, or null: every lane
   int64_t n_select;
 };
 
@@ -38,29 +38,31 @@ struct Lanes {
 // h is rounded to the storage type at each step (what the next step reads is what y holds).
 struct ForwardParams {
   int cell, dtype, threads;
-  int64_t hidden;         // H
-  int64_t out;            // P: size of h; H, or the projection's
-  float cap;              // upper bound of the forget gate; 1 = none
+  int64_t hidden;   // H
+  int64_t out;      // P: size of h; H, or the projection's
+  float cap;        // upper bound of the forget gate; 1 = none
   Lanes lanes;
   // inputs
-  const void* xp;         // [N, G*H] input projection with both biases (but for hidden_bias)
-  const void* w_hh;       // [G*H, P]
-  const void* w_hr;       // [P, H] or null
-  const void* h0;         // [B, P]
-  const void* c0;         // [B, H], cells that have c
-  const float* h_init;    // [n_select, P] or null: selected lanes start at j*stride from these, with no warm-up
-  const float* c_init;    // [n_select, H]
-  const void* hidden_bias;   // [H] or null: of the gate whose hidden product has a bias of its own, where the cell has one
+  const void* xp;        // [N, G*H] input projection with both biases (but for hidden_bias)
+  const void* w_hh;      // [G*H, P]
+  const void* w_hr;      // [P, H] or null
+  const void* h0;        // [B, P]
+  const void* c0;        // [B, H], cells that have c
+  const float* h_init;   // [n_select, P] or null: selected lanes start at j*stride from these, with no warm-up
+  const float* c_init;   // [n_select, H]
+  const void*
+      hidden_bias;   // [H] or null: of the gate whose hidden product has a bias of its own, where the cell has one
   // outputs; rows that no lane writes are left alone
-  void* y;                // [N, P]
-  void* h_n;              // [B, P] or null: state after the last time; h0 where length is 0
-  void* c_n;              // [B, H] or null
-  void* saved;            // [N, S*H] or null
-  float* cells;           // [N, H] or null
-  float* h_start;         // [lanes*B, P] or null: each lane's state as it begins to write (indexed by lane id, selected lanes too)
-  float* c_start;         // [lanes*B, H]
-  float* h_end;           // [lanes*B, P] or null: each lane's state after its last written time
-  float* c_end;           // [lanes*B, H]
+  void* y;        // [N, P]
+  void* h_n;      // [B, P] or null: state after the last time; h0 where length is 0
+  void* c_n;      // [B, H] or null
+  void* saved;    // [N, S*H] or null
+  float* cells;   // [N, H] or null
+  float*
+      h_start;   // [lanes*B, P] or null: each lane's state as it begins to write (indexed by lane id, selected lanes too)
+  float* c_start;   // [lanes*B, H]
+  float* h_end;     // [lanes*B, P] or null: each lane's state after its last written time
+  float* c_end;     // [lanes*B, H]
 };
 
 // Backward: the adjoint recursion over saved states, on lanes in reverse time. Lane j of row b
@@ -73,27 +75,29 @@ struct BackwardParams {
   float cap;
   Lanes lanes;
   // inputs
-  const void* dy;         // [N, P]
-  const void* y;          // [N, P] saved output, cells whose vjp() reads h
-  const void* saved;      // [N, S*H]
-  const float* cells;     // [N, H] saved, cells that have c
-  const void* w_hh;       // [G*H, P]
-  const void* w_hr;       // [P, H] or null
-  const void* c0;         // [B, H], cells that have c
-  const void* dh_n;       // [B, P] or null: zeros
-  const void* dc_n;       // [B, H] or null: zeros
-  const float* dh_init;   // [n_select, P] or null: selected lanes start at their last written time from these, with no warm-up
+  const void* dy;       // [N, P]
+  const void* y;        // [N, P] saved output, cells whose vjp() reads h
+  const void* saved;    // [N, S*H]
+  const float* cells;   // [N, H] saved, cells that have c
+  const void* w_hh;     // [G*H, P]
+  const void* w_hr;     // [P, H] or null
+  const void* c0;       // [B, H], cells that have c
+  const void* dh_n;     // [B, P] or null: zeros
+  const void* dc_n;     // [B, H] or null: zeros
+  const float*
+      dh_init;   // [n_select, P] or null: selected lanes start at their last written time from these, with no warm-up
   const float* dc_init;   // [n_select, H]
   const void* h0;         // [B, P] or null: zeros; cells whose step() reads its own h
   // outputs
-  void* dz;               // [N, G*H] gradient of xp
-  void* dh;               // [N, P] or null: the whole adjoint of h (needed for the gradient of w_hr)
-  void* dh0;              // [B, P] or null
-  void* dc0;              // [B, H] or null; dh_n, dc_n where length is 0
-  float* dh_start;        // [lanes*B, P] or null: each lane's adjoint as it begins to write
-  float* dc_start;        // [lanes*B, H]
-  float* dh_end;          // [lanes*B, P] or null: each lane's adjoint after its last written time (that is, of the time before it)
-  float* dc_end;          // [lanes*B, H]
+  void* dz;          // [N, G*H] gradient of xp
+  void* dh;          // [N, P] or null: the whole adjoint of h (needed for the gradient of w_hr)
+  void* dh0;         // [B, P] or null
+  void* dc0;         // [B, H] or null; dh_n, dc_n where length is 0
+  float* dh_start;   // [lanes*B, P] or null: each lane's adjoint as it begins to write
+  float* dc_start;   // [lanes*B, H]
+  float*
+      dh_end;   // [lanes*B, P] or null: each lane's adjoint after its last written time (that is, of the time before it)
+  float* dc_end;   // [lanes*B, H]
 };
 
 // The backward pass of windows (stride 1, warmup k-1) for the lanes [first, last): each lane runs forward again and then back through
@@ -104,35 +108,40 @@ struct WindowedBackwardParams {
   int cell, dtype, threads;
   int64_t hidden, out;
   float cap;
-  Lanes lanes;            // stride 1, warmup k-1, select null
-  int64_t first, last;    // lane ids
+  Lanes lanes;           // stride 1, warmup k-1, select null
+  int64_t first, last;   // lane ids
   // inputs
-  const void* xp; const void* w_hh; const void* w_hr; const void* h0; const void* c0;   // as in ForwardParams
-  const void* dy;         // [N, P]
-  const void* dh_n;       // [B, P] or null: zeros
-  const void* dc_n;       // [B, H] or null: zeros
+  const void* xp;
+  const void* w_hh;
+  const void* w_hr;
+  const void* h0;
+  const void* c0;            // as in ForwardParams
+  const void* dy;            // [N, P]
+  const void* dh_n;          // [B, P] or null: zeros
+  const void* dc_n;          // [B, H] or null: zeros
   const void* hidden_bias;   // as in ForwardParams
   // workspace, written
-  float* dz;              // [(last-first)*k, G*H]
-  float* d_hidden;        // [(last-first)*k, G*H] gradient of the hidden product where the cell has a hidden bias; else it is dz
-  float* h_prev;          // [(last-first)*k, P]
-  float* dh;              // [(last-first)*k, P] or null: whole adjoint of h      (with w_hr)
-  float* m;               // [(last-first)*k, H] or null: o * tanh(c)              (with w_hr)
+  float* dz;   // [(last-first)*k, G*H]
+  float*
+      d_hidden;   // [(last-first)*k, G*H] gradient of the hidden product where the cell has a hidden bias; else it is dz
+  float* h_prev;   // [(last-first)*k, P]
+  float* dh;       // [(last-first)*k, P] or null: whole adjoint of h      (with w_hr)
+  float* m;        // [(last-first)*k, H] or null: o * tanh(c)              (with w_hr)
   // outputs, added to
-  float* dxp;             // [N, G*H]
-  float* dh0;             // [B, P]
-  float* dc0;             // [B, H]
+  float* dxp;   // [N, G*H]
+  float* dh0;   // [B, P]
+  float* dc0;   // [B, H]
 };
 
 // The input projection xp = x W_ih^T + b_ih + b_hh of many rows, summed in the order of CellStepParams.
 struct InputProjectionParams {
   int dtype, threads;
   int64_t rows, input, sums;
-  const void* x;          // [rows, I]
-  const void* w_ih;       // [sums, I]
-  const void* b_ih;       // [sums] or null
-  const void* b_hh;       // [sums] or null
-  void* xp;               // [rows, sums], written
+  const void* x;      // [rows, I]
+  const void* w_ih;   // [sums, I]
+  const void* b_ih;   // [sums] or null
+  const void* b_hh;   // [sums] or null
+  void* xp;           // [rows, sums], written
 };
 
 // One step of a plain cell, for streaming: xp = x W_ih^T + b_ih + b_hh, rounded to the storage type, then the step of ForwardParams.
@@ -141,16 +150,16 @@ struct CellStepParams {
   int64_t batch, input, hidden;
   float cap;
   // inputs
-  const void* x;          // [B, I]
-  const void* h;          // [B, H] or null: zeros
-  const void* c;          // [B, H] or null: zeros; cells that have c
-  const void* w_ih;       // [G*H, I]
-  const void* w_hh;       // [G*H, H]
-  const void* b_ih;       // [G*H] or null
-  const void* b_hh;       // [G*H] or null
+  const void* x;      // [B, I]
+  const void* h;      // [B, H] or null: zeros
+  const void* c;      // [B, H] or null: zeros; cells that have c
+  const void* w_ih;   // [G*H, I]
+  const void* w_hh;   // [G*H, H]
+  const void* b_ih;   // [G*H] or null
+  const void* b_hh;   // [G*H] or null
   // outputs
-  void* h_out;            // [B, H]
-  void* c_out;            // [B, H], cells that have c
+  void* h_out;   // [B, H]
+  void* c_out;   // [B, H], cells that have c
 };
 
 // Each returns null, or a message with static lifetime that says what it cannot do.
@@ -160,4 +169,4 @@ const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
 const char* input_projection_cpu(const InputProjectionParams&);
 const char* cell_step_cpu(const CellStepParams&);
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

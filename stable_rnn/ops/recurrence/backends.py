@@ -1,4 +1,5 @@
 """The backends of the recurrence: the one that runs a problem, and the table that `stable_rnn.backends()` gives."""
+
 from __future__ import annotations
 
 from types import ModuleType
@@ -26,8 +27,10 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
     """The module (with `forward`, `backward`, `windowed_backward`) that runs this problem on tensors like x."""
     name = requested(p.backend)
     if name == "torch":
-        raise ValueError("backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
-                         "auto, cuda, triton, cpu, reference")
+        raise ValueError(
+            "backend 'torch' runs whole Recurrent() stacks without a clamp only; this problem needs one of "
+            "auto, cuda, triton, cpu, reference"
+        )
     return RECURRENCE.choose(name, x.device, p, x, w_hh, w_hr)
 
 
@@ -41,8 +44,10 @@ def leave_to_torch(x: Tensor) -> bool:
 def backends() -> list[Backend]:
     """Every backend, whether it can run here, and why or why not."""
     gpu = torch.empty(0, device="cuda") if torch.cuda.is_available() else None
-    rows = [_on_gpu("cuda", gpu, "compiled CUDA kernels; float32, float16, bfloat16"),
-            _on_gpu("triton", gpu, "kernels that Triton compiles at first use; float32, float16, bfloat16")]
+    rows = [
+        _on_gpu("cuda", gpu, "compiled CUDA kernels; float32, float16, bfloat16"),
+        _on_gpu("triton", gpu, "kernels that Triton compiles at first use; float32, float16, bfloat16"),
+    ]
     return rows + [
         Backend("cpu", _native.lib is not None, _native.reason or "compiled C++ kernels; float32, bfloat16"),
         Backend("torch", True, "torch's own recurrence, for plain Recurrent() stacks"),

@@ -2,6 +2,7 @@
 
 With mapped weights, and for the backward pass of windows (whose weight gradients are per sample), it is a loop over the samples.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,14 +23,21 @@ def fold_rule(op: Callable, kind: type[Inputs] | type[BackwardInputs]) -> Callab
         dims, samples = kind(*in_dims[: len(tensors)]), info.batch_size
         if dims.w_hh is not None or dims.w_hr is not None:
             return loop_rule(op)(info, in_dims, *args)
-        full = kind(*map(partial(_spread, samples=samples), tensors, dims))._replace(w_hh=None, w_hr=None)  # all samples share these
+        full = kind(*map(partial(_spread, samples=samples), tensors, dims))._replace(
+            w_hh=None, w_hr=None
+        )  # all samples share these
         n, batch, device = full.rows.shape[1], full.state.shape[1], full.rows.device
         first = row_base(p, batch, tensors.base, device) if dims.base is None else full.base
         flat = kind(*(x if x is None or _void(x) else x.flatten(0, 1) for x in full))._replace(
-            w_hh=tensors.w_hh, w_hr=tensors.w_hr, base=(first + n * torch.arange(samples, device=device)[:, None]).flatten())
+            w_hh=tensors.w_hh,
+            w_hr=tensors.w_hr,
+            base=(first + n * torch.arange(samples, device=device)[:, None]).flatten(),
+        )
         outputs = op(*flat, *p, *rest)
         out_dims = tuple(None if x.dim() < 2 else 0 for x in outputs)
-        return tuple(x if d is None else x.unflatten(0, (samples, -1)) for x, d in zip(outputs, out_dims, strict=True)), out_dims
+        return tuple(
+            x if d is None else x.unflatten(0, (samples, -1)) for x, d in zip(outputs, out_dims, strict=True)
+        ), out_dims
 
     return rule
 
@@ -38,7 +46,10 @@ def loop_rule(op: Callable) -> Callable:
     """The vmap rule that runs one sample after the other."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        results = [op(*(a if d is None else a.select(d, v) for a, d in zip(args, in_dims, strict=True))) for v in range(info.batch_size)]
+        results = [
+            op(*(a if d is None else a.select(d, v) for a, d in zip(args, in_dims, strict=True)))
+            for v in range(info.batch_size)
+        ]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
 
     return rule

@@ -1,4 +1,5 @@
 """A backend's `forward` and `backward` over kernels that take the fields of `params.h`, and fresh outputs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -14,13 +15,36 @@ from .problem import Adjoint, Output, Problem
 __all__ = ["DTYPES", "TF32", "Kernels", "lanes", "shared"]
 
 
-def shared(struct: Fields, p: Problem, dtype: int, w_hh: Tensor, batch: int, base: Tensor | None, lengths: Tensor | None,
-           ids: Tensor | None = None) -> Fields:
+def shared(
+    struct: Fields,
+    p: Problem,
+    dtype: int,
+    w_hh: Tensor,
+    batch: int,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    ids: Tensor | None = None,
+) -> Fields:
     """A struct's fields, of which those that every struct begins with have values."""
     (columns, out), cell = w_hh.shape, p.spec
-    return {**struct, "cell": cell.code, "dtype": dtype, "threads": torch.get_num_threads(), "hidden": columns // cell.gates, "out": out,
-            "cap": p.cap, "steps": p.steps, "batch": batch, "step": p.step, "stride": p.stride, "warmup": p.warmup, "base": base,
-            "length": lengths, "select": ids, "n_select": 0 if ids is None else len(ids)}
+    return {
+        **struct,
+        "cell": cell.code,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "hidden": columns // cell.gates,
+        "out": out,
+        "cap": p.cap,
+        "steps": p.steps,
+        "batch": batch,
+        "step": p.step,
+        "stride": p.stride,
+        "warmup": p.warmup,
+        "base": base,
+        "length": lengths,
+        "select": ids,
+        "n_select": 0 if ids is None else len(ids),
+    }
 
 
 def lanes(fields: Fields) -> int:
@@ -49,11 +73,27 @@ class Kernels:
         """A fresh output."""
         return like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(shape, dtype=dtype)
 
-    def forward(self, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None,
-                lengths: Tensor | None, p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None,
-                h_init: Tensor | None = None, c_init: Tensor | None = None, out: Output | None = None) -> Output:
+    def forward(
+        self,
+        xp: Tensor,
+        w_hh: Tensor,
+        w_hr: Tensor | None,
+        h0: Tensor,
+        c0: Tensor | None,
+        base: Tensor | None,
+        lengths: Tensor | None,
+        p: Problem,
+        save: bool = True,
+        borders: bool = False,
+        ids: Tensor | None = None,
+        h_init: Tensor | None = None,
+        c_init: Tensor | None = None,
+        out: Output | None = None,
+    ) -> Output:
         """As `reference.forward`; `out` is written in place."""
-        xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = dense(xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init)
+        xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = dense(
+            xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init
+        )
         n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], w_hh.shape, p.spec
         hidden = columns // cell.gates
         if out is None:
@@ -62,31 +102,72 @@ class Kernels:
             saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
             cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
-            out = Output(make(xp, padded, n, width), saved, cells, rows_like(h0), rows_like(c0) if cell.has_cell else empty, *ends)
+            out = Output(
+                make(xp, padded, n, width),
+                saved,
+                cells,
+                rows_like(h0),
+                rows_like(c0) if cell.has_cell else empty,
+                *ends,
+            )
         fields = shared(FORWARD, p, self.dtype(xp), w_hh, batch, base, lengths, ids)
         fields.update(zip(out._fields, out), xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, h_init=h_init, c_init=c_init)
         kernel, values, _held = self.call(False, fields)
         kernel(*values)
         return out
 
-    def backward(self, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Tensor, cells: Tensor, w_hh: Tensor,
-                 w_hr: Tensor | None, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False,
-                 ids: Tensor | None = None, dh_init: Tensor | None = None, dc_init: Tensor | None = None,
-                 out: Adjoint | None = None) -> Adjoint:
+    def backward(
+        self,
+        dy: Tensor,
+        dh_n: Tensor,
+        dc_n: Tensor | None,
+        y: Tensor,
+        saved: Tensor,
+        cells: Tensor,
+        w_hh: Tensor,
+        w_hr: Tensor | None,
+        c0: Tensor | None,
+        base: Tensor | None,
+        lengths: Tensor | None,
+        p: Problem,
+        borders: bool = False,
+        ids: Tensor | None = None,
+        dh_init: Tensor | None = None,
+        dc_init: Tensor | None = None,
+        out: Adjoint | None = None,
+    ) -> Adjoint:
         """As `reference.backward`; `out` is written in place."""
         dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init = dense(
-            dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init)
+            dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init
+        )
         n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], w_hh.shape, p.spec
         hidden = columns // cell.gates
         if out is None:
             empty = y.new_empty(0)
             make, padded = self.make, lengths is not None
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
-            out = Adjoint(make(y, padded, n, columns), empty if w_hr is None else make(y, padded, n, width), rows_like(dh_n),
-                          rows_like(c0) if cell.has_cell else empty, *ends)
+            out = Adjoint(
+                make(y, padded, n, columns),
+                empty if w_hr is None else make(y, padded, n, width),
+                rows_like(dh_n),
+                rows_like(c0) if cell.has_cell else empty,
+                *ends,
+            )
         fields = shared(BACKWARD, p, self.dtype(dy), w_hh, batch, base, lengths, ids)
-        fields.update(zip(out._fields, out), dy=dy, y=y, saved=saved, cells=cells, w_hh=w_hh, w_hr=w_hr, c0=c0, dh_n=dh_n, dc_n=dc_n,
-                      dh_init=dh_init, dc_init=dc_init)
+        fields.update(
+            zip(out._fields, out),
+            dy=dy,
+            y=y,
+            saved=saved,
+            cells=cells,
+            w_hh=w_hh,
+            w_hr=w_hr,
+            c0=c0,
+            dh_n=dh_n,
+            dc_n=dc_n,
+            dh_init=dh_init,
+            dc_init=dc_init,
+        )
         kernel, values, _held = self.call(True, fields)
         kernel(*values)
         return out

@@ -2,6 +2,7 @@
 
 float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -59,8 +60,10 @@ def describe(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hid
         return found["message"]
     blocks, through = found["blocks"], "in a cluster" if found["cluster"] > 1 else "that meet through L2"
     team = "one block" if blocks == 1 else f"{blocks} blocks {through}"
-    return (f"{found['teams']} x {team} of {found['warps']} warps, {found['units']} units a block, {found['lanes']} lanes a tile, "
-            f"W in {PLACES[found['place']]}, {found['shared_bytes'] / 1024:.0f} KB shared")
+    return (
+        f"{found['teams']} x {team} of {found['warps']} warps, {found['units']} units a block, {found['lanes']} lanes a tile, "
+        f"W in {PLACES[found['place']]}, {found['shared_bytes'] / 1024:.0f} KB shared"
+    )
 
 
 def code(x: Tensor) -> int:
@@ -76,10 +79,22 @@ class _Kernels(Kernels):
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, Tensor]:
         lib, device = cuda_device.lib, fields["w_hh"].device
         index = device.index or 0
-        need = tiling(cuda_device.limits(index)[0], backward, of_code(fields["cell"]).name, fields["dtype"], fields["hidden"],
-                      lanes(fields))
+        need = tiling(
+            cuda_device.limits(index)[0],
+            backward,
+            of_code(fields["cell"]).name,
+            fields["dtype"],
+            fields["hidden"],
+            lanes(fields),
+        )
         work = torch.empty(need.get("workspace_bytes", 0), dtype=torch.uint8, device=device)
-        launch = {**LAUNCH, "device": index, "stream": cuda_device.stream(index), "workspace": work, "workspace_bytes": work.nbytes}
+        launch = {
+            **LAUNCH,
+            "device": index,
+            "stream": cuda_device.stream(index),
+            "workspace": work,
+            "workspace_bytes": work.nbytes,
+        }
         kernel = lib.recurrence_backward_cuda if backward else lib.recurrence_forward_cuda
         return kernel, addresses((fields | launch).values()), work
 

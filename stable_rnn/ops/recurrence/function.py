@@ -3,6 +3,7 @@
 One layer and direction: input projection `xp = x W_ih^T + bias` as one GEMM over all times, then the recurrence on lanes. `xp` itself
 is not kept for the backward pass; the gradients of all weights are GEMMs over all times.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -126,8 +127,11 @@ def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: s
 
 def _plain(*tensors: Tensor | None) -> bool:
     """Nothing watches: no subclass, no dispatch mode, no functional transform."""
-    return (not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
-            and _PLAIN.issuperset(map(type, tensors)))
+    return (
+        not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 def _op(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
@@ -135,10 +139,23 @@ def _op(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     return ops.recurrence(*inputs, *p, save)
 
 
-def _adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: Tensor, y: Tensor, saved: Tensor, cells: Tensor, need_hh: bool,
-             need_hr: bool, note: Note | None = None) -> Inputs:
+def _adjoint(
+    state: Inputs,
+    p: Problem,
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    y: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    need_hh: bool,
+    need_hr: bool,
+    note: Note | None = None,
+) -> Inputs:
     """The gradients by the adjoint recursion."""
-    inputs = BackwardInputs(dy, dh_n, dc_n, y, saved, cells, state.w_hh, state.w_hr, state.c0, state.base, state.lengths)
+    inputs = BackwardInputs(
+        dy, dh_n, dc_n, y, saved, cells, state.w_hh, state.w_hr, state.c0, state.base, state.lengths
+    )
     found = run.backward(inputs, p) if _plain(*inputs) else ops.recurrence_backward(*inputs, *p)
     dz, dh, dh0, dc0, report = found
     if note is not None:
@@ -152,11 +169,16 @@ def _window_adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: T
     inputs = WindowedInputs(dy, dh_n, dc_n, *state)
     found = run.windowed_backward(inputs, p) if _plain(*inputs) else ops.windowed_backward(*inputs, *p)
     dz, dw_hh, dw_hr, dh0, dc0 = found
-    return Inputs(dz, dw_hh, dw_hr if state.w_hr is not None else None, dh0, dc0 if state.c0 is not None else None, None, None)
+    return Inputs(
+        dz, dw_hh, dw_hr if state.w_hr is not None else None, dh0, dc0 if state.c0 is not None else None, None, None
+    )
 
 
 def _reference_backward(given: Layer, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Layer:
-    state, p = given.inputs(project(given.x, given.w_ih, given.bias)), given.p.resolved(given.h0.shape[0], given.h0.device)
+    state, p = (
+        given.inputs(project(given.x, given.w_ih, given.bias)),
+        given.p.resolved(given.h0.shape[0], given.h0.device),
+    )
     found = reference.gradients(dy, dh_n, dc_n if given.c0 is not None else None, *state, p)
     return given.gradients(Inputs(*found, None, None), Layer(*(t is not None for t in given)))
 
@@ -178,13 +200,27 @@ def backward_op(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> tu
     count = len(Inputs._fields)
     kept, p, needs = ctx.saved_tensors, ctx.problem, Inputs(*ctx.needs_input_grad[:count])
     state, outputs = Inputs(*kept[:count]), kept[count:]
-    found = (_window_adjoint(state, p, dy, dh_n, dc_n) if p.windowed
-             else _adjoint(state, p, dy, dh_n, dc_n, *outputs, needs.w_hh, needs.w_hr))
+    found = (
+        _window_adjoint(state, p, dy, dh_n, dc_n)
+        if p.windowed
+        else _adjoint(state, p, dy, dh_n, dc_n, *outputs, needs.w_hh, needs.w_hr)
+    )
     return *found, *(None,) * (len(Problem._fields) + 1)
 
 
-def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
-          base: Tensor | None, lengths: Tensor | None, p: Problem, note: Note | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def layer(
+    x: Tensor,
+    w_ih: Tensor | None,
+    bias: Tensor | None,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+    note: Note | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report.
 
     Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
@@ -192,11 +228,15 @@ def layer(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, w_hh: Tensor, w_h
     tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and torch.jit.is_tracing():  # a trace has fixed T and B, and does not see what the kernels write
-        raise RuntimeError("torch.jit.trace cannot record this recurrence; trace the plain module instead, module.to_torch(), or the whole "
-                           "model, unstabilize(model), or use torch.export or torch.compile")
+        raise RuntimeError(
+            "torch.jit.trace cannot record this recurrence; trace the plain module instead, module.to_torch(), or the whole "
+            "model, unstabilize(model), or use torch.export or torch.compile"
+        )
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved(h0.shape[0], h0.device)
-        out = reference.forward(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p)
+        out = reference.forward(
+            project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p
+        )
         return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, 1.0][: 4 * p.checked], dtype=torch.float64)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad

@@ -1,4 +1,5 @@
 """The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`)."""
+
 from __future__ import annotations
 
 import threading
@@ -64,8 +65,19 @@ _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 
 
-def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
-                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+def windowed_backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    xp: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
     dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
@@ -82,8 +94,25 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         dh, m = projected or (None, None)
         fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths)
-        fields.update(first=first, last=last, xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, dy=dy, dh_n=dh_n, dc_n=dc_n,
-                      dz=dz, h_prev=h_prev, dh=dh, m=m, dxp=dxp, dh0=dh0, dc0=dc0)
+        fields.update(
+            first=first,
+            last=last,
+            xp=xp,
+            w_hh=w_hh,
+            w_hr=w_hr,
+            h0=h0,
+            c0=c0,
+            dy=dy,
+            dh_n=dh_n,
+            dc_n=dc_n,
+            dz=dz,
+            h_prev=h_prev,
+            dh=dh,
+            m=m,
+            dxp=dxp,
+            dh0=dh0,
+            dc0=dc0,
+        )
         _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
@@ -98,10 +127,20 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
 
 def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> bool:
     """Whether the kernel computes xp: float32, and enough rows to pay for packing the weights (in bfloat16 torch's product is faster)."""
-    return (_native.lib is not None and backend in ("auto", "cpu") and x.dim() == w_ih.dim() == 2 and x.shape[0] >= _ROWS
-            and x.shape[0] * w_ih.numel() >= _WORK and x.shape[1] == w_ih.shape[1] and (bias is None or bias.shape == w_ih.shape[:1])
-            and all(type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
-                    for t in (x, w_ih, bias) if t is not None))
+    return (
+        _native.lib is not None
+        and backend in ("auto", "cpu")
+        and x.dim() == w_ih.dim() == 2
+        and x.shape[0] >= _ROWS
+        and x.shape[0] * w_ih.numel() >= _WORK
+        and x.shape[1] == w_ih.shape[1]
+        and (bias is None or bias.shape == w_ih.shape[:1])
+        and all(
+            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
+            for t in (x, w_ih, bias)
+            if t is not None
+        )
+    )
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
@@ -109,23 +148,48 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
     x, w_ih, bias = dense(x, w_ih, bias)
     xp = (_borrow if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
     (rows, inputs), sums = x.shape, w_ih.shape[0]
-    _native.lib.input_projection(dtype=DTYPES[x.dtype], threads=torch.get_num_threads(), rows=rows, input=inputs, sums=sums, x=at(x),
-                                 w_ih=at(w_ih), b_ih=at(bias), b_hh=0, xp=at(xp))
+    _native.lib.input_projection(
+        dtype=DTYPES[x.dtype],
+        threads=torch.get_num_threads(),
+        rows=rows,
+        input=inputs,
+        sums=sums,
+        x=at(x),
+        w_ih=at(w_ih),
+        b_ih=at(bias),
+        b_hh=0,
+        xp=at(xp),
+    )
     return xp
 
 
 def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype, weights that
     have the shapes of `nn.LSTMCell`'s."""
-    if _native.lib is None or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+    if (
+        _native.lib is None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     kind, gradient = x.dtype, torch.is_grad_enabled()
     inputs, hidden = x.shape[1], h.shape[1]
     rows = hidden if c is None else 4 * hidden
     w_ih, w_hh, b_ih, b_hh = weights
-    if kind not in CPU_DTYPES or w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
+    if (
+        kind not in CPU_DTYPES
+        or w_ih is None
+        or w_hh is None
+        or w_ih.shape != (rows, inputs)
+        or w_hh.shape != (rows, hidden)
+    ):
         return False
     if b_ih is None or b_hh is None:
         if b_ih is not b_hh:
@@ -133,16 +197,27 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     elif b_ih.shape != (rows,) or b_hh.shape != (rows,):
         return False
     for t in (x, h, c, *weights):
-        if t is not None and (t.dtype is not kind or not t.is_cpu or type(t) not in PLAIN or t.is_neg()
-                              or t.layout is not torch.strided or gradient and t.requires_grad):
+        if t is not None and (
+            t.dtype is not kind
+            or not t.is_cpu
+            or type(t) not in PLAIN
+            or t.is_neg()
+            or t.layout is not torch.strided
+            or gradient
+            and t.requires_grad
+        ):
             return False
     return True
 
 
-def cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float) -> tuple[Tensor, Tensor | None]:
+def cell_step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float
+) -> tuple[Tensor, Tensor | None]:
     """One step of a cell where it `can_step`: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh."""
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
     h_out, c_out = rows_like(h), None if c is None else rows_like(c)
     addresses = [0 if t is None else t.data_ptr() or at(t) for t in (*tensors, h_out, c_out)]
-    _native.lib.cell_step(CELLS[cell].code, DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses)
+    _native.lib.cell_step(
+        CELLS[cell].code, DTYPES[x.dtype], torch.get_num_threads(), *x.shape, h.shape[1], cap, *addresses
+    )
     return h_out, c_out

@@ -3,6 +3,7 @@
 The words are those of `csrc/include/stable_rnn/params.h`: a *row* is one sequence, whose time t lies at buffer row
 `base[b] + t * step`; a *lane* is one independent run, with id `j * B + b`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from ...cells import CELLS, Cell
 
 CPU = torch.device("cpu")
 LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
-WHOLE, AUTO = 0, -1  # strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
+# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
+WHOLE, AUTO = 0, -1
 
 
 class Problem(NamedTuple):
@@ -58,7 +60,8 @@ class Problem(NamedTuple):
             warmup = 32 if self.cap >= 1 or self.tol <= 0 else min(256, max(32, ceil(log(self.tol) / log(self.cap))))
         if stride == AUTO:  # enough lanes, few enough for the warm-up to stay cheap
             stride = max(4 * warmup, -(-self.steps * batch // LANES.get(device.type, 64)), 1)
-        return self._replace(stride=min(stride, max(self.steps, 1)), warmup=min(warmup, self.steps))  # no lane starts before time 0
+        # no lane starts before time 0
+        return self._replace(stride=min(stride, max(self.steps, 1)), warmup=min(warmup, self.steps))
 
     def lanes(self) -> int:
         """Lanes per row."""
@@ -190,15 +193,30 @@ def previous_states(y: Tensor, h0: Tensor, base: Tensor | None, lengths: Tensor 
     shift = abs(p.step)
     if base is None and lengths is None and shift == batch:
         return torch.cat([h0, y[: rows - shift]]) if p.step > 0 else torch.cat([y[shift:], h0])
-    previous = torch.cat([y.new_zeros(shift, y.shape[1]), y[: rows - shift]] if p.step > 0 else [y[shift:], y.new_zeros(shift, y.shape[1])])
+    previous = torch.cat(
+        [y.new_zeros(shift, y.shape[1]), y[: rows - shift]]
+        if p.step > 0
+        else [y[shift:], y.new_zeros(shift, y.shape[1])]
+    )
     first = row_base(p, batch, base, y.device)
     if lengths is not None:  # rows without any time go to a row that is dropped
         first = torch.where(lengths > 0, first, rows)
     return torch.cat([previous, previous[:1]]).index_copy(0, first, h0)[:rows]
 
 
-def weight_gradients(need_hh: bool, need_hr: bool, dz: Tensor, dh: Tensor, y: Tensor, saved: Tensor, cells: Tensor, h0: Tensor,
-                base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, Tensor | None]:
+def weight_gradients(
+    need_hh: bool,
+    need_hr: bool,
+    dz: Tensor,
+    dh: Tensor,
+    y: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    h0: Tensor,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+) -> tuple[Tensor | None, Tensor | None]:
     """dW_hh and dW_hr as products over all times at once, those that are needed."""
     dw_hh = p.spec.hidden(dz, saved).T @ previous_states(y, h0, base, lengths, p) if need_hh else None
     if not need_hr:

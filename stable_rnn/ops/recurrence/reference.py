@@ -3,6 +3,7 @@
 It is what the kernels are tested against, what runs where no kernel does, and the path of double backward, vmap and forward mode.
 Arithmetic in float32 (float64 for float64 inputs); h is rounded to the storage dtype at each step, as in the kernels.
 """
+
 from __future__ import annotations
 
 from functools import partial
@@ -17,12 +18,19 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _lanes(p: Problem, batch: int, base: Tensor | None, lengths: Tensor | None, ids: Tensor | None, device: torch.device):
+def _lanes(
+    p: Problem, batch: int, base: Tensor | None, lengths: Tensor | None, ids: Tensor | None, device: torch.device
+):
     """Per lane: its row, first written time, the row's base and length; (n,) each."""
     if ids is None:
         ids = torch.arange(p.lanes() * batch, device=device)
     b = ids % max(batch, 1)
-    return b, ids // max(batch, 1) * p.stride, row_base(p, batch, base, device)[b], row_length(p, batch, lengths, device)[b]
+    return (
+        b,
+        ids // max(batch, 1) * p.stride,
+        row_base(p, batch, base, device)[b],
+        row_length(p, batch, lengths, device)[b],
+    )
 
 
 def _place(values: list[Tensor], rows: Tensor, into: Tensor) -> Tensor:
@@ -35,9 +43,22 @@ def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(live[:, None], new, old)
 
 
-def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None, base: Tensor | None, lengths: Tensor | None,
-            p: Problem, save: bool = True, borders: bool = False, ids: Tensor | None = None, h_init: Tensor | None = None,
-            c_init: Tensor | None = None, out: Output | None = None) -> Output:
+def forward(
+    xp: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+    save: bool = True,
+    borders: bool = False,
+    ids: Tensor | None = None,
+    h_init: Tensor | None = None,
+    c_init: Tensor | None = None,
+    out: Output | None = None,
+) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
     kind, cell = arithmetic(xp.dtype), p.spec
@@ -90,13 +111,35 @@ def forward(xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tenso
         ends = [h_start, c_start, h, c]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
-    return Output(y, saved if save and cell.saved else empty, cells if save and cell.has_cell else empty, h_n,
-                  c_n if cell.has_cell else empty, *ends)
+    return Output(
+        y,
+        saved if save and cell.saved else empty,
+        cells if save and cell.has_cell else empty,
+        h_n,
+        c_n if cell.has_cell else empty,
+        *ends,
+    )
 
 
-def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Tensor, cells: Tensor, w_hh: Tensor, w_hr: Tensor | None,
-             c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem, borders: bool = False, ids: Tensor | None = None,
-             dh_init: Tensor | None = None, dc_init: Tensor | None = None, out: Adjoint | None = None) -> Adjoint:
+def backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+    borders: bool = False,
+    ids: Tensor | None = None,
+    dh_init: Tensor | None = None,
+    dc_init: Tensor | None = None,
+    out: Adjoint | None = None,
+) -> Adjoint:
     """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
     zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
     kind, cell = arithmetic(y.dtype), p.spec
@@ -154,9 +197,20 @@ def backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Te
     return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
 
 
-def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
-                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem,
-                      group: int = 4096) -> tuple[Tensor | None, ...]:
+def windowed_backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    xp: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+    group: int = 4096,
+) -> tuple[Tensor | None, ...]:
     """The true gradient of windows (stride 1) in (xp, w_hh, w_hr, h0, c0): `group` lanes at a time run again and go back."""
     batch, n = h0.shape[0], xp.shape[0]
     inputs = (xp, w_hh, w_hr, h0, c0)
@@ -183,8 +237,19 @@ def windowed_backward(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor,
     return dxp, dw_hh, dw_hr, dh0, dc0
 
 
-def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor, c0: Tensor | None,
-              base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+def gradients(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    xp: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+) -> tuple[Tensor | None, ...]:
     """Gradients in (xp, w_hh, w_hr, h0, c0) as a differentiable function of everything: what double backward runs.
 
     Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
@@ -195,7 +260,9 @@ def gradients(dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: T
         p = p.whole()
     out = forward(xp, w_hh, w_hr, h0, c0, base, lengths, p)
     adjoint = backward(dy, dh_n, dc_n, out.y, out.saved, out.cells, w_hh, w_hr, c0, base, lengths, p)
-    weights = weight_gradients(True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.saved, out.cells, h0, base, lengths, p)
+    weights = weight_gradients(
+        True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.saved, out.cells, h0, base, lengths, p
+    )
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if c0 is not None else None
 
 

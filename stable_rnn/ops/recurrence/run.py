@@ -1,6 +1,7 @@
 """What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes where asked.
 
 Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`."""
+
 from __future__ import annotations
 
 import torch

@@ -6,6 +6,7 @@
 float32 products are exact float32 unless torch's switch for matrix products allows TF32 (`torch.set_float32_matmul_precision("high")`),
 or Triton's asks for three TF32 products in the place of each (TRITON_F32_DEFAULT=tf32x3): on tensor cores, with errors of up to 2^-20.
 """
+
 from __future__ import annotations
 
 import os
@@ -67,9 +68,15 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
         return False, "Triton's interpreter has no bfloat16 products"
     needed = 80 if x.dtype == torch.bfloat16 else 75
     if device.kind == "cuda" and device.arch < needed:
-        return False, f"the Triton kernels need compute capability {needed / 10} for {x.dtype}, this device has {device.arch / 10}"
+        return (
+            False,
+            f"the Triton kernels need compute capability {needed / 10} for {x.dtype}, this device has {device.arch / 10}",
+        )
     if x.dtype == torch.float16 and device.kind == "cuda" and device.arch < 80 and version() < (3, 4):
-        return False, "before triton 3.4, float16 products do not compile for devices without bfloat16 (compute capability 7.5)"
+        return (
+            False,
+            "before triton 3.4, float16 products do not compile for devices without bfloat16 (compute capability 7.5)",
+        )
     if w_hr is not None:
         return False, "the Triton kernels have no projected states (proj_size)"
     if w_hh is not None and w_hh.shape[1] > MOST_HIDDEN:
@@ -117,7 +124,9 @@ def _gpu(index: int) -> Device:
 def config(backward: bool, cell: str, dtype: int, hidden: int, windows: bool, device: Device) -> Config:
     """The table: no value was tuned on a device yet, all were chosen to fit its memory and registers (`tests/triton`)."""
     units = max(16, 1 << (hidden - 1).bit_length())
-    element = 12 if dtype == TF32X3 else 4 if dtype in (DTYPES[torch.float32], TF32) else 2  # bytes; TF32X3: with its two parts
+    element = (
+        12 if dtype == TF32X3 else 4 if dtype in (DTYPES[torch.float32], TF32) else 2
+    )  # bytes; TF32X3: with its two parts
     weights = CELLS[cell].gates * units**2 * element
     if weights <= on_chip(device) and not plain(dtype, device):
         warps = 4 if units <= 32 or device.kind == "hip" else 8 if units <= 128 else 16
@@ -151,15 +160,23 @@ def on_chip(device: Device) -> int:
 
 
 # What the kernels take of the fields, in their order.
-_FORWARD = itemgetter(*"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split())
-_BACKWARD = itemgetter(*("dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
-                         "dh_start dc_start dh_end dc_end").split())
+_FORWARD = itemgetter(
+    *"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split()
+)
+_BACKWARD = itemgetter(
+    *(
+        "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
+        "dh_start dc_start dh_end dc_end"
+    ).split()
+)
 
 
 def _forward(fields: Fields, many: bool = False) -> None:
     if fields["y"] is None or fields["steps"] == 0:  # no time, or no unit
         return _hand_on(fields, h0="h_n", c0="c_n")
-    _launch(False, fields, _FORWARD(fields), fields["cap"], min(fields["steps"], fields["stride"] + fields["warmup"]), many)
+    _launch(
+        False, fields, _FORWARD(fields), fields["cap"], min(fields["steps"], fields["stride"] + fields["warmup"]), many
+    )
 
 
 def _backward(fields: Fields, many: bool = False) -> None:
@@ -187,7 +204,9 @@ def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: 
     found = config(backward, cell.name, dtype, hidden, many or stride == 1 < steps, device)
     kernels = import_module(f".triton_{'small' if found.small else 'large'}", __package__)
     kernel = kernels.backward if backward else kernels.forward
-    shape = dict(H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee"))
+    shape = dict(
+        H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee")
+    )
     shape |= options(found, dtype, device)
     tiles = -(-count // found.lanes)
     if found.small:
@@ -203,8 +222,21 @@ def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: 
     spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]
     with torch.cuda.device_of(x):
         for begin, end in spans:
-            kernel[(teams * members,)](*tensors, planes, cells, arrivals, *numbers, members, begin, end, INNER=found.inner, WIDTH=width,
-                                       ALONE=alone, launch_cooperative_grid=cooperative, **shape)
+            kernel[(teams * members,)](
+                *tensors,
+                planes,
+                cells,
+                arrivals,
+                *numbers,
+                members,
+                begin,
+                end,
+                INNER=found.inner,
+                WIDTH=width,
+                ALONE=alone,
+                launch_cooperative_grid=cooperative,
+                **shape,
+            )
 
 
 def team(tiles: int, blocks: int, programs: int) -> tuple[int, int]:

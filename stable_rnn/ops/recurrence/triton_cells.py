@@ -5,6 +5,7 @@ Each of the four functions below is one list of the cells. z, x and dz are tuple
 the same units; c and dc are only looked at where the cell has a c. What backward needs is stored and loaded here, tile by tile, from
 `saved` (SAVED * H columns a row, from `at` on) and `cells` (H a row, from `at_cell` on): all of it at once would not fit in registers.
 """
+
 from dataclasses import dataclass
 
 import triton
@@ -50,7 +51,24 @@ def step(z, x, h, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr, CELL
 
 
 @triton.jit
-def vjp(dh, dc, cap, y, saved, cells, h0, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr, CELL: tl.constexpr):
+def vjp(
+    dh,
+    dc,
+    cap,
+    y,
+    saved,
+    cells,
+    h0,
+    c0,
+    at,
+    at_cell,
+    at_prev,
+    at_start,
+    live,
+    opens,
+    H: tl.constexpr,
+    CELL: tl.constexpr,
+):
     """From the adjoints of h and c to dz, the gradient of x; to what the h before the step gets of dh beside the product with W_hh; and to
     the adjoint of the c before. h and c before the step lie at `at_prev` in y and cells, or at `at_start` in h0 and c0 where the step
     `opens` a row; h0 is None but for cells that read it."""

@@ -11,6 +11,7 @@ else the start and each step in launches of their own.
 Per lane and step: 2 G H^2 operations (G = 1 or 4 gates), and beside the tensors of `triton_small.py` 2 H elements of state (backward
 2 G H) and 2 H of the cell. W is read once per team and step: 2 LANES operations for each element of it.
 """
+
 import triton
 import triton.language as tl
 
@@ -23,12 +24,48 @@ NUMBERS = (*triton_small.NUMBERS, "members", "begin", "end")
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
-            y, h_n, c_n, saved, cells, h_start, c_start, h_end, c_end,
-            h_planes, c_planes, arrivals,
-            cap, count, steps, batch, step, stride, warmup, members, begin, end,
-            H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-            PRECISION: tl.constexpr, ALONE: tl.constexpr, hidden_bias=None):
+def forward(
+    xp,
+    w_hh,
+    h0,
+    c0,
+    h_init,
+    c_init,
+    base,
+    lengths,
+    ids,
+    y,
+    h_n,
+    c_n,
+    saved,
+    cells,
+    h_start,
+    c_start,
+    h_end,
+    c_end,
+    h_planes,
+    c_planes,
+    arrivals,
+    cap,
+    count,
+    steps,
+    batch,
+    step,
+    stride,
+    warmup,
+    members,
+    begin,
+    end,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    INNER: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CELL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALONE: tl.constexpr,
+    hidden_bias=None,
+):
     gates: tl.constexpr = GATES(CELL)
     has_cell: tl.constexpr = HAS_CELL(CELL)
     kept: tl.constexpr = SAVED(CELL)
@@ -40,7 +77,9 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
         if ALONE:
             tl.debug_barrier()  # the plane that the tile begins in was written by the last step of the one before
         entry = tile * LANES + lane  # (LANES, 1), as all that belongs to a lane
-        id, b, first, n, warm, given, last = forward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, h_init)
+        id, b, first, n, warm, given, last = forward_run(
+            entry, count, ids, base, lengths, steps, batch, step, stride, warmup, h_init
+        )
         if begin < 0:
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
@@ -75,8 +114,12 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
                     h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
                     w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
                     z = streamed_products(h, w, H * H, square, z, PRECISION, gates)
-                before = tl.load(h_planes + now + unit, mask=unit < WIDTH, other=0.0).to(tl.float32)  # read by cells that need it
-                h, c = cell_step(z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL)
+                before = tl.load(h_planes + now + unit, mask=unit < WIDTH, other=0.0).to(
+                    tl.float32
+                )  # read by cells that need it
+                h, c = cell_step(
+                    z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
+                )
                 if has_cell:
                     tl.store(c_planes + next + unit, c, mask=unit < WIDTH)
                     keep(c_end, id * H + unit, c, ends)
@@ -90,12 +133,50 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids,
-             dz, dh0, dc0, dh_start, dc_start, dh_end, dc_end,
-             dz_planes, dc_planes, arrivals,
-             cap, count, steps, batch, step, stride, warmup, members, begin, end,
-             H: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, CELL: tl.constexpr,
-             PRECISION: tl.constexpr, ALONE: tl.constexpr, h0=None):
+def backward(
+    dy,
+    y,
+    saved,
+    cells,
+    w_hh,
+    c0,
+    dh_n,
+    dc_n,
+    dh_init,
+    dc_init,
+    base,
+    lengths,
+    ids,
+    dz,
+    dh0,
+    dc0,
+    dh_start,
+    dc_start,
+    dh_end,
+    dc_end,
+    dz_planes,
+    dc_planes,
+    arrivals,
+    cap,
+    count,
+    steps,
+    batch,
+    step,
+    stride,
+    warmup,
+    members,
+    begin,
+    end,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    INNER: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CELL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALONE: tl.constexpr,
+    h0=None,
+):
     gates: tl.constexpr = GATES(CELL)
     has_cell: tl.constexpr = HAS_CELL(CELL)
     kept: tl.constexpr = SAVED(CELL)
@@ -108,14 +189,18 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
         if ALONE:
             tl.debug_barrier()  # the plane that the tile begins in was written by the last step of the one before
         entry = tile * LANES + lane
-        id, b, first, n, warm, given, last = backward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init)
+        id, b, first, n, warm, given, last = backward_run(
+            entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init
+        )
         if has_cell:
             if begin < 0:
                 for block in range(rank, tl.cdiv(H, UNITS), members):
                     unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                     dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, (unit < H) & (entry < count))
                     tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
-        for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)):  # after its last step a lane only hands on
+        for s in range(
+            tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)
+        ):  # after its last step a lane only hands on
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
@@ -135,8 +220,12 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                     z, w = dz_planes + gates * now + k[None, :], w_hh + k[:, None] * H + unit
                     inside, square = k[None, :] < WIDTH, (k[:, None] < H) & (unit < H)
                     for gate in tl.static_range(gates):
-                        dh = tl.dot(tl.load(z + gate * WIDTH, mask=inside, other=0.0), tl.load(w + gate * (H * H), mask=square, other=0.0),
-                                    dh, input_precision=PRECISION)
+                        dh = tl.dot(
+                            tl.load(z + gate * WIDTH, mask=inside, other=0.0),
+                            tl.load(w + gate * (H * H), mask=square, other=0.0),
+                            dh,
+                            input_precision=PRECISION,
+                        )
                 dh += start(dh_n, dh_init, b * H + unit, entry * H + unit, given, there & (s == 0))
                 keep(dh_start, id * H + unit, dh, begins)
                 keep(dh_end, id * H + unit, dh, ends & (n > 0))
@@ -149,8 +238,24 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
                     keep(dc_end, id * H + unit, dc, ends & (n > 0))
                     keep(dc0, b * H + unit, dc, ends & last)
                 at, at_cell = row * (kept * H) + unit, row * H + unit
-                dz_new, carried, dc = vjp(total, dc, cap, y, saved, cells, h0, c0, at, at_cell, (row - step) * H + unit, b * H + unit, live,
-                                          last & (s == n - 1), H, CELL)
+                dz_new, carried, dc = vjp(
+                    total,
+                    dc,
+                    cap,
+                    y,
+                    saved,
+                    cells,
+                    h0,
+                    c0,
+                    at,
+                    at_cell,
+                    (row - step) * H + unit,
+                    b * H + unit,
+                    live,
+                    last & (s == n - 1),
+                    H,
+                    CELL,
+                )
                 if carries:
                     tl.store(dc_planes + next + unit, carried, mask=unit < WIDTH)
                 if has_cell:

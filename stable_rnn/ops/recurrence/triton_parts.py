@@ -2,6 +2,7 @@
 
 The formulas are those of `csrc/include/stable_rnn/cell.h` and `lanes.h`. A tile is LANES lanes by UNITS hidden units.
 """
+
 import triton
 import triton.language as tl
 
@@ -16,7 +17,9 @@ def clamped(x, low: tl.constexpr, high: tl.constexpr):
 @triton.jit
 def exponential(x, a: tl.constexpr):
     """(scale, p) with e^(a x) = scale (1 + p), for a = 1 or 2 and |a x| <= 87: no cancellation in p near x = 0."""
-    shifter: tl.constexpr = 12582912.0 + 127.0  # adding 1.5 * 2^23 rounds to an integer, held in the low bits; 127 is for the exponent
+    shifter: tl.constexpr = (
+        12582912.0 + 127.0
+    )  # adding 1.5 * 2^23 rounds to an integer, held in the low bits; 127 is for the exponent
     t = tl.fma(x, a * 1.44269504, shifter)
     n = t - shifter
     r = tl.fma(n, -0.693145751953125 / a, x)  # ln 2 in two parts; the first product is exact
@@ -87,7 +90,9 @@ def streamed_products(a, at, gap, mask, sums, PRECISION: tl.constexpr, COUNT: tl
     """The same of tiles `gap` elements apart, each loaded for its product only: all at once would cost registers."""
     made = (tl.dot(a, tl.load(at, mask=mask, other=0.0), sums[0], input_precision=PRECISION),)
     for gate in tl.static_range(1, COUNT):
-        made = made + (tl.dot(a, tl.load(at + gate * gap, mask=mask, other=0.0), sums[gate], input_precision=PRECISION),)
+        made = made + (
+            tl.dot(a, tl.load(at + gate * gap, mask=mask, other=0.0), sums[gate], input_precision=PRECISION),
+        )
     return made
 
 

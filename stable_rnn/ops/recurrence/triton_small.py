@@ -4,6 +4,7 @@ H units are padded to UNITS, a power of two. A program holds W_hh, loaded once, 
 have ended keep their state. Per lane and step: 2 G UNITS^2 operations (G = 1 or 4 gates); G H elements read and H written, backward
 G H + 2 H read and G H written, each of the saved gates and cells once more.
 """
+
 import triton
 import triton.language as tl
 
@@ -15,12 +16,45 @@ NUMBERS = ("count", "steps", "batch", "step", "stride", "warmup")  # no value of
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
-            y, h_n, c_n, saved, cells, h_start, c_start, h_end, c_end,
-            cap, count, steps, batch, step, stride, warmup,
-            H: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, CELL: tl.constexpr, PRECISION: tl.constexpr, hidden_bias=None):
-    entry = (tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES))[:, None]  # (LANES, 1), as all that belongs to a lane
-    id, b, first, n, warm, given, last = forward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, h_init)
+def forward(
+    xp,
+    w_hh,
+    h0,
+    c0,
+    h_init,
+    c_init,
+    base,
+    lengths,
+    ids,
+    y,
+    h_n,
+    c_n,
+    saved,
+    cells,
+    h_start,
+    c_start,
+    h_end,
+    c_end,
+    cap,
+    count,
+    steps,
+    batch,
+    step,
+    stride,
+    warmup,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    CELL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    hidden_bias=None,
+):
+    entry = (tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES))[
+        :, None
+    ]  # (LANES, 1), as all that belongs to a lane
+    id, b, first, n, warm, given, last = forward_run(
+        entry, count, ids, base, lengths, steps, batch, step, stride, warmup, h_init
+    )
     unit, k = tl.arange(0, UNITS)[None, :], tl.arange(0, UNITS)[:, None]
     there = (unit < H) & (entry < count)  # (LANES, UNITS)
     gates: tl.constexpr = GATES(CELL)
@@ -34,7 +68,9 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
     x = columns(xp + first * (gates * H) + unit, H, there & (n > 0), gates)
     for s in range(0, tl.max(n).to(tl.int32)):
         row = first + s * step.to(tl.int64)
-        later = columns(xp + (row + step) * (gates * H) + unit, H, there & (s < n - 1), gates)  # of the next step, on their way meanwhile
+        later = columns(
+            xp + (row + step) * (gates * H) + unit, H, there & (s < n - 1), gates
+        )  # of the next step, on their way meanwhile
         live = there & (s < n)
         begins, writes = live & (s == warm), live & (s >= warm)
         before = h.to(w_hh.dtype.element_ty)
@@ -42,7 +78,9 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
         if has_cell:
             keep(c_start, id * H + unit, c, begins)
         z = products(before, w, sums(x, hidden_bias, unit, unit < H, CELL), PRECISION, gates)
-        h_new, c_new = cell_step(z, x, h, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL)
+        h_new, c_new = cell_step(
+            z, x, h, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
+        )
         if has_cell:
             c = tl.where(live, c_new, c)
         h_new = h_new.to(w_hh.dtype.element_ty)
@@ -57,12 +95,45 @@ def forward(xp, w_hh, h0, c0, h_init, c_init, base, lengths, ids,
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, lengths, ids,
-             dz, dh0, dc0, dh_start, dc_start, dh_end, dc_end,
-             cap, count, steps, batch, step, stride, warmup,
-             H: tl.constexpr, UNITS: tl.constexpr, LANES: tl.constexpr, CELL: tl.constexpr, PRECISION: tl.constexpr, h0=None):
+def backward(
+    dy,
+    y,
+    saved,
+    cells,
+    w_hh,
+    c0,
+    dh_n,
+    dc_n,
+    dh_init,
+    dc_init,
+    base,
+    lengths,
+    ids,
+    dz,
+    dh0,
+    dc0,
+    dh_start,
+    dc_start,
+    dh_end,
+    dc_end,
+    cap,
+    count,
+    steps,
+    batch,
+    step,
+    stride,
+    warmup,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    CELL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    h0=None,
+):
     entry = (tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES))[:, None]
-    id, b, first, n, warm, given, last = backward_run(entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init)
+    id, b, first, n, warm, given, last = backward_run(
+        entry, count, ids, base, lengths, steps, batch, step, stride, warmup, dh_init
+    )
     unit, k = tl.arange(0, UNITS)[None, :], tl.arange(0, UNITS)[:, None]
     there = (unit < H) & (entry < count)
     gates: tl.constexpr = GATES(CELL)
@@ -83,8 +154,24 @@ def backward(dy, y, saved, cells, w_hh, c0, dh_n, dc_n, dh_init, dc_init, base, 
             keep(dc_start, id * H + unit, dc, begins)
         at, at_cell = row * (kept * H) + unit, row * H + unit
         opens = last & (s == n - 1)  # time 0
-        dz_new, carried, dc_new = vjp(total, dc, cap, y, saved, cells, h0, c0, at, at_cell, (row - step) * H + unit, b * H + unit, live,
-                                      opens, H, CELL)
+        dz_new, carried, dc_new = vjp(
+            total,
+            dc,
+            cap,
+            y,
+            saved,
+            cells,
+            h0,
+            c0,
+            at,
+            at_cell,
+            (row - step) * H + unit,
+            b * H + unit,
+            live,
+            opens,
+            H,
+            CELL,
+        )
         dq = cast(hidden(dz_new, saved, at, live, H, CELL), w_hh.dtype.element_ty, gates)
         store_columns(dz, row * (gates * H) + unit, H, cast(dz_new, w_hh.dtype.element_ty, gates), writes, gates)
         for gate in tl.static_range(gates):

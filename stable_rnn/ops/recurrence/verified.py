@@ -3,6 +3,7 @@
 The result is a trajectory whose only defects are jumps of at most `tol` (relative to max(1, |state|)) at chunk borders. The backward
 pass is the same in reverse time, with `tol` relative to the largest adjoint. Both are `_check` over a backend's lanes.
 """
+
 from __future__ import annotations
 
 import math
@@ -22,8 +23,11 @@ def run(backend: ModuleType, inputs: Inputs, p: Problem, save: bool) -> tuple[Ou
     """Forward: the output, and the report [passes, lanes run again, largest jump, fell back]."""
     out = backend.forward(*inputs, p, save=save, borders=True)
     again = lambda ids, h, c, out: backend.forward(  # noqa: E731
-        *inputs, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out)
-    out, report = _check(out, out._fields.index("h_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=False)
+        *inputs, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out
+    )
+    out, report = _check(
+        out, out._fields.index("h_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=False
+    )
     if report[3]:
         out = backend.forward(*inputs, p.whole(), save=save)
     return out, report
@@ -33,13 +37,17 @@ def run_back(backend: ModuleType, inputs: BackwardInputs, p: Problem) -> tuple[A
     """Backward, as `run`."""
     out = backend.backward(*inputs, p, borders=True)
     again = lambda ids, h, c, out: backend.backward(*inputs, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
-    out, report = _check(out, out._fields.index("dh_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=True)
+    out, report = _check(
+        out, out._fields.index("dh_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=True
+    )
     if report[3]:
         out = backend.backward(*inputs, p.whole())
     return out, report
 
 
-def _check(out: Output | Adjoint, field: int, again: Callable, p: Problem, batch: int, lengths: Tensor | None, ahead: bool):
+def _check(
+    out: Output | Adjoint, field: int, again: Callable, p: Problem, batch: int, lengths: Tensor | None, ahead: bool
+):
     """Rerun until every border agrees. `ahead`: a lane's start is the end of the lane after it (reverse time), else before it.
 
     Returns the output and [passes, lanes run again, largest jump, fell back]; one device sync a pass."""
@@ -65,8 +73,17 @@ def _check(out: Output | Adjoint, field: int, again: Callable, p: Problem, batch
     return out, [float(passes), float(rerun), largest, float(fallback)]
 
 
-def _jumps(h_start: Tensor, c_start: Tensor, h_end: Tensor, c_end: Tensor, p: Problem, lanes: int, batch: int,
-           lengths: Tensor | None, ahead: bool) -> Tensor:
+def _jumps(
+    h_start: Tensor,
+    c_start: Tensor,
+    h_end: Tensor,
+    c_end: Tensor,
+    p: Problem,
+    lanes: int,
+    batch: int,
+    lengths: Tensor | None,
+    ahead: bool,
+) -> Tensor:
     """Largest relative difference at each inner border: ((L-1)*B,), border j between lanes j and j+1."""
     inner = (lanes - 1) * batch
     total = h_start.new_zeros(inner)

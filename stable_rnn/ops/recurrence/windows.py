@@ -4,6 +4,7 @@ A group of windows is gathered into a bounded workspace as sequences of k steps,
 states, and back. The overlaps add up one step of the windows after the other, and dW by one GEMM a group: a fixed order, no two
 additions to one place at a time.
 """
+
 from __future__ import annotations
 
 import torch
@@ -14,8 +15,20 @@ from .problem import Problem, row_base, row_length, weight_gradients
 WORKSPACE = 1 << 25  # elements that a group may use at once
 
 
-def windowed_backward(backend, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp: Tensor, w_hh: Tensor, w_hr: Tensor | None, h0: Tensor,
-                      c0: Tensor | None, base: Tensor | None, lengths: Tensor | None, p: Problem) -> tuple[Tensor | None, ...]:
+def windowed_backward(
+    backend,
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor | None,
+    xp: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    base: Tensor | None,
+    lengths: Tensor | None,
+    p: Problem,
+) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`, by `backend.forward` and `backend.backward`."""
     n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
     first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
@@ -47,13 +60,19 @@ def windowed_backward(backend, dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, xp
         dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
         places = torch.arange(len(ids), device=device) * k
         out = backend.forward(xs, w_hh, w_hr, *begins, places, steps, local)
-        back = backend.backward(dys.flatten(0, 1), *ends, out.y, out.saved, out.cells, w_hh, w_hr, begins[1], places, steps, local)
+        back = backend.backward(
+            dys.flatten(0, 1), *ends, out.y, out.saved, out.cells, w_hh, w_hr, begins[1], places, steps, local
+        )
         dz = back.dz.view(len(ids), k, -1)
         for j in range(k):  # the steps that are j before a window's last: no two windows share their rows
             at = steps - 1 - j
             here = rows.gather(1, at.clamp(min=0)[:, None])[:, 0]
-            dxp.index_add_(0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float())
-        found = weight_gradients(True, w_hr is not None, back.dz, back.dh, out.y, out.saved, out.cells, begins[0], places, steps, local)
+            dxp.index_add_(
+                0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float()
+            )
+        found = weight_gradients(
+            True, w_hr is not None, back.dz, back.dh, out.y, out.saved, out.cells, begins[0], places, steps, local
+        )
         for total, part in zip((dw_hh, dw_hr), found):
             if total is not None:
                 total += part

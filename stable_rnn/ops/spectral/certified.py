@@ -22,7 +22,9 @@ from .reference import krylov
 ROUNDING = 2.0**-20  # of a step in float32, relative to the bound, where the norm is not far beyond it
 
 Found = tuple[Tensor | None, float]  # what to store, None if W is inside; an upper bound of its norm
-Step = Callable[[list[Tensor], list[Tensor], list[float]], bool]  # projects matrices in place, with their blocks and bounds; False: cannot
+Step = Callable[
+    [list[Tensor], list[Tensor], list[float]], bool
+]  # projects matrices in place, with their blocks and bounds; False: cannot
 
 
 def look(matrices: Sequence[Tensor], bounds: Sequence[float], good: Sequence[Tensor] | None = None) -> list[float]:
@@ -35,7 +37,9 @@ def look(matrices: Sequence[Tensor], bounds: Sequence[float], good: Sequence[Ten
     for members in groups.values():
         some = torch.stack([matrices[i] for i in members])
         limits, exponents = zip(*(_limit(matrices[i], bounds[i]) for i in members))
-        found = proven(some, on_device(limits, torch.float64, some.device), on_device(exponents, torch.int32, some.device))
+        found = proven(
+            some, on_device(limits, torch.float64, some.device), on_device(exponents, torch.int32, some.device)
+        )
         if good is not None:
             found = torch.where(torch.stack([good[i] for i in members]), found, torch.inf)
         norms.append(torch.where(torch.isfinite(some).all(-1).all(-1), found, torch.nan))
@@ -44,13 +48,21 @@ def look(matrices: Sequence[Tensor], bounds: Sequence[float], good: Sequence[Ten
     return [value for _, value in sorted(zip(places, values), key=lambda pair: pair[0])]
 
 
-def one_by_one(matrices: Sequence[Tensor], bounds: Sequence[float], blocks: Sequence[Tensor], scale: bool) -> list[Found]:
+def one_by_one(
+    matrices: Sequence[Tensor], bounds: Sequence[float], blocks: Sequence[Tensor], scale: bool
+) -> list[Found]:
     """Writes the blocks only."""
     return [_alone(*each, scale) for each in zip(matrices, bounds, blocks)]
 
 
-def together(matrices: Sequence[Tensor], bounds: Sequence[float], blocks: Sequence[Tensor], scale: bool, norms: Sequence[float],
-             step: Step) -> list[Found]:
+def together(
+    matrices: Sequence[Tensor],
+    bounds: Sequence[float],
+    blocks: Sequence[Tensor],
+    scale: bool,
+    norms: Sequence[float],
+    step: Step,
+) -> list[Found]:
     """As `one_by_one`; `norms` are those of `look`."""
     found: list[Found] = [(None, norm) for norm in norms]
     outside = [i for i, norm in enumerate(norms) if norm == math.inf]
@@ -65,7 +77,9 @@ def together(matrices: Sequence[Tensor], bounds: Sequence[float], blocks: Sequen
     return found
 
 
-def _stepped(matrices: list[Tensor], bounds: list[float], blocks: list[Tensor], scale: bool, step: Step) -> tuple[list, list, list[float]]:
+def _stepped(
+    matrices: list[Tensor], bounds: list[float], blocks: list[Tensor], scale: bool, step: Step
+) -> tuple[list, list, list[float]]:
     """What a step makes of the matrices and of their blocks, and the norms that it is proven to have: infinite, too, where singular vectors
     have not converged."""
     stored, vectors, aims = [W.clone() for W in matrices], [block.clone() for block in blocks], []
@@ -74,8 +88,10 @@ def _stepped(matrices: list[Tensor], bounds: list[float], blocks: list[Tensor], 
         aims.append(bound * (1 - slack) * (1 - slack - torch.finfo(W.dtype).eps - ROUNDING))
     if not step(stored, vectors, aims):
         return stored, vectors, [math.inf] * len(stored)
-    good = [torch.ones((), dtype=torch.bool, device=W.device) if scale else _converged(W, aim, block)
-            for W, aim, block in zip(matrices, aims, vectors)]
+    good = [
+        torch.ones((), dtype=torch.bool, device=W.device) if scale else _converged(W, aim, block)
+        for W, aim, block in zip(matrices, aims, vectors)
+    ]
     return stored, vectors, look(stored, bounds, good)
 
 
@@ -107,7 +123,9 @@ def proven(W: Tensor, limit: Tensor, exponent: Tensor) -> Tensor:
     limit, exponent = limit.to(A.device), exponent.to(A.device)
     gap = exponent - own
     square = prove(A, shift(limit, gap.clamp(-500, 500)).square())
-    far = torch.where(gap < 0, torch.inf, float(A.shape[-2] * A.shape[-1]))  # so far outside, or inside, that the largest entry decides
+    far = torch.where(
+        gap < 0, torch.inf, float(A.shape[-2] * A.shape[-1])
+    )  # so far outside, or inside, that the largest entry decides
     square = torch.where(gap.abs() > 500, far, square)
     return torch.where((A == 0).all(-1).all(-1), 0.0, shift(square.sqrt() * (1 + 1e-15), own))
 
@@ -163,7 +181,9 @@ def svd_clipped(A: Tensor, gap: Tensor, aim: float, block: Tensor) -> Tensor:
     return (U * shift(torch.where(S > floor, S, 0).double(), gap).clamp(max=aim)) @ Vh.double()
 
 
-def _few_outside(B: Tensor, aim: float, block: Tensor, rounds: int = 4, depth: int = 4) -> tuple[Tensor, Tensor, Tensor] | None:
+def _few_outside(
+    B: Tensor, aim: float, block: Tensor, rounds: int = 4, depth: int = 4
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Converged triplets of all singular values above aim, or None if the block is too small or converges too slowly.
 
     A residual R = B^T U - V S belongs to exact triplets of a matrix that is ||R||_F away, and the projection does not expand

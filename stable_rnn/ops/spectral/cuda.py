@@ -36,7 +36,10 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
         return False, reason
     if _workspace(matrices, blocks, limits) < 0:
         columns = max(W.shape[1] for W in matrices)
-        return False, f"{columns} columns are too many for the {limits[2] // 1024} KB of shared memory that a block has on this GPU"
+        return (
+            False,
+            f"{columns} columns are too many for the {limits[2] // 1024} KB of shared memory that a block has on this GPU",
+        )
     return True, ""
 
 
@@ -59,7 +62,13 @@ def _table(values: tuple, dtype: torch.dtype) -> Tensor:
 
 
 def spectral_step(
-    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`, but on the device, and with no error for a matrix that is not finite: its norm is NaN."""
     device = matrices[0].device if matrices else torch.device("cpu")
@@ -69,12 +78,26 @@ def spectral_step(
         return norms, near
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
     index = device.index or 0
-    fields = tuple((DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks))
+    fields = tuple(
+        (DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks)
+    )
     shapes, limits = _table(fields, torch.int64), _table(tuple(bounds), torch.float64)
     work = torch.empty(_workspace(dense, blocks, cuda_device.limits(index)[0]), dtype=torch.uint8, device=device)
     cuda_device.lib.spectral_step_cuda(
-        0, scale, iterations, fresh, seed & (2**64 - 1), len(dense), shapes.data_ptr(), limits.data_ptr(), norms.data_ptr(),
-        near.data_ptr(), index, cuda_device.stream(index), work.data_ptr(), work.nbytes,
+        0,
+        scale,
+        iterations,
+        fresh,
+        seed & (2**64 - 1),
+        len(dense),
+        shapes.data_ptr(),
+        limits.data_ptr(),
+        norms.data_ptr(),
+        near.data_ptr(),
+        index,
+        cuda_device.stream(index),
+        work.data_ptr(),
+        work.nbytes,
     )
     for W, copy in zip(matrices, dense):
         if copy is not W:

@@ -60,7 +60,9 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return a[..., :, None] * b[..., None, :]
 
 
-def _vectors_backward(W: Tensor, sigma: Tensor, u: Tensor, v: Tensor, du: Tensor, dv: Tensor, outside: Tensor) -> Tensor:
+def _vectors_backward(
+    W: Tensor, sigma: Tensor, u: Tensor, v: Tensor, du: Tensor, dv: Tensor, outside: Tensor
+) -> Tensor:
     """The gradient through u and v, for a simple singular value. From W v = sigma u and W^T u = sigma v, across u and v,
 
         (sigma^2 - W W^T) du = sigma dW v + W dW^T u,   (sigma^2 - W^T W) dv = W^T dW v + sigma dW^T u;

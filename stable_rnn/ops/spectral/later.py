@@ -41,7 +41,10 @@ def capturing(matrices: Sequence[Tensor]) -> bool:
 
 def send(call: int, norms: Tensor, near: Tensor) -> Sent:
     cuda = norms.device.type == "cuda"
-    host = [torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=cuda).copy_(t, non_blocking=True) for t in (norms, near)]
+    host = [
+        torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=cuda).copy_(t, non_blocking=True)
+        for t in (norms, near)
+    ]
     return Sent(call, *host, torch.cuda.current_stream(norms.device).record_event() if cuda else None)
 
 
@@ -56,4 +59,6 @@ def check_finite(norms: Tensor) -> None:
     bad = norms.isnan().nonzero().flatten().tolist()
     if bad:
         names = ", ".join(f"W[{i}]" for i in bad)
-        raise ValueError(f"{names} holds NaN or infinite values, or did so when the projection last looked, and was left as it was")
+        raise ValueError(
+            f"{names} holds NaN or infinite values, or did so when the projection last looked, and was left as it was"
+        )

@@ -22,8 +22,11 @@ def overlaps_itself(w: Tensor) -> bool:
 
 def first_overlap(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """The numbers of two tensors that share an entry's memory, or None."""
-    spans = sorted((str(w.device), w.data_ptr(), w.data_ptr() + _reach(w) * w.element_size(), i)
-                   for i, w in enumerate(tensors) if w.numel())
+    spans = sorted(
+        (str(w.device), w.data_ptr(), w.data_ptr() + _reach(w) * w.element_size(), i)
+        for i, w in enumerate(tensors)
+        if w.numel()
+    )
     for number, (device, _, end, i) in enumerate(spans):
         for other, start, _, j in spans[number + 1 :]:
             if other != device or start >= end:

@@ -27,13 +27,23 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
 def table(matrices: list[Tensor], blocks: list[Tensor]) -> Tensor:
     """The fields of `SpectralMatrix`, a row for each matrix."""
     return torch.tensor(
-        [(DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(matrices, blocks)],
-        dtype=torch.int64, device="cpu",
+        [
+            (DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr())
+            for W, X in zip(matrices, blocks)
+        ],
+        dtype=torch.int64,
+        device="cpu",
     )
 
 
 def spectral_step(
-    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`."""
     dense = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in matrices]
@@ -42,8 +52,16 @@ def spectral_step(
     norms = torch.empty(len(dense), dtype=torch.float64, device="cpu")
     near = torch.empty(len(dense), dtype=torch.int64, device="cpu")
     _native.lib.spectral_step(
-        torch.get_num_threads(), scale, iterations, fresh, seed & (2**64 - 1), len(dense),
-        shapes.data_ptr(), limits.data_ptr(), norms.data_ptr(), near.data_ptr(),
+        torch.get_num_threads(),
+        scale,
+        iterations,
+        fresh,
+        seed & (2**64 - 1),
+        len(dense),
+        shapes.data_ptr(),
+        limits.data_ptr(),
+        norms.data_ptr(),
+        near.data_ptr(),
     )
     for W, copy, norm in zip(matrices, dense, norms.tolist()):
         if norm != norm:

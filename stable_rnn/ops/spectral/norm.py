@@ -19,7 +19,9 @@ def check_dtype(W: Tensor, name: str = "W") -> None:
     if W.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got the layout {W.layout}; pass {name}.to_dense()")
     if hasattr(W, "placements"):
-        raise TypeError(f"{name} must be one machine's tensor, got a DTensor; pass {name}.full_tensor(), or project its module")
+        raise TypeError(
+            f"{name} must be one machine's tensor, got a DTensor; pass {name}.full_tensor(), or project its module"
+        )
     if W.dim() < 2:
         raise ValueError(f"{name} must have the shape (..., m, n), got {tuple(W.shape)}")
 
@@ -33,7 +35,9 @@ def check_values(W: Tensor, name: str = "W") -> None:
 def check_writable(W: Tensor, name: str = "W") -> None:
     """After `check_dtype`: raises ValueError for what has one place in memory for several entries."""
     if overlaps_itself(W):
-        raise ValueError(f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()")
+        raise ValueError(
+            f"{name} overlaps itself, as an expanded tensor does, and cannot be written; pass {name}.clone()"
+        )
 
 
 def check_matrix(W: Tensor, name: str = "W") -> Tensor:
@@ -49,7 +53,9 @@ def check_matrix(W: Tensor, name: str = "W") -> Tensor:
 def check_bound(bound: object) -> None:
     """Raises TypeError for what is no number, list or tensor of numbers, ValueError for a tensor that requires grad. Values: elsewhere."""
     if isinstance(bound, Tensor) and bound.requires_grad:
-        raise ValueError("bound requires grad, and its gradient would be lost: it is a constant here, pass bound.detach()")
+        raise ValueError(
+            "bound requires grad, and its gradient would be lost: it is a constant here, pass bound.detach()"
+        )
     if hasattr(bound, "tolist"):  # tensors and arrays
         bound = bound.tolist()
     if isinstance(bound, (list, tuple)):

@@ -118,8 +118,10 @@ def spectral_project_(
     bounds = _bounds(bound, len(matrices))
     shared = first_overlap(matrices) if len(matrices) > 1 else None
     if shared:
-        raise ValueError(f"{names[shared[0]]} and {names[shared[1]]} share memory, where what is written for one would undo the other; "
-                         "pass each matrix once")
+        raise ValueError(
+            f"{names[shared[0]]} and {names[shared[1]]} share memory, where what is written for one would undo the other; "
+            "pass each matrix once"
+        )
     state = SpectralState() if state is None else state
     if certify:
         norms = _certified(matrices, names, bounds, method == "scale", state)
@@ -128,7 +130,9 @@ def spectral_project_(
     return norms[0] if single else norms
 
 
-def _certified(matrices: list[Tensor], names: list[str], bounds: list[float], scale: bool, state: SpectralState) -> Tensor:
+def _certified(
+    matrices: list[Tensor], names: list[str], bounds: list[float], scale: bool, state: SpectralState
+) -> Tensor:
     def step(some: list[Tensor], blocks: list[Tensor], aims: list[float]) -> bool:
         able = kernel(some, blocks) is not None  # the reference would wait often
         if able:

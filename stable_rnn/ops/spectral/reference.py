@@ -35,12 +35,21 @@ def krylov(A: Tensor, X: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
 def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
     """The block (n, k) with its last `count` columns replaced by random ones that depend only on the seed."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    fresh = torch.randn(block.shape[0], count, generator=generator, dtype=torch.float32, device="cpu") / block.shape[0] ** 0.5
+    fresh = (
+        torch.randn(block.shape[0], count, generator=generator, dtype=torch.float32, device="cpu")
+        / block.shape[0] ** 0.5
+    )
     return torch.cat([block[:, : block.shape[1] - count], fresh.to(block)], dim=1)
 
 
 def spectral_step(
-    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """One uncertified projection step, in place in every matrix (m, n) and in its block (n, k). See `registration.py`."""
     work = []

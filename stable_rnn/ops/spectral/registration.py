@@ -18,7 +18,13 @@ _CPU = torch.device("cpu")
 
 
 def _spectral_step(
-    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     _check(matrices, blocks, bounds, iterations)
     home = _home(matrices)
@@ -33,11 +39,21 @@ def _check(matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], it
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1 (it makes the block orthonormal), got {iterations}")
     if not len(matrices) == len(blocks) == len(bounds):
-        raise ValueError(f"{len(matrices)} matrices need as many blocks and bounds, got {len(blocks)} and {len(bounds)}")
+        raise ValueError(
+            f"{len(matrices)} matrices need as many blocks and bounds, got {len(blocks)} and {len(bounds)}"
+        )
     for i, (W, X) in enumerate(zip(matrices, blocks)):
-        if W.dim() != 2 or X.dim() != 2 or X.shape[0] != W.shape[1] or X.device != W.device or W.is_meta != matrices[0].is_meta:
-            raise ValueError(f"matrices[{i}] is {tuple(W.shape)} on {W.device}, blocks[{i}] {tuple(X.shape)} on {X.device}; expected "
-                             "(m, n) and (n, k), on one device")
+        if (
+            W.dim() != 2
+            or X.dim() != 2
+            or X.shape[0] != W.shape[1]
+            or X.device != W.device
+            or W.is_meta != matrices[0].is_meta
+        ):
+            raise ValueError(
+                f"matrices[{i}] is {tuple(W.shape)} on {W.device}, blocks[{i}] {tuple(X.shape)} on {X.device}; expected "
+                "(m, n) and (n, k), on one device"
+            )
         check_writable(W, f"matrices[{i}]"), check_writable(X, f"blocks[{i}]")
 
 
@@ -57,7 +73,9 @@ def kernel(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType | None:
 
 def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
     _check(matrices, blocks, bounds, iterations)
-    return tuple(torch.empty(len(matrices), dtype=dtype, device=_home(matrices)) for dtype in (torch.float64, torch.int64))
+    return tuple(
+        torch.empty(len(matrices), dtype=dtype, device=_home(matrices)) for dtype in (torch.float64, torch.int64)
+    )
 
 
 # One uncertified step for many matrices: W (m, n) and its block (n, k) are overwritten, the `fresh` last columns of the block are not
@@ -80,7 +98,9 @@ def _top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _top_singular_fake(W):
     dtype = torch.promote_types(W.dtype, torch.float32)
-    return tuple(W.new_empty(shape, dtype=dtype) for shape in (W.shape[:-2], W.shape[:-1], (*W.shape[:-2], W.shape[-1])))
+    return tuple(
+        W.new_empty(shape, dtype=dtype) for shape in (W.shape[:-2], W.shape[:-1], (*W.shape[:-2], W.shape[-1]))
+    )
 
 
 def _top_singular_vmap(info, in_dims, W):

@@ -63,7 +63,9 @@ def _limits(bound: float | Sequence[float] | Tensor, rows: Tensor) -> Tensor:
     try:
         return limit.expand(rows.shape[:-1])
     except RuntimeError:
-        raise ValueError(f"bound of shape {tuple(limit.shape)} does not fit rows of shape {tuple(rows.shape[:-1])}") from None
+        raise ValueError(
+            f"bound of shape {tuple(limit.shape)} does not fit rows of shape {tuple(rows.shape[:-1])}"
+        ) from None
 
 
 def _outside(A: Tensor, limit: Tensor, gamma: float) -> Tensor:
@@ -89,11 +91,15 @@ def _simplex(A: Tensor, aim: Tensor) -> Tensor:
         count = stay.sum(-1)
         if (count == above).all():
             return (D - theta[:, None]).clamp(min=0)
-        theta = theta.maximum((torch.where(stay, D, 0.0).sum(-1) - aim) / count.clamp(min=1))  # rounding must not let it fall: it ends
+        theta = theta.maximum(
+            (torch.where(stay, D, 0.0).sum(-1) - aim) / count.clamp(min=1)
+        )  # rounding must not let it fall: it ends
         above = count
 
 
 def _towards_zero(A: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """A * 2**exponent for A >= 0, in another dtype and its denormal numbers too, never rounded up."""
     rounded = shift(A, exponent).to(dtype)
-    return torch.where(shift(rounded.double(), -exponent) > A, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+    return torch.where(
+        shift(rounded.double(), -exponent) > A, torch.nextafter(rounded, torch.zeros_like(rounded)), rounded
+    )

@@ -32,7 +32,13 @@ def can_run(matrices: list[Tensor], blocks: list[Tensor]) -> tuple[bool, str]:
 
 
 def spectral_step(
-    matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], fresh: int, scale: bool, iterations: int, seed: int
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.spectral_step`, but on the device, and with no error for a matrix that is not finite: its norm is NaN."""
     device = matrices[0].device if matrices else torch.device("cpu")
@@ -42,7 +48,11 @@ def spectral_step(
         for dtype in DTYPES:
             some = [i for i, W in enumerate(matrices) if W.dtype == dtype and W.numel()]
             if some:
-                dense = {i: W if W.shape[1] == 1 or W.stride(1) == 1 else W.contiguous() for i, W in enumerate(matrices) if i in some}
+                dense = {
+                    i: W if W.shape[1] == 1 or W.stride(1) == 1 else W.contiguous()
+                    for i, W in enumerate(matrices)
+                    if i in some
+                }
                 _launch(dense, blocks, bounds, norms, near, fresh, scale, iterations, seed)
                 for i, copy in dense.items():
                     if copy is not matrices[i]:
@@ -53,8 +63,15 @@ def spectral_step(
 
 
 def _launch(
-    dense: dict[int, Tensor], blocks: list[Tensor], bounds: list[float], norms: Tensor, near: Tensor, fresh: int, scale: bool,
-    iterations: int, seed: int,
+    dense: dict[int, Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    norms: Tensor,
+    near: Tensor,
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
 ) -> None:
     """One launch for matrices of one dtype, given by their places."""
     from triton import language
@@ -71,21 +88,44 @@ def _launch(
         most = max(most, chunks, slices)
     device = recurrence.device_of(norms)
     members = min(most, max(1, device.programs // len(dense)))
-    table, limits = (_kept(values, dtype, norms.device) for values, dtype in ((fields, torch.int64), (bounds, torch.float64)))
-    work = (torch.empty(space, dtype=torch.float32, device=norms.device), torch.empty(grams, dtype=torch.float64, device=norms.device),
-            torch.zeros(len(dense), dtype=torch.int32, device=norms.device))
+    table, limits = (
+        _kept(values, dtype, norms.device) for values, dtype in ((fields, torch.int64), (bounds, torch.float64))
+    )
+    work = (
+        torch.empty(space, dtype=torch.float32, device=norms.device),
+        torch.empty(grams, dtype=torch.float64, device=norms.device),
+        torch.zeros(len(dense), dtype=torch.int32, device=norms.device),
+    )
     phases, dtype = 4 * iterations + 3, dense[next(iter(dense))].dtype
     alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
     spans = [(0, phases)] if alone or cooperative else [(p, p + 1) for p in range(phases)]
     for begin, end in spans:
         triton_step.step[(len(dense) * members,)](
-            table, limits, norms, near, *work, iterations, fresh, seed % 2**31, members, begin, end,
-            DTYPE=getattr(language, str(dtype).removeprefix("torch.")), SCALE=scale, ALONE=alone, FIELDS=triton_step.FIELDS,
-            BAND=triton_step.BAND, TILE=triton_step.TILE, launch_cooperative_grid=cooperative, **OPTIONS,
+            table,
+            limits,
+            norms,
+            near,
+            *work,
+            iterations,
+            fresh,
+            seed % 2**31,
+            members,
+            begin,
+            end,
+            DTYPE=getattr(language, str(dtype).removeprefix("torch.")),
+            SCALE=scale,
+            ALONE=alone,
+            FIELDS=triton_step.FIELDS,
+            BAND=triton_step.BAND,
+            TILE=triton_step.TILE,
+            launch_cooperative_grid=cooperative,
+            **OPTIONS,
         )
 
 
-_captured: dict[tuple, Tensor] = {}  # what CUDA graphs will read: theirs for good, one table for all graphs of the same matrices
+_captured: dict[
+    tuple, Tensor
+] = {}  # what CUDA graphs will read: theirs for good, one table for all graphs of the same matrices
 
 
 def _kept(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -102,7 +142,9 @@ def _kept(values: list, dtype: torch.dtype, device: torch.device) -> Tensor:
 @lru_cache(maxsize=32)
 def _constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     if _capturing(device):
-        raise RuntimeError("spectral_project_: run a step with these row-contiguous matrices and bounds before a CUDA graph captures one")
+        raise RuntimeError(
+            "spectral_project_: run a step with these row-contiguous matrices and bounds before a CUDA graph captures one"
+        )
     return torch.tensor(values, dtype=dtype, device=device)
 
 

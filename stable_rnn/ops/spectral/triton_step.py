@@ -13,12 +13,15 @@ of members changes no sum. With I iterations the phases are
 
 W is read 2 I + 3 times and written once, with 64 m n operations an iteration. Sums of 16 x 16 are float64, products with W float32.
 """
+
 import triton
 import triton.language as tl
 
 from ..recurrence.triton_parts import meet
 
-FIELDS = 9  # of a matrix: its number, rows, columns, stride, vectors in the block, two addresses, places in the workspaces
+FIELDS = (
+    9  # of a matrix: its number, rows, columns, stride, vectors in the block, two addresses, places in the workspaces
+)
 NUMBERS = ("iterations", "fresh", "seed", "members", "begin", "end")
 BAND = 32  # rows of a chunk, of W or of a block
 TILE = 32  # columns of W at a time
@@ -57,7 +60,9 @@ def orthogonalizer(G):
     T = tl.where(row == column, 1.0, 0.0).to(tl.float64)
     for c in range(0, 16):
         pivot = tl.sum(tl.where((row == c) & (column == c), G, 0.0))
-        kept = (pivot > 1e-12 * tl.sum(tl.where(tl.arange(0, 16)[None, :] == c, sizes, 0.0))) & (pivot > 1e-280)  # float32 carries no more
+        kept = (pivot > 1e-12 * tl.sum(tl.where(tl.arange(0, 16)[None, :] == c, sizes, 0.0))) & (
+            pivot > 1e-280
+        )  # float32 carries no more
         over = tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, pivot, 1.0)), 0.0)
         across = tl.sum(tl.where(row == c, G, 0.0), 0)[None, :] * over  # row c of the factor
         down = tl.sum(tl.where(column == c, G, 0.0), 1)[:, None] * over
@@ -104,7 +109,9 @@ def eigen(G):
     values = values / tl.sum(E64 * E64, 0)[None, :]
     values = tl.where(values > 0, values, 0.0)
     across = tl.sum(tl.where(eye, values, 0.0), 1)[:, None]  # the same as a column
-    place = tl.sum(tl.where((across > values) | ((across == values) & (row < column)), 1, 0), 0)[None, :]  # how many come before
+    place = tl.sum(tl.where((across > values) | ((across == values) & (row < column)), 1, 0), 0)[
+        None, :
+    ]  # how many come before
     order = tl.sum(tl.where(eye, place, 0), 1)[:, None] == column
     return tl.sum(tl.where(order, across, 0.0), 0)[None, :], product(E, tl.where(order, 1.0, 0.0))
 
@@ -140,8 +147,27 @@ def unit_of(largest, chunks):
 
 
 @triton.jit
-def finish(w, kept, x, y, G, bound, norm_at, near_at, rank, members, m, n, stride, width, unit, inverse, SCALE: tl.constexpr,
-           BAND: tl.constexpr, TILE: tl.constexpr):
+def finish(
+    w,
+    kept,
+    x,
+    y,
+    G,
+    bound,
+    norm_at,
+    near_at,
+    rank,
+    members,
+    m,
+    n,
+    stride,
+    width,
+    unit,
+    inverse,
+    SCALE: tl.constexpr,
+    BAND: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """From G = Y^T Y: the norm and the block; W, where it is outside."""
     k = tl.arange(0, 16)[None, :]
     values, E = eigen(G)
@@ -168,7 +194,9 @@ def finish(w, kept, x, y, G, bound, norm_at, near_at, rank, members, m, n, strid
                 if SCALE:
                     a = a * factor
                 else:
-                    across = tl.load(x + columns[None, :] * 16 + tl.arange(0, 16)[:, None], mask=columns[None, :] < n, other=0.0)
+                    across = tl.load(
+                        x + columns[None, :] * 16 + tl.arange(0, 16)[:, None], mask=columns[None, :] < n, other=0.0
+                    )
                     a = a - product(t, across)
                 tl.debug_barrier()
                 inside = (rows[:, None] < m) & (columns[None, :] < n)
@@ -176,11 +204,36 @@ def finish(w, kept, x, y, G, bound, norm_at, near_at, rank, members, m, n, strid
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def step(table, bounds, norms, near, space, grams, arrivals, iterations, fresh, seed, members, begin, end,
-         DTYPE: tl.constexpr, SCALE: tl.constexpr, ALONE: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr, TILE: tl.constexpr):
+def step(
+    table,
+    bounds,
+    norms,
+    near,
+    space,
+    grams,
+    arrivals,
+    iterations,
+    fresh,
+    seed,
+    members,
+    begin,
+    end,
+    DTYPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ALONE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BAND: tl.constexpr,
+    TILE: tl.constexpr,
+):
     team, rank = tl.program_id(0) // members, tl.program_id(0) % members
     field = table + team * FIELDS
-    number, m, n, stride, width = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
+    number, m, n, stride, width = (
+        tl.load(field),
+        tl.load(field + 1),
+        tl.load(field + 2),
+        tl.load(field + 3),
+        tl.load(field + 4),
+    )
     w = tl.load(field + 5).to(tl.pointer_type(DTYPE))
     kept = tl.load(field + 6).to(tl.pointer_type(tl.float32))
     chunks, slices = tl.cdiv(m, BAND), tl.cdiv(n, BAND)
@@ -234,16 +287,42 @@ def step(table, bounds, norms, near, space, grams, arrivals, iterations, fresh, 
                     tl.store(x + rows * 16 + k, z, mask=rows < n)
                     if turn < 3:
                         tl.debug_barrier()
-                        tl.store((first if turn == 1 else second) + c * 256 + small, squares(x, c * BAND, tl.minimum((c + 1) * BAND, n)))
+                        tl.store(
+                            (first if turn == 1 else second) + c * 256 + small,
+                            squares(x, c * BAND, tl.minimum((c + 1) * BAND, n)),
+                        )
             elif (phase == 4 * iterations + 1) & finite:
                 for c in range(rank, chunks, members):
                     rows = c * BAND + tl.arange(0, BAND)
-                    tl.store(y + rows[:, None] * 16 + k, times_block(w, x, rows, m, n, stride, inverse, BAND, TILE), mask=rows[:, None] < m)
+                    tl.store(
+                        y + rows[:, None] * 16 + k,
+                        times_block(w, x, rows, m, n, stride, inverse, BAND, TILE),
+                        mask=rows[:, None] < m,
+                    )
                     tl.debug_barrier()
                     tl.store(first + c * 256 + small, squares(y, c * BAND, tl.minimum((c + 1) * BAND, m)))
             elif finite:
-                finish(w, kept, x, y, total(first, chunks), tl.load(bounds + number), norms + number, near + number, rank, members,
-                       m, n, stride, width, unit, inverse, SCALE, BAND, TILE)
+                finish(
+                    w,
+                    kept,
+                    x,
+                    y,
+                    total(first, chunks),
+                    tl.load(bounds + number),
+                    norms + number,
+                    near + number,
+                    rank,
+                    members,
+                    m,
+                    n,
+                    stride,
+                    width,
+                    unit,
+                    inverse,
+                    SCALE,
+                    BAND,
+                    TILE,
+                )
             elif (phase > 4 * iterations + 1) & (rank == 0):
                 tl.store(norms + number, float("nan"))
                 tl.store(near + number, 0)

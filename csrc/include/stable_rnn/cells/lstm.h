@@ -46,11 +46,14 @@ struct Lstm {
     const V dc = fma(d.h * o, fma(V(0.f) - th, th, one), d.c);
     V df = dc * before.c * (f * (one - f));
     if (cap < 1.f) df = select_le(V(cap), f, V(0.f), df);
-    return {{dc * g * (i * (one - i)), df, dc * i * fma(V(0.f) - g, g, one), d.h * th * (o * (one - o))}, {V(0.f), dc * f}};
+    return {{dc * g * (i * (one - i)), df, dc * i * fma(V(0.f) - g, g, one), d.h * th * (o * (one - o))},
+            {V(0.f), dc * f}};
   }
 
   template <class V>
-  static STABLE_RNN_HD V hidden(int, V dz, const V*) { return dz; }
+  static STABLE_RNN_HD V hidden(int, V dz, const V*) {
+    return dz;
+  }
 };
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn

@@ -33,7 +33,9 @@ struct Rnn {
   }
 
   template <class V>
-  static STABLE_RNN_HD V hidden(int, V dz, const V*) { return dz; }
+  static STABLE_RNN_HD V hidden(int, V dz, const V*) {
+    return dz;
+  }
 };
 
-}  // namespace stable_rnn
+}   // namespace stable_rnn
