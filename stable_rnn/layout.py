@@ -30,6 +30,10 @@ class Layout(NamedTuple):
         used = row_length(Problem("", self.steps, self.step), self.batch, self.lengths, device)
         return self._replace(step=-self.step, base=base + (used - 1) * self.step)
 
+    def unpacked(self, x: Tensor) -> Tensor:
+        """Buffer rows of packed rows (N, F)."""
+        return x if self.take is None else x.index_select(0, self.take)
+
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Dropout of buffer rows (N, F), by the masks that torch's own modules draw: time-major for padded input, else over packed rows."""
         if self.base is None:

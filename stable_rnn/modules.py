@@ -21,7 +21,7 @@ from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
 from .validate import check_state, check_weight, describe, pair
 
-_TORCH = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
+_TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
 
 
 class StableRNNBase(Bookkeeping, nn.RNNBase):
@@ -30,6 +30,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     stability: Stability | None = None
     plan: Plan
     backend: str
+    weight_hh_l0: Tensor
 
     def __init__(
         self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any
@@ -127,14 +128,18 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 w_ih, w_hh, *rest = weights[index]
                 bias, w_hr = rest[0] + rest[1] if self.bias else None, rest[-1] if self.proj_size else None
                 if cast:
-                    w_ih, bias, w_hh, w_hr = (None if w is None else w.to(x.dtype) for w in (w_ih, bias, w_hh, w_hr))
+                    w_ih, w_hh = w_ih.to(x.dtype), w_hh.to(x.dtype)
+                    bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
                 notes += [Note()] if noting else []
                 y, h, c, report = layer(
                     x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes[-1] if noting else None
                 )
-                ys.append(y), h_n.append(h), c_n.append(c), reports.append(report)
+                ys.append(y)
+                h_n.append(h)
+                c_n.append(c)
+                reports.append(report)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = rows.dropout(x, self.dropout)
@@ -166,7 +171,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
         return able and (name == "torch" or recorded or leave_to_torch(x))
 
-    def _forward(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None):
+    def _forward(
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, tuple]:
         """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
         if self.training:
             watch.trains(self)
@@ -182,7 +189,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, put = layout.packed(PackedSequence(x, sizes))
-                y, *hidden = self._stack(x.index_select(0, rows.take), rows, *hx)
+                y, *hidden = self._stack(rows.unpacked(x), rows, *hx)
                 y = y.index_select(0, put)
             return PackedSequence(y, sizes, order, back), self._permute(tuple(hidden), back)
 
@@ -206,10 +213,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
             y = y.view(*x.shape[:2], y.shape[1])
         if not batched:
-            y, hidden = y.squeeze(0 if self.batch_first else 1), tuple(h.squeeze(1) for h in hidden)
+            y, hidden = y.squeeze(0 if self.batch_first else 1), [h.squeeze(1) for h in hidden]
         return y, tuple(hidden)
 
-    def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, tuple]:
+    def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         weights = [
             w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights
         ]
@@ -217,7 +224,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
         y, *hidden = run(x, state, *rest, self.batch_first) if sizes is None else run(x, sizes, state, *rest)
-        return y, tuple(hidden)
+        return y, hidden
 
     def _cast(self, x: Tensor, hx: tuple | None) -> tuple[Tensor, tuple | None]:
         """Under autocast everything runs in its dtype, as nn.LSTM does."""
@@ -227,7 +234,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             hx = None if hx is None else tuple(None if h is None else h.to(x.dtype) for h in hx)
         return x, hx
 
-    def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, ...]:
+    def _zeros(self, x: Tensor, batch: int) -> tuple[Tensor, Tensor | None]:
         count = self.num_layers * (2 if self.bidirectional else 1)
         h0 = x.new_zeros(count, batch, self.proj_size or self.hidden_size)
         return (h0, x.new_zeros(count, batch, self.hidden_size)) if MODES[self.mode].has_cell else (h0, None)
@@ -237,7 +244,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return hx if order is None else tuple(h if h is None or not h.numel() else h.index_select(1, order) for h in hx)
 
     def _check_args(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> None:
-        self.check_forward_args(x, hx if MODES[self.mode].has_cell else hx[0], sizes)
+        states: Any = hx if MODES[self.mode].has_cell else hx[0]  # as torch's own modules give them
+        self.check_forward_args(x, states, sizes)
         for name, h in zip(("h_0", "c_0"), hx):
             if h is not None:
                 check_state(name, h, x)
@@ -316,7 +324,9 @@ class StableRNN(StableRNNBase):
             **kwargs,
         )
 
-    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None):
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths)
         if hx is not None and not isinstance(hx, Tensor):
@@ -382,17 +392,19 @@ class StableLSTM(StableRNNBase):
         )
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    # nn.LSTM's own have other signatures than its base's, too
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
-    ):
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths)
-        packed = isinstance(input, PackedSequence)
-        if not packed and input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if hx is not None:
-            hx = pair(hx, None, input.sorted_indices is None) if packed else pair(hx, input.dim())
+        if isinstance(input, PackedSequence):
+            hx = None if hx is None else pair(hx, None, input.sorted_indices is None)
+        else:
+            if input.dim() not in (2, 3):
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            hx = None if hx is None else pair(hx, input.dim())
         return self._forward(input, hx, lengths)

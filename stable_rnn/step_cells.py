@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
     """What both cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
 
     num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
+    nonlinearity: str  # of the RNN
 
     def __init__(
         self,
@@ -88,14 +89,13 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             return native.cell_step(self._cell, x, h, c, weights, self._cap)
         kind = autocast_dtype(x)
         self._check_tensors(x, h, c, kind is not None)
-        if (
-            kind is not None
-        ):  # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
+        if kind is not None:
+            # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
             out = torch.promote_types(kind, c.dtype) if c is not None and x.device.type == "cpu" else kind
-            x, h, c = (None if t is None else t.to(w_hh.dtype) for t in (x, h, c))
+            inner = w_hh.dtype
             with torch.autocast(x.device.type, enabled=False):
-                h, c = self._step(x, h, c)
-            return h.to(out), None if c is None else c.to(out)
+                h_new, c_new = self._step(x.to(inner), h.to(inner), None if c is None else c.to(inner))
+            return h_new.to(out), None if c_new is None else c_new.to(out)
         if backend == "torch":  # which has no such op; its cell is the reference's
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
@@ -214,5 +214,5 @@ class StableLSTMCell(StableCellBase):
             if not batched:
                 h, c = h.unsqueeze(0), c.unsqueeze(0)
         self._check(x, h, c)
-        h, c = self._step(x, h, c)
+        h, c = cast("tuple[Tensor, Tensor]", self._step(x, h, c))  # given a c, it gives one
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

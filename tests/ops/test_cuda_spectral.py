@@ -149,9 +149,8 @@ def test_no_worse_than_the_reference(machine, dtype, scale, size):
     assert torch.allclose(
         norms, torch.tensor([b * all(shape) for b, shape in zip(bounds, SHAPES)], dtype=torch.float64), rtol=1e-12
     )
-    if (
-        dtype != torch.float16 and _native.lib is not None
-    ):  # the CPU kernel starts from the same random vectors and ends in the same place
+    # the CPU kernel starts from the same random vectors and ends in the same place
+    if dtype != torch.float16 and _native.lib is not None:
         like_cpu = [W.cpu() for W in like_cpu]
         native.spectral_step(like_cpu, starts, bounds, 2, scale, 8, 7)
         for V, C, X, S, shape in zip(found, like_cpu, blocks, starts, SHAPES):

@@ -198,9 +198,8 @@ def backward(
                     unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                     dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, (unit < H) & (entry < count))
                     tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
-        for s in range(
-            tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)
-        ):  # after its last step a lane only hands on
+        # after its last step a lane only hands on
+        for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)):
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
