@@ -76,8 +76,10 @@ def same(found, expected, backend):
         assert row_major(a)
         if backend == "cpu":
             assert torch.equal(a, b)
-        else:  # library products of other strides: sums in another order
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        else:
+            torch.testing.assert_close(
+                a, b, rtol=1e-5, atol=1e-5
+            )  # float32: library products sum other strides in another order
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -211,7 +211,6 @@ def test_chunk_gradient_is_the_same_when_differentiated_again(cell):
     )
     again = torch.autograd.grad(outputs, list(leaves.values()), given, create_graph=True)
     for name, value in zip(leaves, again, strict=True):
-        torch.testing.assert_close(
-            value, plain[name], rtol=1e-12, atol=1e-12
-        )  # float64: the same sums in another order
+        # float64: the same sums in another order
+        torch.testing.assert_close(value, plain[name], rtol=1e-12, atol=1e-12)
         assert value.requires_grad

@@ -70,9 +70,8 @@ def test_vmap():
     W[0] *= 0.01
     gradient, hessian = torch.func.grad(loss), torch.func.jacrev(torch.func.grad(loss))
     for batched, single in ((torch.func.vmap(gradient)(W), gradient), (torch.func.vmap(hessian)(W), hessian)):
-        assert torch.allclose(
-            batched, torch.stack([single(w) for w in W]), rtol=1e-9, atol=1e-12
-        )  # float64: iterated to convergence
+        alone = torch.stack([single(w) for w in W])
+        assert torch.allclose(batched, alone, rtol=1e-9, atol=1e-12)  # float64: iterated to convergence
     assert torch.allclose(torch.func.vmap(gradient, in_dims=1)(W.movedim(0, 1)), torch.func.vmap(gradient)(W))
     batch = W.clone().requires_grad_()
     loss(batch).backward()

@@ -117,7 +117,7 @@ def windowed_backward(
         dw_hh.addmm_(dz.T, h_prev)
         if projected:
             dw_hr.addmm_(dh.T, m)
-    if lengths is not None:  # a row without any time hands its gradients straight through
+    if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0 = torch.where(none, dh_n.float(), dh0)
         dc0 = dc0 if c0 is None else torch.where(none, dc_n.float(), dc0)

@@ -80,7 +80,7 @@ def windowed_backward(
             if total is not None and first < early:
                 total[first : first + len(ids)] = part[: early - first]
     dh0, dc0 = (None if x is None else x.view(from_start, batch, x.shape[1]).sum(0) for x in (dh0, dc0))
-    if lengths is not None:  # a row without any time hands its gradients straight through
+    if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0, dc0 = (None if x is None else torch.where(none, end.float(), x) for x, end in ((dh0, dh_n), (dc0, dc_n)))
     return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], dw_hh, dw_hr, dh0, dc0))
