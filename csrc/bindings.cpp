@@ -143,24 +143,24 @@ int64_t spectral_workspace(int64_t count, Address matrices, const Limits& limits
   return spectral_workspace_cuda(params, make_limits(limits));
 }
 
-py::dict recurrence_plan(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
-                         const Limits& limits) {
-  const CudaPlan plan = recurrence_plan_cuda(backward, cell, dtype, hidden, out, entries, make_limits(limits));
+py::dict recurrence_tiling(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                           const Limits& limits) {
+  const CudaTiling tiling = recurrence_tiling_cuda(backward, cell, dtype, hidden, out, entries, make_limits(limits));
   py::dict fields;
-  if (plan.message) {
-    fields["message"] = plan.message;
+  if (tiling.message) {
+    fields["message"] = tiling.message;
     return fields;
   }
   fields["message"] = py::none();
-  fields["blocks"] = plan.blocks;
-  fields["cluster"] = plan.cluster;
-  fields["lanes"] = plan.lanes;
-  fields["units"] = plan.units;
-  fields["warps"] = plan.warps;
-  fields["place"] = plan.place;
-  fields["teams"] = plan.teams;
-  fields["shared_bytes"] = plan.shared_bytes;
-  fields["workspace_bytes"] = plan.workspace_bytes;
+  fields["blocks"] = tiling.blocks;
+  fields["cluster"] = tiling.cluster;
+  fields["lanes"] = tiling.lanes;
+  fields["units"] = tiling.units;
+  fields["warps"] = tiling.warps;
+  fields["place"] = tiling.place;
+  fields["teams"] = tiling.teams;
+  fields["shared_bytes"] = tiling.shared_bytes;
+  fields["workspace_bytes"] = tiling.workspace_bytes;
   return fields;
 }
 #endif
@@ -245,9 +245,9 @@ PYBIND11_MODULE(_C, module) {
            arg("workspace"), arg("workspace_bytes"));
   module.def("spectral_workspace_cuda", spectral_workspace, arg("count"), arg("matrices"), arg("limits"),
              "Bytes that spectral_step_cuda needs on a device with these limits.");
-  module.def("recurrence_plan_cuda", recurrence_plan, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"),
+  module.def("recurrence_tiling_cuda", recurrence_tiling, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"),
              arg("out"), arg("entries"), arg("limits"),
-             "How a shape would run on a device with these limits: the fields of CudaPlan.");
+             "How a shape would run on a device with these limits: the fields of CudaTiling.");
   module.def("cuda_limits", limits_of, arg("device"), "(arch, sms, shared_bytes, max_cluster) of a device.");
 #endif
 

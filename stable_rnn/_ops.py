@@ -27,6 +27,7 @@ from .ops.spectral import registration as _spectral  # noqa: F401  registers the
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
 _PROBLEM = "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, float tol, int max_passes, float cap, str backend"
 _ROWS = "Tensor? base, Tensor? lengths"
+_INPUTS = f"Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor? hidden_bias, Tensor h0, Tensor? c0, {_ROWS}"
 
 
 def _register(
@@ -65,7 +66,7 @@ def _forward_fake(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
 
 
 _register(
-    f"recurrence(Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS}, {_PROBLEM}, bool save)"
+    f"recurrence({_INPUTS}, {_PROBLEM}, bool save)"
     " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells, Tensor report)",
     Inputs,
     run.forward,
@@ -87,7 +88,7 @@ def _backward_fake(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
 
 _register(
     f"recurrence_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor y, Tensor saved, Tensor cells, Tensor w_hh, Tensor? w_hr,"
-    f" Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
+    f" Tensor? h0, Tensor? c0, {_ROWS}, {_PROBLEM}) -> (Tensor dz, Tensor dh, Tensor dh0, Tensor dc0, Tensor report)",
     BackwardInputs,
     run.backward,
     _backward_fake,
@@ -96,15 +97,12 @@ _register(
 
 def _windowed_backward_fake(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
     check(p, inputs, values=False)
-    return tuple(
-        inputs.xp.new_empty(0 if t is None else t.shape)
-        for t in (inputs.xp, inputs.w_hh, inputs.w_hr, inputs.h0, inputs.c0)
-    )
+    return tuple(inputs.xp.new_empty(0 if t is None else t.shape) for t in inputs.inputs[:-2])
 
 
 _register(
-    f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor h0, Tensor? c0, {_ROWS},"
-    f" {_PROBLEM}) -> (Tensor dxp, Tensor dw_hh, Tensor dw_hr, Tensor dh0, Tensor dc0)",
+    f"windowed_backward(Tensor dy, Tensor dh_n, Tensor dc_n, {_INPUTS}, {_PROBLEM})"
+    " -> (Tensor dxp, Tensor dw_hh, Tensor dw_hr, Tensor dhidden_bias, Tensor dh0, Tensor dc0)",
     WindowedInputs,
     run.windowed_backward,
     _windowed_backward_fake,

@@ -163,10 +163,10 @@ def _run(
         x = layout.without_padding(x, lengths, batch_first)
     way = layout.padded(x.shape, batch_first, lengths, x.device)
     way = way.reversed(x.device) if reverse else way
-    bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+    bias, hidden_bias = CELLS[cell].biases(b_ih, b_hh)
     h0 = x.new_zeros(batch, out) if h0 is None else h0
     if c0 is None and has_cell:
         c0 = x.new_zeros(batch, hidden)
     p = Problem(cell, way.steps, way.step, **plan.numbers(x), cap=clamp, backend=backend)
-    y, h, c, _ = layer(x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, h0, c0, way.base, way.lengths, p)
+    y, h, c, _ = layer(x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0, way.base, way.lengths, p)
     return y.view(*x.shape[:2], out), h, c if has_cell else torch.empty(0)

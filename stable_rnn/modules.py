@@ -126,15 +126,26 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             for d, way in enumerate(directions):
                 index = level * len(directions) + d
                 w_ih, w_hh, *rest = weights[index]
-                bias, w_hr = rest[0] + rest[1] if self.bias else None, rest[-1] if self.proj_size else None
+                bias, hidden_bias = MODES[self.mode].biases(*rest[:2]) if self.bias else (None, None)
+                w_hr = rest[-1] if self.proj_size else None
                 if cast:
                     w_ih, w_hh = w_ih.to(x.dtype), w_hh.to(x.dtype)
-                    bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, w_hr))
+                    bias, hidden_bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, hidden_bias, w_hr))
                 p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
                 notes += [Note()] if noting else []
                 y, h, c, report = layer(
-                    x, w_ih, bias, w_hh, w_hr, *start, way.base, way.lengths, p, notes[-1] if noting else None
+                    x,
+                    w_ih,
+                    bias,
+                    w_hh,
+                    w_hr,
+                    hidden_bias,
+                    *start,
+                    way.base,
+                    way.lengths,
+                    p,
+                    notes[-1] if noting else None,
                 )
                 ys.append(y)
                 h_n.append(h)

@@ -98,8 +98,9 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             return h_new.to(out), None if c_new is None else c_new.to(out)
         if backend == "torch":  # which has no such op; its cell is the reference's
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
+        bias, hidden_bias = MODES[self.mode].biases(b_ih, b_hh)
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
-        _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
+        _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, p)
         return h, c
 
     def _check(self, x: Tensor, *states: Tensor) -> None:

@@ -42,7 +42,7 @@ def test_tilings_of_all_lengths_are_not_kept(monkeypatch):
     class Lib:
         asked = []
 
-        def recurrence_plan_cuda(self, *shape):
+        def recurrence_tiling_cuda(self, *shape):
             self.asked.append(shape)
             return {"message": None, "workspace_bytes": 0}
 

@@ -99,7 +99,7 @@ def test_steps_are_bitwise_the_full_pass(cell, dtype):
         c0 = torch.randn(batch, hidden).to(dtype) if cell == "lstm" else None
 
         def full(x, t, h, c, w=w):
-            return layer(x, None, None, w, None, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
+            return layer(x, None, None, w, None, None, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
 
         y, h_n, c_n, _ = full(xp, steps, h0, c0)
         if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-// The entry points: what the CUDA kernels cannot do, the plan, and the two launches (prepare, then the recurrence).
+// The entry points: what the CUDA kernels cannot do, the tiling, and the two launches (prepare, then the recurrence).
 #include "recurrence_weights.cuh"
 #include "recurrence_launch.h"
 
@@ -35,12 +35,12 @@ template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, cons
 }
 
 template <int dtype, class Params>
-const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const CudaLaunch& at) {
+const char* enqueue(bool backward, const Params& p, const CudaTiling& tiling, const CudaLaunch& at) {
   const int64_t entries = entries_of(p.lanes);
-  const Geometry g = geometry_of(backward, p.cell, dtype, p.hidden, plan);
-  const WorkspaceParts parts = workspace_parts(plan, g);
+  const Geometry g = geometry_of(backward, p.cell, dtype, p.hidden, tiling);
+  const WorkspaceParts parts = workspace_parts(tiling, g);
   char* workspace = static_cast<char*>(at.workspace);
-  if (entries > 0 && at.workspace_bytes < parts.bytes) return "the workspace is smaller than the plan says";
+  if (entries > 0 && at.workspace_bytes < parts.bytes) return "the workspace is smaller than the tiling says";
 
   PrepareParams q{};
   q.geometry = g;
@@ -52,7 +52,7 @@ const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const 
   if (p.lanes.length || p.lanes.steps == 0) q.empty_rows = p.lanes.batch;
   if (entries > 0) {
     q.packed = reinterpret_cast<Quad*>(workspace);
-    q.quads = plan.blocks * g.weights / 16;
+    q.quads = tiling.blocks * g.weights / 16;
     q.meeting = reinterpret_cast<Quad*>(workspace + parts.flags);
     q.meeting_quads = (parts.bytes - parts.flags) / 16;
   }
@@ -62,52 +62,52 @@ const char* enqueue(bool backward, const Params& p, const CudaPlan& plan, const 
   if (const char* problem = launch(&prepare<dtype>, small, q)) return problem;
   if (entries == 0) return nullptr;
 
-  const bool grid = plan.blocks > 1 && plan.cluster == 1;
+  const bool grid = tiling.blocks > 1 && tiling.cluster == 1;
   const Meeting meeting{workspace + parts.inboxes, reinterpret_cast<unsigned*>(workspace + parts.flags)};
   return launch_recurrence<dtype>(
       RecurrenceLaunch<Params>{p, g, meeting, q.packed, entries},
-      Grid{plan.teams * plan.blocks, 32 * plan.warps, plan.cluster, g.shared_bytes, grid, at.stream});
+      Grid{tiling.teams * tiling.blocks, 32 * tiling.warps, tiling.cluster, g.shared_bytes, grid, at.stream});
 }
 
 template <class Params>
-const char* run(bool backward, const Params& p, const CudaPlan& plan, const CudaLaunch& at) {
+const char* run(bool backward, const Params& p, const CudaTiling& tiling, const CudaLaunch& at) {
   if (const char* problem = check(p)) return problem;
-  if (plan.message) return plan.message;
+  if (tiling.message) return tiling.message;
   if (p.hidden == 0) return nullptr;
   return with_device(at.device, [&]() -> const char* {
     switch (p.dtype) {
       case F32:
-        return enqueue<F32>(backward, p, plan, at);
+        return enqueue<F32>(backward, p, tiling, at);
       case BF16:
-        return enqueue<BF16>(backward, p, plan, at);
+        return enqueue<BF16>(backward, p, tiling, at);
       case F16:
-        return enqueue<F16>(backward, p, plan, at);
+        return enqueue<F16>(backward, p, tiling, at);
       default:
-        return enqueue<TF32>(backward, p, plan, at);
+        return enqueue<TF32>(backward, p, tiling, at);
     }
   });
 }
 
 template <class Params>
-const char* plan_and_run(bool backward, const Params& p, const CudaLaunch& at) {
+const char* tile_and_run(bool backward, const Params& p, const CudaLaunch& at) {
   CudaLimits limits;
   if (const char* problem = check(p)) return problem;
   if (const char* problem = cuda_limits(at.device, &limits)) return problem;
-  return run(backward, p, recurrence_plan_cuda(backward, p.cell, p.dtype, p.hidden, p.out, entries_of(p.lanes), limits),
-             at);
+  return run(backward, p,
+             recurrence_tiling_cuda(backward, p.cell, p.dtype, p.hidden, p.out, entries_of(p.lanes), limits), at);
 }
 
 }   // namespace
 
-const char* recurrence_forward_planned(const ForwardParams& p, const CudaPlan& plan, const CudaLaunch& at) {
-  return run(false, p, plan, at);
+const char* recurrence_forward_tiled(const ForwardParams& p, const CudaTiling& tiling, const CudaLaunch& at) {
+  return run(false, p, tiling, at);
 }
-const char* recurrence_backward_planned(const BackwardParams& p, const CudaPlan& plan, const CudaLaunch& at) {
-  return run(true, p, plan, at);
+const char* recurrence_backward_tiled(const BackwardParams& p, const CudaTiling& tiling, const CudaLaunch& at) {
+  return run(true, p, tiling, at);
 }
-const char* recurrence_forward_cuda(const ForwardParams& p, const CudaLaunch& at) { return plan_and_run(false, p, at); }
+const char* recurrence_forward_cuda(const ForwardParams& p, const CudaLaunch& at) { return tile_and_run(false, p, at); }
 const char* recurrence_backward_cuda(const BackwardParams& p, const CudaLaunch& at) {
-  return plan_and_run(true, p, at);
+  return tile_and_run(true, p, at);
 }
 
 }   // namespace stable_rnn

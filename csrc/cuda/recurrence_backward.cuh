@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
   }
 }
 
-// The kernel of a plan's variant.
+// The kernel of a tiling's variant.
 template <int dtype, class Cell>
 const char* launch_backward_of(const BackwardLaunch& q, const Grid& grid) {
   constexpr WarpLayout layout = warp_layout<Cell>(true);

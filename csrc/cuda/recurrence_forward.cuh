@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
   }
 }
 
-// The kernel of a plan's variant.
+// The kernel of a tiling's variant.
 template <int dtype, class Cell>
 const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
   constexpr WarpLayout layout = warp_layout<Cell>(false);

@@ -1,4 +1,4 @@
-// Between the entry points (recurrence.cu), the choice of a plan (recurrence_plan.cu) and the kernels (recurrence_*_*.cu).
+// Between the entry points (recurrence.cu), the choice of a tiling (recurrence_tiling.cu) and the kernels (recurrence_*_*.cu).
 #pragma once
 #include "recurrence_layout.h"
 #include "stable_rnn/cuda.h"
@@ -20,18 +20,18 @@ using BackwardLaunch = RecurrenceLaunch<BackwardParams>;
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// From the plan's blocks, cluster, lanes, units, warps, place and teams.
-Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan);
+// From the tiling's blocks, cluster, lanes, units, warps, place and teams.
+Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaTiling& tiling);
 
 // The workspace: packed weights; then, where teams meet through L2, flags and inboxes (see Meeting), which are zeroed together.
 struct WorkspaceParts {
   int64_t flags, inboxes, bytes;
 };
-WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g);
+WorkspaceParts workspace_parts(const CudaTiling& tiling, const Geometry& g);
 
-// The entry points with a plan of the caller's choice: so tests reach every variant.
-const char* recurrence_forward_planned(const ForwardParams&, const CudaPlan&, const CudaLaunch&);
-const char* recurrence_backward_planned(const BackwardParams&, const CudaPlan&, const CudaLaunch&);
+// The entry points with a tiling of the caller's choice: so tests reach every variant.
+const char* recurrence_forward_tiled(const ForwardParams&, const CudaTiling&, const CudaLaunch&);
+const char* recurrence_backward_tiled(const BackwardParams&, const CudaTiling&, const CudaLaunch&);
 
 template <int dtype> const char* launch_forward(const ForwardLaunch&, const Grid&);
 template <int dtype> const char* launch_backward(const BackwardLaunch&, const Grid&);

@@ -1,4 +1,4 @@
-// How warps divide the work of a cell: what the kernels, the packed weights and the plan have to agree on. It follows from the cell's
+// How warps divide the work of a cell: what the kernels, the packed weights and the tiling have to agree on. It follows from the cell's
 // gates, so that a new cell needs nothing here.
 //
 // Forward, a warp's sums are rows of W_hh, 16 of them to a block: of an even number of gates, two gates of the same 8 units, else one gate

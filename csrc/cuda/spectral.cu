@@ -59,7 +59,7 @@ bool lay_out(const SpectralMatrix& a, int team, bool cluster, int64_t shared_byt
   return false;
 }
 
-struct Plan {
+struct Tiling {
   const char* message = nullptr;
   int blocks = 1;
   bool cluster = false;
@@ -67,82 +67,82 @@ struct Plan {
   Space space{};
 };
 
-Plan plan(const SpectralParams& p, const CudaLimits& limits) {
-  Plan plan;
+Tiling tiling(const SpectralParams& p, const CudaLimits& limits) {
+  Tiling tiling;
   int64_t rows = 1, cols = 1;
   for (int64_t i = 0; i < p.count; ++i) {
     const SpectralMatrix& a = p.matrices[i];
     if (a.dtype != F32 && a.dtype != BF16 && a.dtype != F16)
-      plan.message = "dtype of a matrix: float32, bfloat16 or float16";
-    if (a.width < 0 || a.width > K) plan.message = "a block has more than 16 vectors";
-    if (a.rows > INT32_MAX - 1024) plan.message = "a matrix has too many rows for the CUDA kernel";
+      tiling.message = "dtype of a matrix: float32, bfloat16 or float16";
+    if (a.width < 0 || a.width > K) tiling.message = "a block has more than 16 vectors";
+    if (a.rows > INT32_MAX - 1024) tiling.message = "a matrix has too many rows for the CUDA kernel";
     rows = std::max<int64_t>(rows, a.rows);
     cols = std::max<int64_t>(cols, a.cols);
   }
-  if (plan.message) return plan;
+  if (tiling.message) return tiling;
 
   const int64_t at_once = std::max<int64_t>(1, std::min<int64_t>(p.count, MOST));
   int most = 1;
   while (2 * most <= std::min(limits.max_cluster, LARGEST_TEAM)) most *= 2;
-  plan.blocks = own_blocks(rows, most, true);
+  tiling.blocks = own_blocks(rows, most, true);
   const int64_t larger =
       std::min(wanted_blocks(rows), limits.sms / at_once);   // blocks that wait for each other must all run
-  const int64_t share = (rows + plan.blocks - 1) / plan.blocks * cols;
-  if (larger >= 2 * plan.blocks && share > MUCH) plan.blocks = static_cast<int>(larger);
-  plan.cluster = plan.blocks > 1 && plan.blocks <= most;
+  const int64_t share = (rows + tiling.blocks - 1) / tiling.blocks * cols;
+  if (larger >= 2 * tiling.blocks && share > MUCH) tiling.blocks = static_cast<int>(larger);
+  tiling.cluster = tiling.blocks > 1 && tiling.blocks <= most;
 
   int64_t pitch = 0;
   for (int64_t i = 0; i < p.count; ++i) {
     Layout layout;
-    if (!lay_out(p.matrices[i], plan.blocks, plan.cluster, limits.shared_bytes, &layout)) {
-      plan.message = "a matrix has too many columns for the shared memory of this device";
-      return plan;
+    if (!lay_out(p.matrices[i], tiling.blocks, tiling.cluster, limits.shared_bytes, &layout)) {
+      tiling.message = "a matrix has too many columns for the shared memory of this device";
+      return tiling;
     }
-    plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, Shared(layout).bytes);
+    tiling.shared_bytes = std::max<int64_t>(tiling.shared_bytes, Shared(layout).bytes);
     pitch = std::max<int64_t>(pitch, layout.pitch);
   }
   int64_t bytes = 0;
   const auto take = [&bytes](int64_t size) {
     return (bytes += round_up<int64_t>(size, 256)) - round_up<int64_t>(size, 256);
   };
-  plan.space.partials = take(4 * K * pitch * plan.blocks);
-  plan.space.x = take(4 * K * pitch);
-  plan.space.y = take(4 * K * rows);
-  plan.space.grams = take(2 * 8 * K * K * plan.blocks);
-  plan.space.largest = take(4 * plan.blocks);
-  plan.space.bytes = bytes;
-  plan.flags = round_up<int64_t>(4 * plan.blocks * at_once, 256);
-  plan.workspace_bytes = plan.flags + at_once * bytes;
-  return plan;
+  tiling.space.partials = take(4 * K * pitch * tiling.blocks);
+  tiling.space.x = take(4 * K * pitch);
+  tiling.space.y = take(4 * K * rows);
+  tiling.space.grams = take(2 * 8 * K * K * tiling.blocks);
+  tiling.space.largest = take(4 * tiling.blocks);
+  tiling.space.bytes = bytes;
+  tiling.flags = round_up<int64_t>(4 * tiling.blocks * at_once, 256);
+  tiling.workspace_bytes = tiling.flags + at_once * bytes;
+  return tiling;
 }
 
 }   // namespace
 }   // namespace spectral
 
 int64_t spectral_workspace_cuda(const SpectralParams& p, const CudaLimits& limits) {
-  const spectral::Plan plan = spectral::plan(p, limits);
-  return plan.message ? -1 : plan.workspace_bytes;
+  const spectral::Tiling tiling = spectral::tiling(p, limits);
+  return tiling.message ? -1 : tiling.workspace_bytes;
 }
 
 const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launched) {
   using namespace spectral;
   CudaLimits limits;
   if (const char* problem = cuda_limits(launched.device, &limits)) return problem;
-  const Plan plan = spectral::plan(p, limits);
-  if (plan.message) return plan.message;
-  if (launched.workspace_bytes < plan.workspace_bytes)
+  const Tiling tiling = spectral::tiling(p, limits);
+  if (tiling.message) return tiling.message;
+  if (launched.workspace_bytes < tiling.workspace_bytes)
     return "the workspace is smaller than spectral_workspace_cuda says";
   return with_device(launched.device, [&]() -> const char* {
     Params params;
-    params.blocks = plan.blocks;
-    params.cluster = plan.cluster;
+    params.blocks = tiling.blocks;
+    params.cluster = tiling.cluster;
     params.scale = p.scale != 0;
     params.iterations = p.iterations;
     params.fresh = static_cast<int>(std::min<int64_t>(p.fresh, K));
     params.flags = static_cast<unsigned*>(launched.workspace);
-    params.workspace = static_cast<char*>(launched.workspace) + plan.flags;
-    params.space = plan.space;
-    const bool flags = plan.blocks > 1 && !plan.cluster;
+    params.workspace = static_cast<char*>(launched.workspace) + tiling.flags;
+    params.space = tiling.space;
+    const bool flags = tiling.blocks > 1 && !tiling.cluster;
     for (int64_t first = 0; first < p.count; first += MOST) {
       params.count = static_cast<int>(std::min<int64_t>(p.count - first, MOST));
       params.seed = p.seed + static_cast<uint64_t>(first);
@@ -154,14 +154,14 @@ const char* spectral_step_cuda(const SpectralParams& p, const CudaLaunch& launch
         m = {reinterpret_cast<void*>(a.w), reinterpret_cast<float*>(a.block), a.stride,
              p.bounds[first + i],          static_cast<int>(a.rows),          static_cast<int>(a.cols),
              static_cast<int>(a.width),    static_cast<int>(a.dtype),         {}};
-        lay_out(a, plan.blocks, plan.cluster, limits.shared_bytes, &m.layout);
+        lay_out(a, tiling.blocks, tiling.cluster, limits.shared_bytes, &m.layout);
       }
-      const int blocks = params.count * plan.blocks;
+      const int blocks = params.count * tiling.blocks;
       if (flags)
         if (const char* problem =
                 launch(lower, Grid{1, 256, 1, 0, false, launched.stream}, Flags{params.flags, blocks}))
           return problem;
-      const Grid grid{blocks, THREADS, plan.cluster ? plan.blocks : 1, plan.shared_bytes, flags, launched.stream};
+      const Grid grid{blocks, THREADS, tiling.cluster ? tiling.blocks : 1, tiling.shared_bytes, flags, launched.stream};
       if (const char* problem = launch(spectral_step, grid, params)) return problem;
     }
     return nullptr;

@@ -5,7 +5,7 @@
 
 namespace stable_rnn {
 
-// Made from a CudaPlan (recurrence_plan.cu). Offsets and sizes in bytes; the offsets are into shared memory, where the weights lie first.
+// Made from a CudaTiling (recurrence_tiling.cu). Offsets and sizes in bytes; the offsets are into shared memory, where the weights lie first.
 struct Geometry {
   int blocks, cluster, teams, place;
   int lanes, units;     // N of a tile, U of a block

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Cell
+from .spec import Cell, State
 
 
 class Lstm(Cell):
@@ -24,15 +24,16 @@ class Lstm(Cell):
         return o * torch.tanh(c), c, torch.cat([i, f, g, o], 1)
 
     def vjp(
-        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
-    ) -> tuple[Tensor, Tensor]:
+        self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
+    ) -> tuple[Tensor, State]:
         i, f, g, o = saved.chunk(4, 1)
-        tanh_c = torch.tanh(c)
+        tanh_c = torch.tanh(after.c)
         dc = dc + dh * o * (1 - tanh_c * tanh_c)
-        df = dc * c_prev * f * (1 - f)
+        df = dc * before.c * f * (1 - f)
         if clamp < 1:
             df = torch.where(f < clamp, df, 0.0)
-        return torch.cat([dc * g * i * (1 - i), df, dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], 1), dc * f
+        dz = torch.cat([dc * g * i * (1 - i), df, dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], 1)
+        return dz, State(None, dc * f)
 
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         return saved.chunk(4, 1)[3].to(c.dtype) * torch.tanh(c)

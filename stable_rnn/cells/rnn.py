@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Cell
+from .spec import Cell, State
 
 
 class Tanh(Cell):
@@ -17,9 +17,9 @@ class Tanh(Cell):
         return torch.tanh(x + q), c, x[:, :0]
 
     def vjp(
-        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
-    ) -> tuple[Tensor, Tensor]:
-        return dh * (1 - h * h), dc
+        self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
+    ) -> tuple[Tensor, State]:
+        return dh * (1 - after.h * after.h), State(None, None)
 
 
 class Relu(Tanh):
@@ -29,6 +29,6 @@ class Relu(Tanh):
         return torch.relu(x + q), c, x[:, :0]
 
     def vjp(
-        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
-    ) -> tuple[Tensor, Tensor]:
-        return torch.where(h > 0, dh, 0.0), dc
+        self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
+    ) -> tuple[Tensor, State]:
+        return torch.where(after.h > 0, dh, 0.0), State(None, None)

@@ -1,7 +1,8 @@
 """What a cell is: all that the reference, the plans and the callers of the kernels know of it. `csrc/include/stable_rnn/cells/` says the
 same to the compiled kernels.
 
-A step reads the input projection x (n, G*H), with its biases, the hidden product q = h W_hh^T (n, G*H), and the state, h (n, P) and,
+A step reads the input projection x (n, G*H), with its biases, the hidden product q = h W_hh^T (n, G*H), with the bias that is
+its own, and the state, h (n, P) and,
 where the cell has one, c (n, H); arithmetic is float32 or float64.
 
 To add a cell: one file here and its place in `__init__.py`, one header there and its place in `cells.h`, its functions in
@@ -9,7 +10,17 @@ To add a cell: one file here and its place in `__init__.py`, one header there an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+
+
+class State(NamedTuple):
+    """h (n, H) and c (n, H) of one time; None where the cell, or who asks it, has none."""
+
+    h: Tensor | None
+    c: Tensor | None
 
 
 class Cell:
@@ -22,8 +33,11 @@ class Cell:
     gates: int  # G: columns of x, q and dz, in units of H
     saved: int  # columns that the backward pass needs beside y and c, in units of H; 0: y is enough
     has_cell: bool  # a second state c
+    hidden_bias: int | None = (
+        None  # the gate whose hidden product has a bias of its own; those of all others are part of x
+    )
     h_after: bool  # vjp() reads h
-    carries: bool = False  # the h before a step gets a part of dh beside the product with W_hh; no cell with a c does
+    carries: bool = False  # step() reads the unit's own h, and vjp() hands a part of dh on to it; no cell with a c does
     projects: bool  # may have W_hr
     forgets: int | None  # the gate that a clamp bounds; None: no gate forgets
 
@@ -32,11 +46,21 @@ class Cell:
         raise NotImplementedError
 
     def vjp(
-        self, dh: Tensor, dc: Tensor, saved: Tensor, h: Tensor, c: Tensor, c_prev: Tensor, clamp: float
-    ) -> tuple[Tensor, Tensor]:
-        """From the adjoints of a step's h (before a projection) and c to dz (n, G*H), the gradient of x, and to the adjoint of the c
-        before the step. `saved` and `clamp` as the storage dtype rounded them."""
+        self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
+    ) -> tuple[Tensor, State]:
+        """From the adjoints of a step's h (before a projection) and c to dz (n, G*H), the gradient of x, and to the adjoints of the states
+        before the step, that of h without the product with W_hh. `saved` and `clamp` as the storage dtype rounded them."""
         raise NotImplementedError
+
+    def biases(self, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """torch's two biases (G*H,) as that of x (G*H,) and that of the hidden product alone (H,)."""
+        if b_ih is None or b_hh is None:
+            return (b_hh if b_ih is None else b_ih), None
+        if self.hidden_bias is None:
+            return b_ih + b_hh, None
+        parts = list(b_hh.chunk(self.gates))
+        own, parts[self.hidden_bias] = parts[self.hidden_bias], torch.zeros_like(parts[self.hidden_bias])
+        return b_ih + torch.cat(parts), own
 
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         """h before its projection, of cells that have one, from what is saved."""

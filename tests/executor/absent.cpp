@@ -16,10 +16,10 @@ ABSENT(recurrence_forward_cuda, const ForwardParams&, const CudaLaunch&)
 ABSENT(recurrence_backward_cuda, const BackwardParams&, const CudaLaunch&)
 ABSENT(spectral_step_cuda, const SpectralParams&, const CudaLaunch&)
 
-[[gnu::weak]] CudaPlan recurrence_plan_cuda(bool, int, int, int64_t, int64_t, int64_t, const CudaLimits&) {
-  CudaPlan plan{};
-  plan.message = "recurrence_plan_cuda is not part of the executor's module";
-  return plan;
+[[gnu::weak]] CudaTiling recurrence_tiling_cuda(bool, int, int, int64_t, int64_t, int64_t, const CudaLimits&) {
+  CudaTiling tiling{};
+  tiling.message = "recurrence_tiling_cuda is not part of the executor's module";
+  return tiling;
 }
 [[gnu::weak]] int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits&) { return 0; }
 

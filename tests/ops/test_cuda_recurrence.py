@@ -11,7 +11,7 @@ import pytest
 import torch
 from executor import build
 from lane_loop import CELLS, Case
-from planned import L2, REGISTERS, SHARED, Limits, Machine, Variant
+from tiled import L2, REGISTERS, SHARED, Limits, Machine, Variant
 
 from stable_rnn import _native
 
@@ -61,12 +61,12 @@ def exists(machine, variant, backward, case):
     unit = 8 if case.lstm and not backward else 16
     if -(-case.hidden // (variant.blocks * unit)) * unit * (variant.blocks - 1) >= case.hidden:
         return False  # a block without units
-    plan = machine.plan(variant, backward, case)
+    tiling = machine.tiling(variant, backward, case)
     most = machine.library.allowed_warps(
         backward, loop.CELLS.index(case.cell), variant.octets, variant.place == REGISTERS
     )
     limits = machine.limits
-    return plan.warps <= most and plan.shared_bytes <= limits.shared_bytes and plan.cluster <= limits.max_cluster
+    return tiling.warps <= most and tiling.shared_bytes <= limits.shared_bytes and tiling.cluster <= limits.max_cluster
 
 
 def assert_like(found, exact, eager, case, terms):
@@ -368,33 +368,33 @@ def test_plans_fit_the_device(limits, kind, cell):
     for backward in (FORWARD, BACKWARD):
         for hidden in (1, 8, 33, 64, 128, 200, 256, 500, 512, 768, 1024):
             for entries in (0, 1, 7, 16, 256, 4000, 10**9):
-                plan = EXECUTOR.automatic(limits, backward, cell, kind, hidden, entries)
-                if plan.message:
-                    assert backward and cell == 2 and kind in (0, 3) and hidden > 512 and b"too large" in plan.message
+                tiling = EXECUTOR.automatic(limits, backward, cell, kind, hidden, entries)
+                if tiling.message:
+                    assert backward and cell == 2 and kind in (0, 3) and hidden > 512 and b"too large" in tiling.message
                     continue
-                assert (plan.blocks - 1) * plan.units < hidden <= plan.blocks * plan.units
-                assert plan.cluster in (1, plan.blocks) and plan.cluster <= limits.max_cluster
-                assert plan.shared_bytes <= limits.shared_bytes and plan.lanes % 8 == 0
-                assert 1 <= plan.teams <= max(1, -(-entries // plan.lanes))
-                grid = plan.blocks > 1 and plan.cluster == 1
-                assert not grid or plan.teams * plan.blocks <= limits.sms  # all run at the same time
+                assert (tiling.blocks - 1) * tiling.units < hidden <= tiling.blocks * tiling.units
+                assert tiling.cluster in (1, tiling.blocks) and tiling.cluster <= limits.max_cluster
+                assert tiling.shared_bytes <= limits.shared_bytes and tiling.lanes % 8 == 0
+                assert 1 <= tiling.teams <= max(1, -(-entries // tiling.lanes))
+                grid = tiling.blocks > 1 and tiling.cluster == 1
+                assert not grid or tiling.teams * tiling.blocks <= limits.sms  # all run at the same time
                 weights = (4 if cell == 2 else 1) * hidden**2 * (2 if kind in (1, 2) else 4)
-                assert weights <= plan.workspace_bytes < 3 * weights + (1 << 24)
+                assert weights <= tiling.workspace_bytes < 3 * weights + (1 << 24)
 
 
 def test_plans_of_known_shapes():
-    def plan(*shape, limits=H100):
+    def tiling(*shape, limits=H100):
         return EXECUTOR.automatic(limits, FORWARD, 2, 1, *shape)
 
-    latency = plan(256, 1)  # a cluster with the weights in registers
+    latency = tiling(256, 1)  # a cluster with the weights in registers
     assert (latency.cluster, latency.units, latency.lanes, latency.place) == (4, 64, 8, REGISTERS)
-    windows = plan(256, 16384)  # one cluster in each part of the chip, many lanes each
+    windows = tiling(256, 16384)  # one cluster in each part of the chip, many lanes each
     assert (windows.cluster, windows.lanes, windows.place, windows.teams) == (4, 64, SHARED, 32)
-    chunks = plan(256, 256)  # tiles so small that every SM has work
+    chunks = tiling(256, 256)  # tiles so small that every SM has work
     assert chunks.teams * chunks.blocks >= 120
-    large = plan(768, 16)  # beyond a cluster
+    large = tiling(768, 16)  # beyond a cluster
     assert large.cluster == 1 and large.blocks > 16
-    assert plan(256, 1, limits=A100).cluster == 1
+    assert tiling(256, 1, limits=A100).cluster == 1
 
 
 def test_errors_say_what_is_wrong():
@@ -418,7 +418,7 @@ def test_errors_say_what_is_wrong():
 
 
 def test_entry_points_of_the_module():
-    """Plans by the device's limits, the workspace by the plan; a smaller one is refused."""
+    """Plans by the device's limits, the workspace by the tiling; a smaller one is refused."""
     module = build.module()
     case = Case("lstm", 5, 3, 20, stride=2, warmup=1, dtype=torch.bfloat16)
     made = case.draw()
@@ -437,11 +437,11 @@ def test_entry_points_of_the_module():
     for limits in (build.LIMITS, (80, 108, 166912, 1)):
         with build.limits(module, *limits):
             assert module.cuda_limits(0) == list(limits)
-            plan = module.recurrence_plan_cuda(FORWARD, 2, 1, 20, 20, len(case.ids), limits)
-            assert plan["message"] is None and plan["workspace_bytes"] < space.nbytes - 256
-            equal(run(plan["workspace_bytes"]), EXECUTOR.forward(case, made, Variant()))
+            tiling = module.recurrence_tiling_cuda(FORWARD, 2, 1, 20, 20, len(case.ids), limits)
+            assert tiling["message"] is None and tiling["workspace_bytes"] < space.nbytes - 256
+            equal(run(tiling["workspace_bytes"]), EXECUTOR.forward(case, made, Variant()))
             with pytest.raises(RuntimeError, match="workspace"):
-                run(plan["workspace_bytes"] - 1)
+                run(tiling["workspace_bytes"] - 1)
 
 
 SANITIZED = """
@@ -450,7 +450,7 @@ sys.path[:0] = {path}
 from dataclasses import replace
 import torch
 from lane_loop import Case
-from planned import L2, REGISTERS, Machine, Variant
+from tiled import L2, REGISTERS, Machine, Variant
 torch.set_num_threads(1)
 machine = Machine("asan", asan=True)
 for cell in ("rnn_tanh", "lstm"):

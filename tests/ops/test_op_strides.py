@@ -29,12 +29,12 @@ def recurrence(name, cell, plan, size, backend):
     h0, c0 = rand(batch, out), rand(batch, hidden) if lstm else None
     numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, 0.9 if cell == "lstm" else 1.0, backend)
     if name == "recurrence":
-        return ops.recurrence.default, (xp, w_hh, w_hr, h0, c0, None, None), (*numbers, True)
-    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, h0, c0, None, None, *numbers, True)
+        return ops.recurrence.default, (xp, w_hh, w_hr, None, h0, c0, None, None), (*numbers, True)
+    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, None, h0, c0, None, None, *numbers, True)
     grads = rand(n, out), rand(batch, out), rand(batch, hidden)
     if name == "recurrence_backward":
-        return ops.recurrence_backward.default, (*grads, y, gates, cells, w_hh, w_hr, c0, None, None), numbers
-    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, h0, c0, None, None), numbers
+        return ops.recurrence_backward.default, (*grads, y, gates, cells, w_hh, w_hr, None, c0, None, None), numbers
+    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, None, h0, c0, None, None), numbers
 
 
 def calls(name, backend):

@@ -68,7 +68,17 @@ def assert_close(found, expected, eager, dtype):
 def run(cell, made, grads, base, lengths, p):
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
     y, h_n, c_n, _ = layer(
-        leaves["xp"], None, None, leaves["w_hh"], leaves.get("w_hr"), leaves["h0"], leaves.get("c0"), base, lengths, p
+        leaves["xp"],
+        None,
+        None,
+        leaves["w_hh"],
+        leaves.get("w_hr"),
+        None,
+        leaves["h0"],
+        leaves.get("c0"),
+        base,
+        lengths,
+        p,
     )
     outputs = [y, h_n] + ([c_n] if cell == "lstm" else [])
     given = [grads["dy"], grads["dh_n"]] + ([grads["dc_n"]] if cell == "lstm" else [])
@@ -187,7 +197,7 @@ def test_gradcheck(cell, schedule):
 
     def function(*leaves):
         t = dict(zip(names, leaves, strict=True))
-        y, h_n, c_n, _ = layer(t["xp"], None, None, t["w_hh"], t.get("w_hr"), t["h0"], t.get("c0"), None, None, p)
+        y, h_n, c_n, _ = layer(t["xp"], None, None, t["w_hh"], t.get("w_hr"), None, t["h0"], t.get("c0"), None, None, p)
         return (y, h_n, c_n) if cell == "lstm" else (y, h_n)
 
     leaves = [made[k].requires_grad_() for k in names]
@@ -203,7 +213,7 @@ def test_chunk_gradient_is_the_same_when_differentiated_again(cell):
     _, plain = run(cell, made, grads, None, None, p)
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
     y, h_n, c_n, _ = layer(
-        leaves["xp"], None, None, leaves["w_hh"], None, leaves["h0"], leaves.get("c0"), None, None, p
+        leaves["xp"], None, None, leaves["w_hh"], None, None, leaves["h0"], leaves.get("c0"), None, None, p
     )
     outputs, given = (
         [y, h_n] + [c_n][: cell == "lstm"],

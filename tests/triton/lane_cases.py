@@ -4,7 +4,7 @@ import lane_loop as loop
 import torch
 
 from stable_rnn.ops.recurrence import triton as backend
-from stable_rnn.ops.recurrence.problem import Adjoint, Output, Problem
+from stable_rnn.ops.recurrence.problem import Adjoint, BackwardInputs, Inputs, Output, Problem
 from stable_rnn.precision import TF32_EPS, TF32X3_EPS, tf32x3_asked
 
 DEVICE = "cuda" if torch.cuda.is_available() and not backend.interpreted() else "cpu"
@@ -52,12 +52,7 @@ def forward(case, made) -> dict:
     )
     on = {name: to_device(value) for name, value in made.items()}
     backend.forward(
-        on["xp"],
-        on["w_hh"],
-        None,
-        on["h0"],
-        on["c0"],
-        *rows(case),
+        Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),
@@ -84,17 +79,10 @@ def backward(case, made, saved) -> dict:
     )
     on = {name: to_device(value) for name, value in (made | saved).items()}
     empty = torch.empty(0, device=DEVICE)
+    kept = on["y"], on.get("saved", empty), on.get("cells", empty)
+    ends = on["dh_n"], on["dc_n"] if case.lstm else None
     backend.backward(
-        on["dy"],
-        on["dh_n"],
-        on["dc_n"] if case.lstm else None,
-        on["y"],
-        on.get("saved", empty),
-        on.get("cells", empty),
-        on["w_hh"],
-        None,
-        on["c0"],
-        *rows(case),
+        BackwardInputs(on["dy"], *ends, *kept, on["w_hh"], None, None, on["c0"], *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),

@@ -7,7 +7,7 @@ from compiling import device, target
 from triton.runtime.jit import JITFunction
 
 from stable_rnn.ops.recurrence import triton as backend
-from stable_rnn.ops.recurrence.problem import Problem
+from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, Problem
 from stable_rnn.ops.spectral import triton as spectral
 
 ARCHES = [75, 80, 86, 90, 100, "gfx942"]
@@ -52,8 +52,11 @@ def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **optio
     zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     h, c = zeros(batch, hidden), zeros(batch, hidden) if cell == "lstm" else None
     w = zeros(gates * hidden, hidden)
-    out = backend.forward(zeros(steps * batch, gates * hidden), w, None, h, c, None, lengths, p, **options)
-    backend.backward(zeros(steps * batch, hidden), h, c, out.y, out.saved, out.cells, w, None, c, None, lengths, p)
+    out = backend.forward(
+        Inputs(zeros(steps * batch, gates * hidden), w, None, None, h, c, None, lengths), p, **options
+    )
+    dy = zeros(steps * batch, hidden)
+    backend.backward(BackwardInputs(dy, h, c, out.y, out.saved, out.cells, w, None, None, c, None, lengths), p)
 
 
 SHAPES = [(5, 3), (1, 1), (16, 16), (17, 1), (300, 2), (1, 64), (4096, 1)]

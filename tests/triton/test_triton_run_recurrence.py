@@ -10,7 +10,7 @@ from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
 from stable_rnn.ops.recurrence import triton as backend
-from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs
+from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
@@ -148,19 +148,10 @@ def test_empty(cell, steps, batch, hidden):
     assert out.y.shape == (steps * batch, hidden) and torch.equal(out.h_n.cpu(), made["h0"])
     zeros = torch.zeros(steps * batch, hidden, device=DEVICE)
     c0 = to_device(made["c0"])
+    ends = to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None
+    kept = out.y, out.saved, out.cells
     back = backend.backward(
-        zeros,
-        to_device(made["dh_n"]),
-        to_device(made["dc_n"]) if case.lstm else None,
-        out.y,
-        out.saved,
-        out.cells,
-        to_device(made["w_hh"]),
-        None,
-        c0,
-        None,
-        None,
-        problem(case),
+        BackwardInputs(zeros, *ends, *kept, to_device(made["w_hh"]), None, None, c0, None, None), problem(case)
     )
     assert back.dz.shape == (steps * batch, case.gates * hidden) and torch.equal(back.dh0.cpu(), made["dh_n"])
     if case.lstm:
@@ -169,7 +160,8 @@ def test_empty(cell, steps, batch, hidden):
 
 def run(case, made, **options):
     on = {name: to_device(made[name]) for name in ("xp", "w_hh", "h0", "c0")}
-    return backend.forward(on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case), problem(case), **options)
+    inputs = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    return backend.forward(inputs, problem(case), **options)
 
 
 def test_fresh_outputs_are_zero_where_no_time_is():
@@ -219,15 +211,15 @@ def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
     """The true gradient of windows: sums over the units of all windows, whose rounding grows like a random walk."""
     case = Case(cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell == "lstm" else 1.0)
     made = case.draw()
-    names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "h0", "c0")
+    names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "hidden_bias", "h0", "c0")
 
     def gradients(module, dtype, device):
         given = [
-            None if made[name] is None or name == "dc_n" and not case.lstm else made[name].to(device, dtype)
+            None if made.get(name) is None or name == "dc_n" and not case.lstm else made[name].to(device, dtype)
             for name in names
         ]
         at = [None if t is None else t.to(device) for t in rows(case)]
-        return module.windowed_backward(*given, *at, problem(case))
+        return module.windowed_backward(WindowedInputs(*given, *at), problem(case))
 
     monkeypatch.setattr(backend.windows, "WORKSPACE", 4 * 20 * 300)  # a few groups
     found = gradients(backend, torch.float32, DEVICE)
@@ -246,19 +238,19 @@ def test_verified(cell, way):
     made = case.draw()
     made["w_hh"] *= 0.1  # forgets fast
     on = {name: to_device(made[name]) for name in ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")}
-    tensors = Inputs(on["xp"], on["w_hh"], None, on["h0"], on["c0"], *rows(case))
+    tensors = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
     checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
-    whole = backend.forward(*tensors, problem(case))
+    whole = backend.forward(tensors, problem(case))
     found, report = verified.run(backend, tensors, checked, save=True)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
     tensors = BackwardInputs(
-        on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, on["c0"], *rows(case)
+        on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, None, on["c0"], *rows(case)
     )
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
-    assert torch.equal(back.dz, backend.backward(*tensors, problem(case)).dz)
+    assert torch.equal(back.dz, backend.backward(tensors, problem(case)).dz)
 
 
 def test_assert_like_notices():

@@ -15,7 +15,7 @@ struct CudaLaunch {
   int64_t workspace_bytes;
 };
 
-// What a plan depends on of a device; also made by hand, to ask what another device would do.
+// What a tiling depends on of a device; also made by hand, to ask what another device would do.
 struct CudaLimits {
   int arch;   // 80, 90, 100, 120
   int sms;
@@ -24,7 +24,7 @@ struct CudaLimits {
 };
 
 // How a team of blocks runs a tile of lanes. The fields from `message` on mean nothing where it is not null.
-struct CudaPlan {
+struct CudaTiling {
   const char* message;       // null, or why no kernel takes this shape
   int blocks;                // S of a team
   int cluster;               // S where the team is a cluster, 1 where it is a single block or meets through L2
@@ -38,7 +38,7 @@ struct CudaPlan {
 };
 
 const char* cuda_limits(int device, CudaLimits* limits);
-CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
                               const CudaLimits& limits);
 int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits& limits);
 

@@ -21,16 +21,14 @@ def fold_rule(op: Callable, kind: type[Inputs] | type[BackwardInputs]) -> Callab
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         tensors, p, *rest = unpack(kind, args)
         dims, samples = kind(*in_dims[: len(tensors)]), info.batch_size
-        if dims.w_hh is not None or dims.w_hr is not None:
+        shared = [name for name in ("w_hh", "w_hr", "hidden_bias") if name in kind._fields]  # by all samples
+        if any(getattr(dims, name) is not None for name in shared):
             return loop_rule(op)(info, in_dims, *args)
-        full = kind(*map(partial(_spread, samples=samples), tensors, dims))._replace(
-            w_hh=None, w_hr=None
-        )  # all samples share these
+        full = kind(*map(partial(_spread, samples=samples), tensors, dims))._replace(**dict.fromkeys(shared))
         n, batch, device = full.rows.shape[1], full.state.shape[1], full.rows.device
         first = row_base(p, batch, tensors.base, device) if dims.base is None else full.base
         flat = kind(*(x if x is None or _void(x) else x.flatten(0, 1) for x in full))._replace(
-            w_hh=tensors.w_hh,
-            w_hr=tensors.w_hr,
+            **{name: getattr(tensors, name) for name in shared},
             base=(first + n * torch.arange(samples, device=device)[:, None]).flatten(),
         )
         outputs = op(*flat, *p, *rest)

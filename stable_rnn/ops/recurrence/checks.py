@@ -32,6 +32,7 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
         "xp": (n, columns),
         "w_hh": (columns, out),
         "w_hr": (out, hidden),
+        "hidden_bias": (hidden,),
         "dy": (n, out),
         "y": (n, out),
         "saved": (n, cell.saved * hidden),
@@ -44,9 +45,14 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if cell.has_cell and inputs.c0 is None:
         raise ValueError(f"c0 is missing; an LSTM needs it, of shape {c_shape}")
+    if cell.carries and inputs.h0 is None:
+        raise ValueError(f"h0 is missing; a cell {cell.name!r} needs it, of shape {h_shape}")
+    if cell.hidden_bias is None and getattr(inputs, "hidden_bias", None) is not None:
+        raise ValueError(f"hidden_bias is given; a cell {cell.name!r} has none")
+    absent = ("dc_n", "cells") * (not cell.has_cell) + ("saved",) * (not cell.saved)
     for name, t in zip(inputs._fields, inputs):
         shape = shapes.get(name)
-        if t is None or shape is None or inputs.c0 is None and name in ("dc_n", "saved", "cells"):
+        if t is None or shape is None or name in absent:
             continue
         kind = wide if name == "cells" else dtype
         if t.shape != shape or t.dtype != kind or t.device != device:

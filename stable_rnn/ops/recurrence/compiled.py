@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernel_args import DTYPES, TF32, dense, rows_like
 from .fields import BACKWARD, FORWARD, Fields
-from .problem import Adjoint, Output, Problem
+from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem
 
 __all__ = ["DTYPES", "TF32", "Kernels", "lanes", "shared"]
 
@@ -75,13 +75,7 @@ class Kernels:
 
     def forward(
         self,
-        xp: Tensor,
-        w_hh: Tensor,
-        w_hr: Tensor | None,
-        h0: Tensor,
-        c0: Tensor | None,
-        base: Tensor | None,
-        lengths: Tensor | None,
+        inputs: Inputs,
         p: Problem,
         save: bool = True,
         borders: bool = False,
@@ -91,9 +85,7 @@ class Kernels:
         out: Output | None = None,
     ) -> Output:
         """As `reference.forward`; `out` is written in place."""
-        xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init = dense(
-            xp, w_hh, w_hr, h0, c0, base, lengths, h_init, c_init
-        )
+        xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, h_init, c_init = dense(*inputs, h_init, c_init)
         n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], w_hh.shape, p.spec
         hidden = columns // cell.gates
         if out is None:
@@ -111,24 +103,24 @@ class Kernels:
                 *ends,
             )
         fields = shared(FORWARD, p, self.dtype(xp), w_hh, batch, base, lengths, ids)
-        fields.update(zip(out._fields, out), xp=xp, w_hh=w_hh, w_hr=w_hr, h0=h0, c0=c0, h_init=h_init, c_init=c_init)
+        fields.update(
+            zip(out._fields, out),
+            xp=xp,
+            w_hh=w_hh,
+            w_hr=w_hr,
+            hidden_bias=hidden_bias,
+            h0=h0,
+            c0=c0,
+            h_init=h_init,
+            c_init=c_init,
+        )
         kernel, values, _held = self.call(False, fields)
         kernel(*values)
         return out
 
     def backward(
         self,
-        dy: Tensor,
-        dh_n: Tensor,
-        dc_n: Tensor | None,
-        y: Tensor,
-        saved: Tensor,
-        cells: Tensor,
-        w_hh: Tensor,
-        w_hr: Tensor | None,
-        c0: Tensor | None,
-        base: Tensor | None,
-        lengths: Tensor | None,
+        inputs: BackwardInputs,
         p: Problem,
         borders: bool = False,
         ids: Tensor | None = None,
@@ -137,8 +129,8 @@ class Kernels:
         out: Adjoint | None = None,
     ) -> Adjoint:
         """As `reference.backward`; `out` is written in place."""
-        dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init = dense(
-            dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, c0, base, lengths, dh_init, dc_init
+        dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, dh_init, dc_init = dense(
+            *inputs, dh_init, dc_init
         )
         n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], w_hh.shape, p.spec
         hidden = columns // cell.gates
@@ -162,6 +154,7 @@ class Kernels:
             cells=cells,
             w_hh=w_hh,
             w_hr=w_hr,
+            h0=h0,
             c0=c0,
             dh_n=dh_n,
             dc_n=dc_n,

@@ -49,8 +49,8 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
 
 @lru_cache(maxsize=256)  # one for each length of a batch
 def tiling(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> dict:
-    """How a shape runs on a device with these limits: the fields of `CudaPlan`."""
-    return cuda_device.lib.recurrence_plan_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
+    """How a shape runs on a device with these limits: the fields of `CudaTiling`."""
+    return cuda_device.lib.recurrence_tiling_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
 
 
 def describe(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> str:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from ..outputs import fresh
 from . import native, reference, run
-from .problem import BackwardInputs, Inputs, Problem, WindowedInputs, unpack, weight_gradients
+from .problem import Adjoint, Inputs, Needs, Problem, WindowedInputs, backward_inputs, unpack, weight_gradients
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     bias: Tensor | None
     w_hh: Tensor
     w_hr: Tensor | None
+    hidden_bias: Tensor | None
     h0: Tensor
     c0: Tensor | None
     base: Tensor | None
@@ -44,7 +45,7 @@ class Layer(NamedTuple):
 
     def inputs(self, xp: Tensor | None = None) -> Inputs:
         """The op's; xp is not kept for every backward pass."""
-        return Inputs(xp, self.w_hh, self.w_hr, self.h0, self.c0, self.base, self.lengths)
+        return Inputs(xp, *self[3:-2])
 
     def gradients(self, found: Inputs, needs: Layer) -> Layer:
         """Those in all arguments, from those in the op's."""
@@ -81,7 +82,7 @@ class FusedRecurrence(torch.autograd.Function):
         given, needs = Layer(*tensors, ctx.note, ctx.problem), Layer(*ctx.needs_input_grad)
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(given, dy, dh_n, dc_n)
-        found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs.w_hh, needs.w_hr, given.note)
+        found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs, given.note)
         return given.gradients(found, needs)
 
 
@@ -148,30 +149,26 @@ def _adjoint(
     y: Tensor,
     saved: Tensor,
     cells: Tensor,
-    need_hh: bool,
-    need_hr: bool,
+    needs: Inputs | Layer,
     note: Note | None = None,
 ) -> Inputs:
     """The gradients by the adjoint recursion."""
-    inputs = BackwardInputs(
-        dy, dh_n, dc_n, y, saved, cells, state.w_hh, state.w_hr, state.c0, state.base, state.lengths
-    )
+    inputs = backward_inputs(dy, dh_n, dc_n, y, saved, cells, state, p)
     found = run.backward(inputs, p) if _plain(*inputs) else ops.recurrence_backward(*inputs, *p)
-    dz, dh, dh0, dc0, report = found
+    *adjoint, report = found
+    back = Adjoint(*adjoint, *(None,) * 4)
     if note is not None:
         note.report = report
-    weights = weight_gradients(need_hh, need_hr, dz, dh, y, saved, cells, state.h0, state.base, state.lengths, p)
-    return Inputs(dz, *weights, dh0, dc0 if state.c0 is not None else None, None, None)
+    wanted = Needs(needs.w_hh, needs.w_hr, needs.hidden_bias)
+    weights = weight_gradients(wanted, back, y, saved, cells, state, p)
+    return Inputs(back.dz, *weights, back.dh0, back.dc0 if state.c0 is not None else None, None, None)
 
 
 def _window_adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Inputs:
     """The gradients of the windowed function."""
     inputs = WindowedInputs(dy, dh_n, dc_n, *state)
     found = run.windowed_backward(inputs, p) if _plain(*inputs) else ops.windowed_backward(*inputs, *p)
-    dz, dw_hh, dw_hr, dh0, dc0 = found
-    return Inputs(
-        dz, dw_hh, dw_hr if state.w_hr is not None else None, dh0, dc0 if state.c0 is not None else None, None, None
-    )
+    return Inputs(*(None if t is None else d for t, d in zip(state, found)), None, None)
 
 
 def _reference_backward(given: Layer, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Layer:
@@ -179,7 +176,7 @@ def _reference_backward(given: Layer, dy: Tensor, dh_n: Tensor, dc_n: Tensor) ->
         given.inputs(project(given.x, given.w_ih, given.bias)),
         given.p.resolved(given.h0.shape[0], given.h0.device),
     )
-    found = reference.gradients(dy, dh_n, dc_n if given.c0 is not None else None, *state, p)
+    found = reference.gradients(WindowedInputs(dy, dh_n, dc_n if given.c0 is not None else None, *state), p)
     return given.gradients(Inputs(*found, None, None), Layer(*(t is not None for t in given)))
 
 
@@ -201,9 +198,7 @@ def backward_op(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> tu
     kept, p, needs = ctx.saved_tensors, ctx.problem, Inputs(*ctx.needs_input_grad[:count])
     state, outputs = Inputs(*kept[:count]), kept[count:]
     found = (
-        _window_adjoint(state, p, dy, dh_n, dc_n)
-        if p.windowed
-        else _adjoint(state, p, dy, dh_n, dc_n, *outputs, needs.w_hh, needs.w_hr)
+        _window_adjoint(state, p, dy, dh_n, dc_n) if p.windowed else _adjoint(state, p, dy, dh_n, dc_n, *outputs, needs)
     )
     return *found, *(None,) * (len(Problem._fields) + 1)
 
@@ -214,6 +209,7 @@ def layer(
     bias: Tensor | None,
     w_hh: Tensor,
     w_hr: Tensor | None,
+    hidden_bias: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     base: Tensor | None,
@@ -225,7 +221,7 @@ def layer(
 
     Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
     fell back; else (0,). The backward pass leaves its own in `note`."""
-    tensors = (x, w_ih, bias, w_hh, w_hr, h0, c0)
+    tensors = (x, w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and torch.jit.is_tracing():  # a trace has fixed T and B, and does not see what the kernels write
         raise RuntimeError(
@@ -234,9 +230,8 @@ def layer(
         )
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved(h0.shape[0], h0.device)
-        out = reference.forward(
-            project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, p.whole() if p.checked else p
-        )
+        given = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        out = reference.forward(given, p.whole() if p.checked else p)
         return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, 1.0][: 4 * p.checked], dtype=torch.float64)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
@@ -245,8 +240,9 @@ def layer(
         return y, h_n, c_n, report
     if not graph and _plain(*tensors):
         xp = _project_now(x, w_ih, bias, p.backend, passing=True)
-        y, h_n, c_n, _, _, report = run.forward(Inputs(xp, w_hh, w_hr, h0, c0, base, lengths), p, False)
+        y, h_n, c_n, _, _, report = run.forward(Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths), p, False)
     else:
         save = gradient and not p.windowed
-        y, h_n, c_n, _, _, report = ops.recurrence(project(x, w_ih, bias), w_hh, w_hr, h0, c0, base, lengths, *p, save)
+        inputs = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        y, h_n, c_n, _, _, report = _op(inputs, p, save)
     return y, h_n, c_n, report

@@ -16,7 +16,7 @@ from ...cells import CELLS
 from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
 from .fields import WINDOWED_BACKWARD, Fields
-from .problem import Problem
+from .problem import Problem, WindowedInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
@@ -65,33 +65,25 @@ _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 
 
-def windowed_backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    xp: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
-    p: Problem,
-) -> tuple[Tensor | None, ...]:
+def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
-    dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths = dense(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths)
+    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = dense(*inputs)
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
     hidden = w_hh.shape[0] // p.spec.gates
     made = partial(_make, xp, True, dtype=torch.float32)
     dxp, dh0, dc0 = made(*xp.shape), made(batch, width), made(batch, hidden)
     dw_hh, dw_hr = made(*w_hh.shape), None if w_hr is None else made(*w_hr.shape)
+    d_bias = None if hidden_bias is None else made(hidden)
+    own_bias = p.spec.hidden_bias  # its gate: then the hidden product has a gradient of its own
     columns = [w_hh.shape[0], width] + ([width, hidden] if w_hr is not None else [])
+    columns += [w_hh.shape[0]] if own_bias is not None else []
     lanes = p.lanes() * batch
     group = min(lanes, max(1, _WORKSPACE // (k * sum(columns))))
     space = [xp.new_empty(group * k, c, dtype=torch.float32) for c in columns]
     for first in range(0, lanes, max(group, 1)):
         last = min(first + group, lanes)
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
+        d_hidden = projected.pop() if own_bias is not None else dz
         dh, m = projected or (None, None)
         fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths)
         fields.update(
@@ -105,7 +97,9 @@ def windowed_backward(
             dy=dy,
             dh_n=dh_n,
             dc_n=dc_n,
+            hidden_bias=hidden_bias,
             dz=dz,
+            d_hidden=None if own_bias is None else d_hidden,
             h_prev=h_prev,
             dh=dh,
             m=m,
@@ -114,14 +108,16 @@ def windowed_backward(
             dc0=dc0,
         )
         _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
-        dw_hh.addmm_(dz.T, h_prev)
+        dw_hh.addmm_(d_hidden.T, h_prev)
+        if d_bias is not None:
+            d_bias += d_hidden.chunk(p.spec.gates, 1)[own_bias].sum(0)
         if projected:
             dw_hr.addmm_(dh.T, m)
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0 = torch.where(none, dh_n.float(), dh0)
         dc0 = dc0 if c0 is None else torch.where(none, dc_n.float(), dc0)
-    found = (dxp, dw_hh, dw_hr, dh0, None if c0 is None else dc0)
+    found = (dxp, dw_hh, dw_hr, d_bias, dh0, None if c0 is None else dc0)
     return tuple(None if t is None else t.to(xp.dtype) for t in found)
 
 

@@ -74,6 +74,7 @@ class Inputs(NamedTuple):
     xp: Tensor  # (N, G*H)
     w_hh: Tensor  # (G*H, P)
     w_hr: Tensor | None  # (P, H)
+    hidden_bias: Tensor | None  # (H,), cells whose hidden product has a bias of its own
     h0: Tensor  # (B, P)
     c0: Tensor | None  # (B, H), cells that have c
     base: Tensor | None  # (B,) int64
@@ -101,6 +102,7 @@ class BackwardInputs(NamedTuple):
     cells: Tensor
     w_hh: Tensor
     w_hr: Tensor | None
+    h0: Tensor | None  # (B, P), cells that carry
     c0: Tensor | None
     base: Tensor | None
     lengths: Tensor | None
@@ -115,7 +117,7 @@ class BackwardInputs(NamedTuple):
 
 
 class WindowedInputs(NamedTuple):
-    """The tensors of the op `windowed_backward`."""
+    """The tensors of the op `windowed_backward`: output gradients, and `Inputs`."""
 
     dy: Tensor
     dh_n: Tensor
@@ -123,6 +125,7 @@ class WindowedInputs(NamedTuple):
     xp: Tensor
     w_hh: Tensor
     w_hr: Tensor | None
+    hidden_bias: Tensor | None
     h0: Tensor
     c0: Tensor | None
     base: Tensor | None
@@ -135,6 +138,10 @@ class WindowedInputs(NamedTuple):
     @property
     def state(self) -> Tensor:
         return self.h0
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(*self[3:])
 
 
 T = TypeVar("T", bound=Inputs | BackwardInputs | WindowedInputs)
@@ -204,21 +211,36 @@ def previous_states(y: Tensor, h0: Tensor, base: Tensor | None, lengths: Tensor 
     return torch.cat([previous, previous[:1]]).index_copy(0, first, h0)[:rows]
 
 
+def backward_inputs(
+    dy: Tensor, dh_n: Tensor, dc_n: Tensor | None, y: Tensor, saved: Tensor, cells: Tensor, given: Inputs, p: Problem
+) -> BackwardInputs:
+    """What the backward pass reads of a forward pass over `given`."""
+    h0 = given.h0 if p.spec.carries else None
+    return BackwardInputs(
+        dy, dh_n, dc_n, y, saved, cells, given.w_hh, given.w_hr, h0, given.c0, given.base, given.lengths
+    )
+
+
+class Needs(NamedTuple):
+    """Which weights' gradients are asked for."""
+
+    w_hh: bool = True
+    w_hr: bool = True
+    hidden_bias: bool = True
+
+
 def weight_gradients(
-    need_hh: bool,
-    need_hr: bool,
-    dz: Tensor,
-    dh: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    h0: Tensor,
-    base: Tensor | None,
-    lengths: Tensor | None,
-    p: Problem,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dW_hh and dW_hr as products over all times at once, those that are needed."""
-    dw_hh = p.spec.hidden(dz, saved).T @ previous_states(y, h0, base, lengths, p) if need_hh else None
-    if not need_hr:
-        return dw_hh, None
-    return dw_hh, dh.T @ p.spec.output(saved, cells).to(dh.dtype)
+    needs: Needs, found: Adjoint, y: Tensor, saved: Tensor, cells: Tensor, given: Inputs, p: Problem
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of w_hh, w_hr and hidden_bias as products and sums over all times at once: those that are needed, of weights that are
+    given."""
+    cell, dw_hh, dw_hr, d_bias = p.spec, None, None, None
+    if needs.w_hh or needs.hidden_bias and given.hidden_bias is not None:
+        d_hidden = cell.hidden(found.dz, saved)
+        if needs.w_hh:
+            dw_hh = d_hidden.T @ previous_states(y, given.h0, given.base, given.lengths, p)
+        if needs.hidden_bias and given.hidden_bias is not None:
+            d_bias = d_hidden.chunk(cell.gates, 1)[cell.hidden_bias].sum(0)
+    if needs.w_hr and given.w_hr is not None:
+        dw_hr = found.dh.T @ cell.output(saved, cells).to(found.dh.dtype)
+    return dw_hh, dw_hr, d_bias

@@ -11,7 +11,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .problem import Adjoint, Output, Problem, row_base, row_length, weight_gradients
+from ...cells import Cell, State
+from .problem import (
+    Adjoint,
+    BackwardInputs,
+    Inputs,
+    Needs,
+    Output,
+    Problem,
+    WindowedInputs,
+    backward_inputs,
+    row_base,
+    row_length,
+    weight_gradients,
+)
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -43,14 +56,17 @@ def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(live[:, None], new, old)
 
 
+def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
+    """The hidden product with the bias that is its own."""
+    if bias is None or cell.hidden_bias is None:
+        return q
+    parts = list(q.chunk(cell.gates, 1))
+    parts[cell.hidden_bias] = parts[cell.hidden_bias] + bias
+    return torch.cat(parts, 1)
+
+
 def forward(
-    xp: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
+    inputs: Inputs,
     p: Problem,
     save: bool = True,
     borders: bool = False,
@@ -61,10 +77,12 @@ def forward(
 ) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
+    xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
     kind, cell = arithmetic(xp.dtype), p.spec
     batch, hidden = h0.shape[0], w_hh.shape[0] // cell.gates
     c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
     weight, project = w_hh.to(kind), None if w_hr is None else w_hr.to(kind)
+    bias = None if hidden_bias is None else hidden_bias.to(kind)
     b, first, start, length = _lanes(p, batch, base, lengths, ids, xp.device)
     warmup = 0 if h_init is not None else p.warmup
 
@@ -81,7 +99,7 @@ def forward(
         t = first - warmup + s
         live = (t >= 0) & (t < length)
         row = torch.where(live, start + t * p.step, 0)
-        h_new, c_new, keep = cell.step(xp[row].to(kind), h @ weight.T, h, c, p.cap)
+        h_new, c_new, keep = cell.step(xp[row].to(kind), _with_bias(h @ weight.T, bias, cell), h, c, p.cap)
         h_new = h_new if project is None else h_new @ project.T
         if s == warmup:
             h_start, c_start = h, c
@@ -122,17 +140,7 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    cells: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
+    inputs: BackwardInputs,
     p: Problem,
     borders: bool = False,
     ids: Tensor | None = None,
@@ -142,6 +150,7 @@ def backward(
 ) -> Adjoint:
     """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
     zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
+    dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths = inputs
     kind, cell = arithmetic(y.dtype), p.spec
     batch, n, width = dh_n.shape[0], y.shape[0], w_hh.shape[0]
     hidden = width // cell.gates
@@ -167,15 +176,19 @@ def backward(
             dh_start, dc_start = dh, dc
         total = dh + dy[row].to(kind)
         dm = total if project is None else total @ project
-        h = c = c_before = None
+        earlier = torch.where(live & (t > 0), row - p.step, 0)
+        h = c = h_before = c_before = None
         if cell.has_cell:
-            c, c_before = cells[row], _mask(t > 0, cells[torch.where(live & (t > 0), row - p.step, 0)], c0[b].to(kind))
+            c, c_before = cells[row], _mask(t > 0, cells[earlier], c0[b].to(kind))
         if cell.h_after:
             h = y[row].to(kind)
+        if cell.carries:
+            h_before = _mask(t > 0, y[earlier], h0[b]).to(kind)
         kept = saved[row].to(kind) if cell.saved else None
-        dz, dc_new = cell.vjp(dm, dc, kept, h, c, c_before, clamp)
-        dc = _mask(live, dc_new, dc) if cell.has_cell else dc
-        dh = _mask(live, cell.hidden(dz, kept) @ weight, dh)
+        dz, carried = cell.vjp(dm, dc, kept, State(h, c), State(h_before, c_before), clamp)
+        dc = _mask(live, carried.c, dc) if cell.has_cell else dc
+        dh_new = cell.hidden(dz, kept) @ weight
+        dh = _mask(live, dh_new + carried.h if cell.carries else dh_new, dh)
         if s >= warmup:
             rows.append(torch.where(live, row, n))
             dzs.append(dz), dhs.append(total)
@@ -197,24 +210,12 @@ def backward(
     return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
 
 
-def windowed_backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    xp: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
-    p: Problem,
-    group: int = 4096,
-) -> tuple[Tensor | None, ...]:
-    """The true gradient of windows (stride 1) in (xp, w_hh, w_hr, h0, c0): `group` lanes at a time run again and go back."""
+def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> tuple[Tensor | None, ...]:
+    """The true gradient of windows (stride 1) in xp, the weights, h0 and c0: `group` lanes at a time run again and go back."""
+    dy, dh_n, dc_n, *differentiable, base, lengths = inputs
+    xp, h0, c0 = inputs.xp, inputs.h0, inputs.c0
     batch, n = h0.shape[0], xp.shape[0]
-    inputs = (xp, w_hh, w_hr, h0, c0)
-    wanted = [x for x in inputs if x is not None]
+    wanted = [x for x in differentiable if x is not None]
     used = row_length(p, batch, lengths, xp.device)
     last = torch.where(used > 0, row_base(p, batch, base, xp.device) + (used - 1) * p.step, n)
     grads = [dy + _place([dh_n], last[None], torch.zeros_like(dy))]  # the final state is the output of the last window
@@ -223,7 +224,8 @@ def windowed_backward(
 
     def states(ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
-        out = forward(*(None if x is None else next(left) for x in inputs), base, lengths, p, ids=ids)
+        moved = (None if x is None else next(left) for x in differentiable)
+        out = forward(Inputs(*moved, base, lengths), p, ids=ids)
         return (out.y,) if c0 is None else (out.y, out.cells)
 
     total = [torch.zeros_like(x) for x in wanted]
@@ -231,39 +233,26 @@ def windowed_backward(
         _, back = torch.func.vjp(partial(states, ids), *wanted)
         total = [a + b for a, b in zip(total, back(tuple(grads)), strict=True)]
     found, none = iter(total), used == 0
-    dxp, dw_hh, dw_hr, dh0, dc0 = (None if x is None else next(found) for x in inputs)
+    *weights, dh0, dc0 = (None if x is None else next(found) for x in differentiable)
     dh0 = dh0 + _mask(none, dh_n, torch.zeros_like(dh_n))
     dc0 = None if dc0 is None else dc0 + _mask(none, dc_n, torch.zeros_like(dc_n))
-    return dxp, dw_hh, dw_hr, dh0, dc0
+    return *weights, dh0, dc0
 
 
-def gradients(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    xp: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
-    p: Problem,
-) -> tuple[Tensor | None, ...]:
-    """Gradients in (xp, w_hh, w_hr, h0, c0) as a differentiable function of everything: what double backward runs.
+def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
+    """Gradients in xp, the weights, h0 and c0 as a differentiable function of everything: what double backward runs.
 
     Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
     recurrence, which it equals to its tolerance."""
     if p.windowed:
-        return windowed_backward(dy, dh_n, dc_n, xp, w_hh, w_hr, h0, c0, base, lengths, p)
+        return windowed_backward(inputs, p)
     if p.checked:
         p = p.whole()
-    out = forward(xp, w_hh, w_hr, h0, c0, base, lengths, p)
-    adjoint = backward(dy, dh_n, dc_n, out.y, out.saved, out.cells, w_hh, w_hr, c0, base, lengths, p)
-    weights = weight_gradients(
-        True, w_hr is not None, adjoint.dz, adjoint.dh, out.y, out.saved, out.cells, h0, base, lengths, p
-    )
-    return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if c0 is not None else None
+    given = inputs.inputs
+    out = forward(given, p)
+    adjoint = backward(backward_inputs(inputs.dy, inputs.dh_n, inputs.dc_n, out.y, out.saved, out.cells, given, p), p)
+    weights = weight_gradients(Needs(), adjoint, out.y, out.saved, out.cells, given, p)
+    return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

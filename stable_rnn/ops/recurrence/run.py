@@ -21,7 +21,7 @@ def forward(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     if p.checked:
         out, found = verified.run(backend, inputs, p, save)
     else:
-        out, found = backend.forward(*inputs, p, save=save), []
+        out, found = backend.forward(inputs, p, save=save), []
     return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
 
 
@@ -34,16 +34,16 @@ def backward(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
     if p.checked:
         out, found = verified.run_back(backend, inputs, p)
     else:
-        out, found = backend.backward(*inputs, p), []
+        out, found = backend.backward(inputs, p), []
     return out.dz, out.dh, out.dh0, out.dc0, report(found)
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
-    """dxp, dw_hh, dw_hr, dh0, dc0."""
+    """Gradients of xp, w_hh, w_hr, hidden_bias, h0, c0."""
     p = p.resolved(inputs.h0.shape[0], inputs.xp.device)
     check(p, inputs)
     inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
-    found = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr).windowed_backward(*inputs, p)
+    found = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr).windowed_backward(inputs, p)
     return tuple(inputs.xp.new_empty(0) if t is None else t for t in found)
 
 

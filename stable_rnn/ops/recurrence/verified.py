@@ -21,27 +21,27 @@ FEW = 8  # so few lanes are rerun whatever the part
 
 def run(backend: ModuleType, inputs: Inputs, p: Problem, save: bool) -> tuple[Output, list[float]]:
     """Forward: the output, and the report [passes, lanes run again, largest jump, fell back]."""
-    out = backend.forward(*inputs, p, save=save, borders=True)
+    out = backend.forward(inputs, p, save=save, borders=True)
     again = lambda ids, h, c, out: backend.forward(  # noqa: E731
-        *inputs, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out
+        inputs, p, save=save, borders=True, ids=ids, h_init=h, c_init=c, out=out
     )
     out, report = _check(
         out, out._fields.index("h_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=False
     )
     if report[3]:
-        out = backend.forward(*inputs, p.whole(), save=save)
+        out = backend.forward(inputs, p.whole(), save=save)
     return out, report
 
 
 def run_back(backend: ModuleType, inputs: BackwardInputs, p: Problem) -> tuple[Adjoint, list[float]]:
     """Backward, as `run`."""
-    out = backend.backward(*inputs, p, borders=True)
-    again = lambda ids, h, c, out: backend.backward(*inputs, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
+    out = backend.backward(inputs, p, borders=True)
+    again = lambda ids, h, c, out: backend.backward(inputs, p, borders=True, ids=ids, dh_init=h, dc_init=c, out=out)  # noqa: E731
     out, report = _check(
         out, out._fields.index("dh_start"), again, p, inputs.state.shape[0], inputs.lengths, ahead=True
     )
     if report[3]:
-        out = backend.backward(*inputs, p.whole())
+        out = backend.backward(inputs, p.whole())
     return out, report
 
 

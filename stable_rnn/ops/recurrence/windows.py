@@ -7,29 +7,20 @@ additions to one place at a time.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from .problem import Problem, row_base, row_length, weight_gradients
+from .compiled import Kernels
+from .problem import Inputs, Needs, Problem, WindowedInputs, backward_inputs, row_base, row_length, weight_gradients
 
 WORKSPACE = 1 << 25  # elements that a group may use at once
 
 
-def windowed_backward(
-    backend,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor | None,
-    xp: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    base: Tensor | None,
-    lengths: Tensor | None,
-    p: Problem,
-) -> tuple[Tensor | None, ...]:
+def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`, by `backend.forward` and `backend.backward`."""
+    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
     n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
     first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
     windows = p.lanes() * batch
@@ -37,7 +28,7 @@ def windowed_backward(
     group = max(1, min(windows, WORKSPACE // (k * max(1, width))))
     f32 = dict(dtype=torch.float32, device=device)
     dxp = torch.zeros(n + 1, xp.shape[1], **f32)  # the last row takes what belongs to no time
-    dw_hh, dw_hr = torch.zeros(w_hh.shape, **f32), None if w_hr is None else torch.zeros(w_hr.shape, **f32)
+    totals = [None if w is None else torch.zeros(w.shape, **f32) for w in (w_hh, w_hr, hidden_bias)]
     from_start = min(k, p.steps)
     early = from_start * batch  # ids of the windows from time 0
     dh0, dc0 = (None if t is None else torch.zeros(early, t.shape[1], **f32) for t in (h0, c0))
@@ -59,10 +50,10 @@ def windowed_backward(
         at_end = (steps - 1).clamp(min=0)
         dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
         places = torch.arange(len(ids), device=device) * k
-        out = backend.forward(xs, w_hh, w_hr, *begins, places, steps, local)
-        back = backend.backward(
-            dys.flatten(0, 1), *ends, out.y, out.saved, out.cells, w_hh, w_hr, begins[1], places, steps, local
-        )
+        given = Inputs(xs, w_hh, w_hr, hidden_bias, *begins, places, steps)
+        out = backend.forward(given, local)
+        kept = out.y, out.saved, out.cells
+        back = backend.backward(backward_inputs(dys.flatten(0, 1), *ends, *kept, given, local), local)
         dz = back.dz.view(len(ids), k, -1)
         for j in range(k):  # the steps that are j before a window's last: no two windows share their rows
             at = steps - 1 - j
@@ -70,10 +61,7 @@ def windowed_backward(
             dxp.index_add_(
                 0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float()
             )
-        found = weight_gradients(
-            True, w_hr is not None, back.dz, back.dh, out.y, out.saved, out.cells, begins[0], places, steps, local
-        )
-        for total, part in zip((dw_hh, dw_hr), found):
+        for total, part in zip(totals, weight_gradients(Needs(), back, *kept, given, local)):
             if total is not None:
                 total += part
         for total, part in ((dh0, back.dh0), (dc0, back.dc0)):
@@ -83,7 +71,7 @@ def windowed_backward(
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0, dc0 = (None if x is None else torch.where(none, end.float(), x) for x, end in ((dh0, dh_n), (dc0, dc_n)))
-    return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], dw_hh, dw_hr, dh0, dc0))
+    return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], *totals, dh0, dc0))
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:

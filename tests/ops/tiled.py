@@ -1,6 +1,6 @@
-"""The CUDA recurrence kernels with a plan of the caller's choice: `planned.cu` by ctypes, in the block executor or on a GPU.
+"""The CUDA recurrence kernels with a tiling of the caller's choice: `tiled.cu` by ctypes, in the block executor or on a GPU.
 
-A `Variant` says how the work is divided, as `CudaPlan` does: how many blocks run a tile together and how they meet, lanes and units of a
+A `Variant` says how the work is divided, as `CudaTiling` does: how many blocks run a tile together and how they meet, lanes and units of a
 block, place of the weights. A `Machine` runs `lane_loop` cases by one.
 """
 
@@ -51,7 +51,7 @@ class Backward(Structure):
     )
 
 
-class Plan(Structure):
+class Tiling(Structure):
     _fields_ = (
         [("message", c_char_p)]
         + _fields(c_int, "blocks cluster lanes units warps place teams")
@@ -84,13 +84,13 @@ class Variant:
         kind = "block" if self.blocks == 1 else f"{'grid' if self.grid else 'cluster'}{self.blocks}"
         return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
 
-    def plan(self, backward: bool, cell: int, hidden: int) -> Plan:
+    def tiling(self, backward: bool, cell: int, hidden: int) -> Tiling:
         unit = 8 if cell == LSTM and not backward else 16
         groups = -(-hidden // (self.blocks * unit))
         assert (self.blocks - 1) * groups * unit < hidden, "a block without units"
         warps = groups * (4 if cell == LSTM and backward else 1) * self.lane_groups
         cluster = 1 if self.grid else self.blocks
-        return Plan(
+        return Tiling(
             None,
             self.blocks,
             cluster,
@@ -111,10 +111,10 @@ class Machine:
         self.name, self.device, self.descending, self.asan = name, device, descending, asan
 
     def build(self) -> Path:
-        sources = [*sorted(CSRC.glob("recurrence*.cu")), HERE / "planned.cu"]
+        sources = [*sorted(CSRC.glob("recurrence*.cu")), HERE / "tiled.cu"]
         if self.device == "cpu":
-            return build._link("planned.so", [*sources, *build.EXECUTOR], self.asan)
-        made = build.CACHE / "gpu" / "planned.so"
+            return build._link("tiled.so", [*sources, *build.EXECUTOR], self.asan)
+        made = build.CACHE / "gpu" / "tiled.so"
         build.move_into(
             made,
             lambda to: build.run(
@@ -141,13 +141,13 @@ class Machine:
     @cached_property
     def library(self) -> ctypes.CDLL:
         lib = ctypes.CDLL(str(self.build()))
-        lib.planned_forward.restype = lib.planned_backward.restype = lib.device_limits.restype = c_char_p
-        lib.automatic_plan.restype = Plan
-        lib.automatic_plan.argtypes = [c_bool, c_int, c_int, c_int64, c_int64, c_int64, POINTER(Limits)]
-        lib.complete_plan.argtypes = [c_bool, c_int, c_int, c_int64, POINTER(Plan)]
+        lib.tiled_forward.restype = lib.tiled_backward.restype = lib.device_limits.restype = c_char_p
+        lib.automatic_tiling.restype = Tiling
+        lib.automatic_tiling.argtypes = [c_bool, c_int, c_int, c_int64, c_int64, c_int64, POINTER(Limits)]
+        lib.complete_tiling.argtypes = [c_bool, c_int, c_int, c_int64, POINTER(Tiling)]
         sizes = (c_int64 * 5)()
         lib.struct_sizes(sizes)
-        assert list(sizes) == [ctypes.sizeof(s) for s in (Forward, Backward, Plan, Launch, Limits)]
+        assert list(sizes) == [ctypes.sizeof(s) for s in (Forward, Backward, Tiling, Launch, Limits)]
         return lib
 
     @cached_property
@@ -161,16 +161,16 @@ class Machine:
 
     def automatic(
         self, limits: Limits, backward: bool, cell: int, dtype: int, hidden: int, entries: int, out: int | None = None
-    ) -> Plan:
-        return self.library.automatic_plan(
+    ) -> Tiling:
+        return self.library.automatic_tiling(
             backward, cell, dtype, hidden, hidden if out is None else out, entries, byref(limits)
         )
 
-    def plan(self, how: Variant, backward: bool, case: loop.Case) -> Plan:
+    def tiling(self, how: Variant, backward: bool, case: loop.Case) -> Tiling:
         cell, dtype = loop.CELLS.index(case.cell), loop.TF32 if case.tf32 else loop.DTYPES[case.dtype]
-        plan = how.plan(backward, cell, case.hidden)
-        self.library.complete_plan(backward, cell, dtype, case.hidden, byref(plan))
-        return plan
+        tiling = how.tiling(backward, cell, case.hidden)
+        self.library.complete_tiling(backward, cell, dtype, case.hidden, byref(tiling))
+        return tiling
 
     def forward(self, case: loop.Case, made: dict, how: Variant | Limits) -> dict:
         case = replace(case, device=self.device)
@@ -189,18 +189,18 @@ class Machine:
             *fields[:6], lanes, *pointers, **{k: v or None for k, v in outputs.items()}
         )
         if isinstance(how, Limits):
-            plan = self.automatic(how, backward, params.cell, params.dtype, params.hidden, len(case.ids), params.out)
+            tiling = self.automatic(how, backward, params.cell, params.dtype, params.hidden, len(case.ids), params.out)
         else:
-            plan = self.plan(how, backward, case)
-        space = torch.full((plan.workspace_bytes // 4 + 64,), float("nan"), device=self.device)
+            tiling = self.tiling(how, backward, case)
+        space = torch.full((tiling.workspace_bytes // 4 + 64,), float("nan"), device=self.device)
         start = space[-space.data_ptr() % 256 // 4 :].data_ptr()
         stream = None if self.device == "cpu" else torch.cuda.current_stream().cuda_stream
-        launch = Launch(0, stream, start, plan.workspace_bytes)
-        run = self.library.planned_backward if backward else self.library.planned_forward
+        launch = Launch(0, stream, start, tiling.workspace_bytes)
+        run = self.library.tiled_backward if backward else self.library.tiled_forward
         if self.device != "cpu":
-            problem = run(byref(params), byref(plan), byref(launch))
+            problem = run(byref(params), byref(tiling), byref(launch))
         else:
             with build.schedule(self.library, self.descending):
-                problem = run(byref(params), byref(plan), byref(launch))
+                problem = run(byref(params), byref(tiling), byref(launch))
         if problem:
             raise RuntimeError(problem.decode())

@@ -10,27 +10,27 @@ constexpr int64_t most_hidden = 1 << 14;   // beyond what shared memory takes; s
 double larger(double a, double b) { return a > b ? a : b; }
 
 // One step of one tile. The constants are guesses from published figures, to be replaced by measurements.
-double step_clocks(bool backward, int cell, int dtype, const CudaPlan& plan, const Geometry& g) {
+double step_clocks(bool backward, int cell, int dtype, const CudaTiling& tiling, const Geometry& g) {
   constexpr double l2 = 20, shared = 128;   // bytes a clock, of one SM where all read
   const WarpLayout layout = warp_layout(backward, cell);
   const bool tensor = dtype != F32;
   const double element = product_shape(dtype).element,
                quads = product_shape(dtype).fragments * 16;   // a warp's read of 8 rows
-  const double rows = layout.blocks, cells = double(plan.lanes) * plan.units;
-  const double chunks = double(plan.warps) * g.chunks;   // of all warps
+  const double rows = layout.blocks, cells = double(tiling.lanes) * tiling.units;
+  const double chunks = double(tiling.warps) * g.chunks;   // of all warps
 
   double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);     // latency of one chain of sums
   product = larger(product, chunks * rows * g.octets * 4);   // arithmetic
   const double weights = chunks * rows * 2 * quads, states = chunks * g.octets * (tensor ? 512 : 256);
-  product = larger(product, (states + (plan.place == in_shared ? weights : 0)) / shared);
-  if (plan.place == in_l2) product = larger(product, weights / l2);
+  product = larger(product, (states + (tiling.place == in_shared ? weights : 0)) / shared);
+  if (tiling.place == in_l2) product = larger(product, weights / l2);
 
   const double gates =
       250 + cells * (layout.gates > 1 ? 0.5 : 0.25) + (layout.warps > 1 ? 100 + cells * 8 * layout.warps / shared : 0);
   const double sent = cells * element * layout.parts;
-  const double meeting = plan.blocks == 1   ? 60
-                         : plan.cluster > 1 ? 450 + 40 * plan.blocks + sent * plan.blocks / l2
-                                            : 2500 + double(plan.lanes) * g.pitch / l2;
+  const double meeting = tiling.blocks == 1   ? 60
+                         : tiling.cluster > 1 ? 450 + 40 * tiling.blocks + sent * tiling.blocks / l2
+                                              : 2500 + double(tiling.lanes) * g.pitch / l2;
   return product + gates + meeting;
 }
 
@@ -47,7 +47,7 @@ struct Problem {
 // Goes through all divisions that the device and the kernels allow.
 struct Search : Problem {
   const WarpLayout layout;
-  CudaPlan best{};
+  CudaTiling best{};
   double least = 0;
 
   explicit Search(const Problem& problem) : Problem(problem), layout(warp_layout(backward, cell)) {}
@@ -64,22 +64,22 @@ struct Search : Problem {
     if (warps > most) return;
     if (!is_compiled(layout, product_shape(dtype).element, octets, place == in_registers)) return;
     if (place == in_registers && lane_groups > 1) return;
-    CudaPlan plan{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
-    Geometry g = geometry_of(backward, cell, dtype, hidden, plan);
+    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
+    Geometry g = geometry_of(backward, cell, dtype, hidden, tiling);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
     const bool grid =
         blocks > 1 && cluster == 1;   // all its blocks have to run at the same time; other small ones share an SM
-    const int64_t tiles = ceil_div(entries, plan.lanes), fit = grid ? sms / blocks : clusters(blocks);
-    const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, plan, g);
+    const int64_t tiles = ceil_div(entries, tiling.lanes), fit = grid ? sms / blocks : clusters(blocks);
+    const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, tiling, g);
     if (best.blocks && clocks >= least) return;
     const int64_t by_memory = (shared_bytes + 1024) / (g.shared_bytes + 1024), by_registers = most / warps;
     const int64_t together = grid ? fit : fit * (by_memory < by_registers ? by_memory : by_registers);
-    plan.teams = static_cast<int>(tiles < together ? tiles : together);
-    g.teams = plan.teams;
-    plan.shared_bytes = g.shared_bytes;
-    plan.workspace_bytes = workspace_parts(plan, g).bytes;
-    best = plan;
+    tiling.teams = static_cast<int>(tiles < together ? tiles : together);
+    g.teams = tiling.teams;
+    tiling.shared_bytes = g.shared_bytes;
+    tiling.workspace_bytes = workspace_parts(tiling, g).bytes;
+    best = tiling;
     least = clocks;
   }
 
@@ -90,7 +90,7 @@ struct Search : Problem {
           consider(blocks, cluster, units, octets, lane_groups, place);
   }
 
-  CudaPlan run() {
+  CudaTiling run() {
     const int step = layout.units;
     for (int blocks = 1; blocks <= max_cluster && blocks <= sms; blocks *= 2) {
       const int64_t units = round_up(ceil_div(hidden, blocks), step);
@@ -106,61 +106,61 @@ struct Search : Problem {
 };
 
 // Searches take microseconds and calls repeat themselves: the last few answers are kept.
-CudaPlan recent(const Problem& problem) {
+CudaTiling recent(const Problem& problem) {
   constexpr int kept = 16;
   static thread_local struct {
     Problem problem;
-    CudaPlan plan;
+    CudaTiling tiling;
   } known[kept];
   static thread_local unsigned oldest = 0;
   for (const auto& k : known)
-    if (k.problem == problem) return k.plan;
+    if (k.problem == problem) return k.tiling;
   auto& k = known[oldest++ % kept];
-  k.plan = problem.hidden > most_hidden ? CudaPlan{} : Search{problem}.run();
+  k.tiling = problem.hidden > most_hidden ? CudaTiling{} : Search{problem}.run();
   k.problem = problem;
-  return k.plan;
+  return k.tiling;
 }
 
-CudaPlan refuse(const char* message) {
-  CudaPlan plan{};
-  plan.message = message;
-  return plan;
+CudaTiling refuse(const char* message) {
+  CudaTiling tiling{};
+  tiling.message = message;
+  return tiling;
 }
 
 }   // namespace
 
-Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaPlan& plan) {
+Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaTiling& tiling) {
   const ProductShape shape = product_shape(dtype);
   const WarpLayout layout = warp_layout(backward, cell);
   Geometry g{};
-  g.blocks = plan.blocks;
-  g.cluster = plan.cluster;
-  g.teams = plan.teams;
-  g.place = plan.place;
-  g.lanes = plan.lanes;
-  g.units = plan.units;
-  g.groups = plan.units / layout.units;
+  g.blocks = tiling.blocks;
+  g.cluster = tiling.cluster;
+  g.teams = tiling.teams;
+  g.place = tiling.place;
+  g.lanes = tiling.lanes;
+  g.units = tiling.units;
+  g.groups = tiling.units / layout.units;
   const int warps_of_lanes = g.groups * layout.warps;
-  g.octets = plan.lanes / 8 / (plan.warps / warps_of_lanes);
+  g.octets = tiling.lanes / 8 / (tiling.warps / warps_of_lanes);
 
   const int chunks = static_cast<int>(ceil_div(hidden * shape.element, shape.chunk));
   g.chunks = chunks * layout.own_gates;
   g.segment = chunks * shape.chunk;
   const int pitch = layout.parts * g.segment / shape.pitch_unit;
   g.pitch = (pitch % 2 ? pitch : pitch + 1) * shape.pitch_unit;
-  g.buffers = plan.blocks > 1 && plan.cluster == 1 ? 1 : 2;
+  g.buffers = tiling.blocks > 1 && tiling.cluster == 1 ? 1 : 2;
 
   g.weights = int64_t(warps_of_lanes) * layout.blocks * g.chunks * 2 * shape.fragments * 16;
   g.outbox_of_warp = 8 * g.octets * layout.own_gates * layout.units * shape.element;
-  const int64_t sums = backward ? int64_t(plan.warps) * g.octets * 16 * 9 * 4 : 0;
-  int64_t at = plan.place == in_shared ? g.weights : 0;
+  const int64_t sums = backward ? int64_t(tiling.warps) * g.octets * 16 * 9 * 4 : 0;
+  int64_t at = tiling.place == in_shared ? g.weights : 0;
   const auto next = [&at](int64_t bytes) {
     const int64_t here = at;
     at += round_up(bytes, 16);
     return static_cast<int>(here);
   };
   g.state = next(int64_t(g.buffers) * g.lanes * g.pitch);
-  g.outbox = next(int64_t(plan.warps) * g.outbox_of_warp);
+  g.outbox = next(int64_t(tiling.warps) * g.outbox_of_warp);
   g.sums = next(sums);
   g.spans = next(g.lanes * int64_t(sizeof(Span)));
   g.runs = next(g.lanes * int64_t(sizeof(Run)));
@@ -168,27 +168,27 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   return g;
 }
 
-WorkspaceParts workspace_parts(const CudaPlan& plan, const Geometry& g) {
+WorkspaceParts workspace_parts(const CudaTiling& tiling, const Geometry& g) {
   WorkspaceParts parts;
-  parts.flags = round_up(plan.blocks * g.weights, 256);
-  const bool grid = plan.blocks > 1 && plan.cluster == 1;
-  parts.inboxes = parts.flags + (grid ? round_up(int64_t(plan.teams) * plan.blocks * 4, 256) : 0);
-  parts.bytes = parts.inboxes + (grid ? int64_t(plan.teams) * 2 * g.lanes * g.pitch : 0);
+  parts.flags = round_up(tiling.blocks * g.weights, 256);
+  const bool grid = tiling.blocks > 1 && tiling.cluster == 1;
+  parts.inboxes = parts.flags + (grid ? round_up(int64_t(tiling.teams) * tiling.blocks * 4, 256) : 0);
+  parts.bytes = parts.inboxes + (grid ? int64_t(tiling.teams) * 2 * g.lanes * g.pitch : 0);
   return parts;
 }
 
-CudaPlan recurrence_plan_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
-                              const CudaLimits& limits) {
+CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
+                                  const CudaLimits& limits) {
   if (!is_cell(cell)) return refuse(unknown_cell);
   if (dtype < F32 || dtype > TF32) return refuse("dtype must be 0 (float32), 1 (bfloat16), 2 (float16) or 3 (TF32)");
   if (limits.arch < 80) return refuse("the CUDA kernels need compute capability 8.0 or later");
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
   if (hidden < 0) return refuse("hidden must not be negative");
-  if (hidden == 0) return CudaPlan{};
-  const CudaPlan plan = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
-                                       limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
-  return plan.blocks
-             ? plan
+  if (hidden == 0) return CudaTiling{};
+  const CudaTiling tiling = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
+                                           limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
+  return tiling.blocks
+             ? tiling
              : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
 }
 
