@@ -99,6 +99,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         if backend == "torch":  # which has no such op; its cell is the reference's
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
+        w_hh = self._trained(w_hh)
         _, h, c, _ = layer(x, w_ih, None if b_ih is None else b_ih + b_hh, w_hh, None, h, c, None, None, p)
         return h, c
 
