@@ -111,6 +111,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             found.append([getattr(self, name) for name in names])
             for name, w, shape in zip(names, found[-1], shapes):
                 check_weight(name, w, shape, x, cast)
+            found[-1][1] = self._trained(found[-1][1])
         return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

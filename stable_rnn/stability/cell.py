@@ -36,6 +36,7 @@ class CellStability:
     """One cell. To add one: a subclass in the file of its family (`Cell.family`), which lists it in `CELLS`."""
 
     apart = 2.0  # two reachable states differ by at most this times their bound
+    cascade_forget = 1.0  # what `Cascade` clamps the forget gate at, unless it is told
     assumed = ""  # what the certificate of a state dict takes for granted, since names and shapes don't tell, beside the clamp
 
     def reach(

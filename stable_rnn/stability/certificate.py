@@ -191,8 +191,9 @@ def certificate(
         raise ValueError("certificate: lengths need an input to belong to")
     data = None if input is None else _rows(input, lengths, width, getattr(module, "batch_first", False))
     if stability is not None:
-        bound = stability.input_limit(levels[0][0].cell) if input_bound is None else input_bound
-        return certify(levels, _checked_bound(bound), data, stability.cap, stability.target)
+        cell = levels[0][0].cell
+        bound = stability.input_limit(cell) if input_bound is None else input_bound
+        return certify(levels, _checked_bound(bound), data, stability.cap_of(cell), stability.target)
     return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
 
 

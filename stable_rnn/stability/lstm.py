@@ -23,6 +23,8 @@ INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their roo
 
 
 class Lstm(CellStability):
+    cascade_forget = 0.8
+
     def reach(
         self,
         w: LayerWeights,
