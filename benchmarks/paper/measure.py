@@ -81,7 +81,7 @@ def step(body: nn.Module, xp: Tensor, state: tuple[Tensor, ...], tangent: tuple[
 
 @torch.no_grad()
 def forgetting(model: Model, rows: Rows) -> dict:
-    """On data, of the forward direction: exp of the largest Lyapunov exponent, from the growth of a tangent renormalized at each step (QR of
+    """On data, forward direction: exp of the largest Lyapunov exponent, from the growth of a tangent renormalized at each step (QR of
     one column) over the longest rows; and the largest 2-norm of a product of k Jacobians, to the power 1/k, over some states that occur.
 
     One number is an average, the other the worst case seen: a lower bound of what a certificate in the 2-norm of (h, c) could say."""
