@@ -274,3 +274,4 @@ def test_the_optimizers_hook_brings_weights_in():
     sum(run(m).sum() for m in model).backward()
     optimizer.step()
     assert inside(model[0], 3) and inside(model[1], 3)
+    assert all(m.certificate().stable for m in model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..ops.spectral import row_project_
 from .bounds import GATE, ROUNDS, Drive, length, times, up
 from .cell import Ball, CellStability, Reach
+from .comparison import Comparison, depth, rates, settled
 from .contraction import Contraction, norm2, perron, upwards
 from .limits import Limits
 from .rows import lower_forget
@@ -36,9 +38,12 @@ class Lstm(CellStability):
         target: tuple[float, float] | None,
     ) -> Reach:
         b = lstm_bounds(w, drive, cap)
-        return Reach(
-            lstm_contractions(w, b, norms, upper, target), b.h, length(b.h), float(b.c.max()), float(b.f.max())
-        )
+        forget, groups = float(b.f.max()), depth(w)
+        found: list[Contraction | Comparison] = [*lstm_contractions(w, b, norms, upper, target, groups)]
+        if groups is not None and forget < 1 and "inf" in norms:
+            box = 2 * torch.cat([b.c, b.h])
+            found.append(Comparison(partial(_lstm_both, w, b), box, w.hidden, min(rates(forget))))
+        return Reach(found, b.h, length(b.h), float(b.c.max()), forget, groups)
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)
@@ -133,14 +138,20 @@ def _slope(low: Tensor, high: Tensor) -> Tensor:
 
 
 def lstm_contractions(
-    w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: tuple[float, float] | None
+    w: LayerWeights,
+    b: LstmBounds,
+    norms: tuple[str, ...],
+    upper: bool,
+    target: tuple[float, float] | None,
+    groups: int | None = None,
 ) -> list[Contraction]:
-    """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate and a share worth trying."""
+    """In the 2-norm one, in the max-norm two, or more in a cascade of so many groups. `upper`: inputs may differ, so gains matter.
+    `target`: a rate and a share worth trying."""
     if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
         return [Contraction("2", math.inf, math.inf, math.inf, nothing, nothing, nothing)]
     found = [_lstm_two(w, b, upper, target)] if "2" in norms else []
-    return [*found, *_lstm_inf(w, b)] if "inf" in norms else found
+    return [*found, *_lstm_inf(w, b, groups)] if "inf" in norms else found
 
 
 def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
@@ -226,8 +237,9 @@ def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float
     return high * (1 + 1e-4)
 
 
-def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
-    """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all."""
+def _lstm_inf(w: LayerWeights, b: LstmBounds, groups: int | None) -> Iterator[Contraction]:
+    """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all; in a cascade
+    also with weights that grow from group to group."""
     after = lstm_step(w, b)
 
     def step(v: Tensor) -> Tensor:
@@ -239,13 +251,34 @@ def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
     rows, rows_in = (times(m, torch.ones_like(m[0])) for m in (w.abs_hh, w.abs_ih))
     two = perron(even, torch.ones(2, dtype=torch.float64), floor=0.0).clamp(min=1e-9)
     plain = torch.cat([two[0].expand_as(b.o), two[1].expand_as(b.h)])
-    for v in (plain, perron(step, plain)):
+    growing = () if groups is None else (_growing(w, b, rate, groups) for rate in rates(float(b.f.max())))
+    for v in (plain, perron(step, plain), *growing):
+        if v is None:
+            continue
         vc, vh = v[: w.hidden], v[w.hidden :]
         rate = upwards(float((step(v) / v).max()))
         gain = upwards(float((torch.cat(after(torch.zeros_like(vc), rows_in)) / v).max()))
         start = upwards(float((torch.cat([b.c, b.h]) / v).max()))
         per_unit = upwards(float((1 / vc).max())), upwards(float((1 / vh).max()))
         yield Contraction("inf", rate, gain, start, (float(vh.max()), length(vh)), per_unit, per_unit)
+
+
+def _growing(w: LayerWeights, b: LstmBounds, rate: float, groups: int) -> Tensor | None:
+    """v (2H,) with lstm_step(v) <= rate v, in a cascade of so many groups: each unit's weight from those that it reads."""
+    xi, xo = b.si * b.z, b.so * b.t
+
+    def needed(v: Tensor) -> Tensor:
+        di, df, dz, do = times(w.abs_hh, v[w.hidden :]).chunk(4)
+        vc = ((b.c * b.sf * df + xi * di + b.i * dz) / (rate - b.f)).clamp(min=1.0)
+        return torch.cat([vc, b.o * vc + xo * do / rate])
+
+    return settled(needed, 2 * w.hidden, groups)
+
+
+def _lstm_both(w: LayerWeights, b: LstmBounds, a: Tensor, eps: float) -> Tensor:
+    """`lstm_step` of both, a (2H,), with inputs that differ by at most eps in each entry."""
+    drive = up(times(w.abs_hh, a[w.hidden :]) + times(w.abs_ih, torch.full_like(w.w_ih[0], eps)), 2)
+    return torch.cat(lstm_step(w, b)(a[: w.hidden], drive))
 
 
 def lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
