@@ -23,6 +23,7 @@ class Bookkeeping(nn.Module):
     mode: str  # torch's: "LSTM", "RNN_TANH" or "RNN_RELU"
     stability: Stability | None
     backend: str
+    hidden_size: int
     _adopted: tuple[str, ...]  # the attributes that torch's class doesn't have
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -43,7 +44,11 @@ class Bookkeeping(nn.Module):
 
     def _trained(self, w_hh: Tensor) -> Tensor:
         """W_hh as the forward pass takes it; the stable set says what of it trains."""
-        return w_hh if self.stability is None or not torch.is_grad_enabled() else self.stability.trained(w_hh)
+        if (
+            self.stability is None or not torch.is_grad_enabled() or torch.jit.is_tracing()
+        ):  # a trace is checked without
+            return w_hh
+        return self.stability.trained(w_hh, self.hidden_size)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`. On the way to eval mode, a module that promises a certified set and was trained without a projection

@@ -10,6 +10,11 @@ from torch import nn
 
 def step(w, xp, h, c, cap):
     """One step of a batch: xp (N, G*H), h (N, P), c (N, H)."""
+    if w.cell == "gru":
+        b = torch.zeros_like(w.bias) if w.bias_hh is None else w.bias_hh
+        (xr, xz, xn), (qr, qz, m) = (xp - b).chunk(3, -1), (h @ w.w_hh.mT + b).chunk(3, -1)
+        z = (xz + qz).sigmoid().clamp(max=cap)
+        return (1 - z) * (xn + (xr + qr).sigmoid() * m).tanh() + z * h, c
     u = xp + h @ w.w_hh.mT
     if w.cell != "lstm":
         return u.tanh() if w.cell == "rnn_tanh" else u.relu(), c

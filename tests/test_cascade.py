@@ -213,7 +213,7 @@ def test_masked_entries_get_no_gradient(make, tmp_path):
 def test_gradients_of_the_others_are_those_of_a_plain_module():
     module = StableLSTM(3, 7, 2, bidirectional=True, stability=SET).double()
     plain = copy.deepcopy(module)
-    plain.stability = type("Unmasked", (Cascade,), {"trained": lambda self, w_hh: w_hh})(3)
+    plain.stability = type("Unmasked", (Cascade,), {"trained": lambda self, w_hh, hidden: w_hh})(3)
     x = torch.randn(9, 2, 3, dtype=torch.float64)
     for each in (module, plain):
         each(x)[0].square().sum().backward()
@@ -248,6 +248,18 @@ def test_gradients_under_torch_func():
     loss(dict(module.named_parameters())).backward()
     for name, p in module.named_parameters():
         torch.testing.assert_close(grads[name], p.grad)
+
+
+def test_graphs_of_it():
+    module = StableRNN(3, 7, stability=SET)
+    x = torch.randn(5, 2, 3)
+    expected = module(x)[0]
+    torch.testing.assert_close(torch.jit.trace(module, (x,))(x)[0], expected)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x)[0], expected)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled(x)[0].square().sum().backward()
+    grad = module.weight_hh_l0.grad
+    assert gradients_are_masked(module) and grad.any() and not (grad * (1 - mask_by_hand(7, 3))).any()
 
 
 @every_module

@@ -13,23 +13,29 @@ from .weights import named_weights, once, recurrent
 
 def borders(hidden: int, groups: int) -> list[int]:
     """Where the groups begin, and `hidden`: sizes as `torch.tensor_split` makes them; no more groups than units."""
-    groups = max(1, min(groups, hidden))
-    size, larger = divmod(hidden, groups)
-    return [g * size + min(g, larger) for g in range(groups + 1)]
+    size, larger = _sizes(hidden, groups)
+    return [g * size + min(g, larger) for g in range(min(groups, hidden) + 1)]
+
+
+def _sizes(hidden: int, groups: int) -> tuple[int, int]:
+    """The units of a group, and how many of the first groups have one more."""
+    return divmod(hidden, max(1, min(groups, hidden)))
 
 
 def readable(hidden: int, groups: int, device: torch.device) -> Tensor:
     """(H, H) bool: whether the unit of a row may read that of a column, whose group has to come before."""
-    begins = torch.tensor(borders(hidden, groups)[1:-1], dtype=torch.int64, device=device)
-    group = torch.bucketize(torch.arange(hidden, device=device), begins, right=True)
+    size, larger = _sizes(hidden, groups)
+    unit, in_larger = torch.arange(hidden, device=device), larger * (size + 1)
+    group = torch.where(unit < in_larger, unit // (size + 1), (unit - in_larger) // size + larger)
     return group[:, None] > group
 
 
-def readable_trains(w_hh: Tensor, groups: int) -> Tensor:
+def readable_trains(w_hh: Tensor, hidden: int, groups: int) -> Tensor:
     """W_hh (G*H, H) itself, bit by bit; entries that no unit may read get no gradient."""
-    hidden = w_hh.shape[1]
-    gates = w_hh.unflatten(0, (-1, hidden)) if hidden else w_hh
-    return torch.where(readable(hidden, groups, w_hh.device), gates, gates.detach()).view_as(w_hh) if hidden else w_hh
+    if not hidden:
+        return w_hh
+    gates = w_hh.unflatten(0, (-1, hidden))
+    return torch.where(readable(hidden, groups, w_hh.device), gates, gates.detach()).flatten(0, 1)
 
 
 def default_forget(cell: str) -> float:

@@ -113,3 +113,27 @@ def perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR
         v = after / rate + v  # with v itself, so that a cycle converges too
         v = v / v.max()
     return v + floor * start / start.max()
+
+
+def crossing(w_hh: Tensor, scales: Callable[[float], Tensor], low: float) -> float:
+    """About the rate > low where ||D(rate) W_hh||_2 = rate for row scales D that fall, by power iteration and bisection in float32. Proves
+    nothing."""
+    w32 = w_hh.float()
+    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
+
+    def norm(rate: float) -> float:
+        nonlocal x
+        a = scales(rate).float()[:, None] * w32
+        for _ in range(8):
+            y = a.mT @ (a @ x)
+            size = float(torch.linalg.vector_norm(y))
+            if not 0 < size < math.inf:
+                return size
+            x = y / size
+        return math.sqrt(size)
+
+    high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if norm(middle) <= middle else (middle, high)
+    return high * (1 + 1e-4)

@@ -14,7 +14,7 @@ from ..ops.spectral import row_project_
 from .bounds import GATE, ROUNDS, Drive, length, times, up
 from .cell import Ball, CellStability, Reach
 from .comparison import Comparison, depth, rates, settled
-from .contraction import Contraction, norm2, perron, upwards
+from .contraction import Contraction, crossing, norm2, perron, upwards
 from .limits import Limits
 from .rows import lower_forget
 from .weights import KINDS, LayerWeights, Names
@@ -199,6 +199,10 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     return min(found, key=lambda c: c.rate)
 
 
+def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
+    return crossing(w_hh, lambda rate: gate_scales(b, rate, share, kappa), float(b.f.max()) * (1 + 1e-4))
+
+
 def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
     """With the weights V^2 = sum_j weight_j dc_j^2 + ||dh||^2 that belong to `rate`; what is proven for them may be a little more."""
     scales = gate_scales(b, rate, share, kappa)
@@ -211,30 +215,6 @@ def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kapp
     start = upwards(math.hypot(length(weight.sqrt() * b.c), h2))
     units = upwards(float(weight.sum().sqrt())), math.sqrt(len(b.h))
     return Contraction("2", max(rate, proven), gain, start, (1.0, 1.0), units, (float(weight.max().sqrt()), 1.0))
-
-
-def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
-    """About the rate where ||D(rate) W_hh||_2 = rate, by power iteration and bisection in float32. Proves nothing."""
-    w32 = w_hh.float()
-    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
-
-    def norm(rate: float) -> float:
-        nonlocal x
-        a = gate_scales(b, rate, share, kappa).float()[:, None] * w32
-        for _ in range(8):
-            y = a.mT @ (a @ x)
-            size = float(torch.linalg.vector_norm(y))
-            if not 0 < size < math.inf:
-                return size
-            x = y / size
-        return math.sqrt(size)
-
-    low = float(b.f.max()) * (1 + 1e-4)
-    high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
-    for _ in range(14):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if norm(middle) <= middle else (middle, high)
-    return high * (1 + 1e-4)
 
 
 def _lstm_inf(w: LayerWeights, b: LstmBounds, groups: int | None) -> Iterator[Contraction]:

@@ -54,8 +54,8 @@ class Stability:
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         """Move the module's weights into the set, in place. certify=False: a cheap step for training loops, which may stop short."""
 
-    def trained(self, w_hh: Tensor) -> Tensor:
-        """W_hh (G*H, P) as the module's forward pass takes it: the same values, with gradients for what may move."""
+    def trained(self, w_hh: Tensor, hidden: int) -> Tensor:
+        """W_hh (G*H, P), H = hidden, as the module's forward pass takes it: the same values, with gradients for what may move."""
         return w_hh
 
     def projected_names(self, module: nn.Module) -> list[str]:
@@ -80,8 +80,8 @@ def check_stability(stability: Stability | None, mode: str, proj_size: int = 0) 
 
 @dataclass(frozen=True)
 class ForgetCap(Stability):
-    """Only the LSTM cell's clamp: f_t = min(sigmoid(.), forget), 0 < forget < 1. No weight is moved and no rate is promised; in practice
-    such a cell forgets, and the plan `Verified` checks every run."""
+    """Only the clamp of the cell's forget gate, min(sigmoid(.), forget), 0 < forget < 1: an LSTM's f, a GRU's z. No weight is moved and no
+    rate is promised; in practice such a cell forgets, and the plan `Verified` checks every run."""
 
     forget: float
 
@@ -97,7 +97,9 @@ class ForgetCap(Stability):
 
     def check(self, cell: str) -> None:
         if CELLS[cell].forgets is None:
-            raise ValueError(f"ForgetCap is for the LSTM; {cell} has no forget gate to clamp (stability={self})")
+            raise ValueError(
+                f"ForgetCap is for the LSTM and the GRU; {cell} has no forget gate to clamp (stability={self})"
+            )
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,8 +147,8 @@ class Cascade(Stability):
         """Where the groups of a layer of `hidden` units begin, and `hidden`."""
         return borders(hidden, self.groups)
 
-    def trained(self, w_hh: Tensor) -> Tensor:
-        return readable_trains(w_hh, self.groups)
+    def trained(self, w_hh: Tensor, hidden: int) -> Tensor:
+        return readable_trains(w_hh, hidden, self.groups)
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
         """The set is reached in one step, whatever `certify` says."""
