@@ -287,7 +287,7 @@ class StableRNN(StableRNNBase):
 
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
@@ -358,8 +358,8 @@ class StableLSTM(StableRNNBase):
 
     Arguments, parameter names, shapes and errors are those of `nn.LSTM`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
-      at f), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      forget gate at f), or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 

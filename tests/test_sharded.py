@@ -223,14 +223,15 @@ def _training(rank):
     from torch.nn.parallel import DistributedDataParallel
 
     found = {}
-    for kind in ("fsdp", "root", "ddp"):
+    for kind in ("fsdp", "root", "ddp", "cascade"):
         torch.manual_seed(0)
-        model = nn.Sequential(StableLSTM(5, 6))
+        model = nn.Sequential(StableLSTM(5, 6, stability=Cascade(3) if kind == "cascade" else Certified()))
         if kind == "fsdp":
             shard(model[0], 2)
         model = DistributedDataParallel(model) if kind == "ddp" else shard(model, 2)
         optimizer = torch.optim.Adam(model.parameters(), 0.2)
-        project_after_step(optimizer, model)
+        if kind != "cascade":  # its gradients keep it inside
+            project_after_step(optimizer, model)
         lstm = model.module[0] if kind == "ddp" else model[0]
         torch.manual_seed(rank)
         for _ in range(6):

@@ -3,6 +3,7 @@ derivation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,10 +67,9 @@ class Comparison:
     _runs: dict[float, _Run] = field(default_factory=dict, init=False, repr=False)
 
     def truncated(self, k: int, eps: float) -> Errors:
-        """After k steps, or more."""
+        """After k steps, or more. eps is rounded up to a power of the root of 2: a search for a window asks for many."""
+        eps = 2.0 ** (math.ceil(2 * math.log2(eps)) / 2) * (1 + 2.0**-50) if 0 < eps < math.inf else eps
         if eps not in self._runs:
-            for old in [key for key in self._runs if key]:  # windows ask for many eps, and again for 0
-                del self._runs[old]
             self._runs[eps] = _Run(self, eps)
         return self._runs[eps].at(k)
 
