@@ -9,6 +9,7 @@ if TYPE_CHECKING or not from_command_line():
     from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
     from ._moved import moved as __getattr__
     from .convert import stabilize, unstabilize
+    from .memory import memory
     from .modules import StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
@@ -33,6 +34,7 @@ __all__ = [
     "Windowed",
     "backends",
     "certificate",
+    "memory",
     "project_after_step",
     "stabilize",
     "unstabilize",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Protocol, TypedDict, TypeGuard, TypeVar
 
 import torch
@@ -59,7 +59,8 @@ class Recurrent(Plan):
 class Windowed(Plan):
     """Every output is computed from its last `k` inputs alone, all windows at once: k dependent steps and k times the arithmetic.
 
-    The gradient is the true gradient of the windowed function. Raises `ValueError` unless k >= 1, `TypeError` unless it is an int."""
+    The gradient is the true gradient of the windowed function. `stable_rnn.memory(module, input)` measures the k that an input needs.
+    Raises `ValueError` unless k >= 1, `TypeError` unless it is an int."""
 
     k: int
 
@@ -76,8 +77,8 @@ class Chunked(Plan):
     1 + warmup/chunk times the arithmetic.
 
     The backward pass is the adjoint recursion cut the same way in reverse time; it approximates the full gradient, with an error that
-    shrinks like w λ^w (Lemma 2 of the paper), instead of stopping gradients at chunk borders. chunk >= 1, warmup >= 0;
-    `Chunked(1, w)` is `Windowed(w + 1)`."""
+    shrinks like w λ^w (Lemma 2 of the paper), instead of stopping gradients at chunk borders. `stable_rnn.memory(module, input)` measures
+    the warm-up that an input needs. chunk >= 1, warmup >= 0; `Chunked(1, w)` is `Windowed(w + 1)`."""
 
     chunk: int
     warmup: int
@@ -177,6 +178,15 @@ def check_plan(plan: object) -> Plan:
             f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}"
         )
     return plan
+
+
+def written(plan: Plan) -> str:
+    """`Chunked(256, 32)`, `Verified()`: what a user would write."""
+    assert is_dataclass(plan)
+    given = [(f, getattr(plan, f.name)) for f in fields(plan)]
+    changed = [n for n, (f, value) in enumerate(given) if value != f.default]
+    text = [f"{value}" if n == at else f"{f.name}={value}" for at, n in enumerate(changed) for f, value in [given[n]]]
+    return f"{type(plan).__name__}({', '.join(text)})"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
-from ..plans import Plan
+from ..plans import Plan, written
 from ..stability import Certificate
 from .progress import Part, Schedule
 from .train import CharModel
@@ -120,20 +120,13 @@ def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
     return [
         Way("nn.LSTM", lambda x: plain(x)[0], None),
         Way(name, lambda x: overlapping(plain, x, overlap), None, sees(overlap)),
-        *(Way(label(plan), partial(under, layer, plan=plan), plan, sees(plan)) for plan in plans),
+        *(Way(written(plan), partial(under, layer, plan=plan), plan, sees(plan)) for plan in plans),
     ]
 
 
 def turns(plans: list[Plan]) -> int:
     """Of the ways, in `in_turns`."""
     return (len(plans) + 2) * ROUNDS
-
-
-def label(plan: Plan) -> str:
-    """`Chunked(256, 32)`, `Verified()`: what the user would write."""
-    assert is_dataclass(plan)
-    given = [getattr(plan, f.name) for f in fields(plan) if getattr(plan, f.name) != f.default]
-    return f"{type(plan).__name__}({', '.join(map(str, given))})"
 
 
 def under(layer: StableLSTM, x: Tensor, plan: Plan) -> Tensor:
