@@ -229,6 +229,78 @@ def test_bitwise_over_instruction_sets(cell):
     equal(*runs)
 
 
+ENDS, ADJOINT_ENDS = ("h_end", "c_end"), ("dh_end", "dc_end")
+
+
+def check_ends(case, threads=(1, 2)):
+    """Rows over the same times, each from a start of its own: nothing but their ends is stored."""
+    made = case.draw()
+    exact, eager = (loop.loop_forward(case, made, kind) for kind in (torch.float64, torch.float32))
+    known = Case(case.cell, case.steps, -(-case.batch // 2), case.hidden, case.steps, 0, case.out, case.cap, case.dtype)
+    known = replace(known, layout="packed", lengths=(known.steps,) * known.batch)
+    saved = loop.run_forward(known, known.draw())
+    back = made | dict(dy=torch.zeros_like(made["dy"]))
+    exact_back, eager_back = (loop.loop_backward(case, back, saved, kind) for kind in (torch.float64, torch.float32))
+    pick = lambda found, names: {k: v for k, v in found.items() if k in names}  # noqa: E731
+    for count in threads:
+        how = replace(case, threads=count)
+        found = loop.run_forward(how, made | dict(h0=None, c0=None), only=ENDS)
+        assert_like(found, pick(exact, ENDS), pick(eager, ENDS), case.dtype, case.steps, case.p)
+        found = loop.run_backward(how, made | dict(dy=None, dh_n=None, dc_n=None), saved, only=ADJOINT_ENDS)
+        want = pick(exact_back, ADJOINT_ENDS), pick(eager_back, ADJOINT_ENDS)
+        assert_like(found, *want, torch.float32, case.steps, case.gates * case.hidden)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_ends_of_rows_that_share_their_times(cell, dtype, isa):
+    for batch, hidden in ((1, 5), (7, 33), (40, 18)):
+        case = Case(cell, 6, batch, hidden, stride=6, warmup=0, layout="shared", init=True, dtype=dtype)
+        check_ends(replace(case, cap=0.6 if cell == "lstm" else 1.0))
+    if cell == "lstm":
+        check_ends(Case(cell, 6, 7, 33, 6, 0, out=18, layout="shared", init=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_else_depends_on_what_is_asked_for(cell, isa):
+    case = Case(cell, 23, 3, 33, stride=7, warmup=3, lengths=(23, 0, 16), cap=0.8 if cell == "lstm" else 1.0)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    back = loop.run_backward(case, made, saved)
+    for without in (("decay",), ("y",), ("saved", "cells"), ("dz",)):
+        names = [k for k in saved if k not in without]
+        equal(loop.run_forward(case, made, only=names), {k: saved[k] for k in names})
+        names = [k for k in back if k not in without]
+        equal(loop.run_backward(case, made, saved, only=names), {k: back[k] for k in names})
+
+
+def test_decay_is_the_product_of_the_saved_gates(isa):
+    """To a rounding of each product, on lanes of different lengths; nothing of it where a lane writes nothing."""
+    case = Case("lstm", 40, 3, 19, stride=11, warmup=5, lengths=(40, 0, 25), cap=0.9)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    forget = saved["saved"].double().chunk(4, 1)[1]
+    decays = [saved["decay"], loop.run_backward(case, made, saved)["decay"]]
+    for id in range(case.lanes):
+        b, first, end = case.span(id)
+        if first >= end:
+            assert all(decay[id].isnan().all() for decay in decays)
+            continue
+        exact = forget[[case.row(b, t) for t in range(first, end)]].prod(0)
+        for decay in decays:
+            assert ((decay[id] - exact).abs() <= 11 * 2**-24 * exact).all()
+
+
+def test_long_decays_underflow_to_zero(isa):
+    case = Case("lstm", 300, 1, 20, stride=300, warmup=0, cap=0.5)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    assert (saved["decay"] == 0).all() and (loop.run_backward(case, made, saved)["decay"] == 0).all()
+    short = replace(case, steps=90, stride=90)
+    made["xp"], made["w_hh"][:] = torch.full_like(made["xp"][:90], 9.0), 0  # all gates at the cap
+    assert (loop.run_forward(short, made)["decay"] == 0.5**90).all()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
     whole = Case(cell, 60, 1, 24, stride=60, warmup=0)
