@@ -169,7 +169,7 @@ class Output(NamedTuple):
     c_start: Tensor
     h_end: Tensor
     c_end: Tensor
-    decay: Tensor  # (L*B, H) when borders are asked for, cells that forget; else empty
+    decay: Tensor  # (L*B, H) when borders are asked for, (L*B, 0) of cells that forget nothing; else empty
 
 
 class Adjoint(NamedTuple):

@@ -67,7 +67,7 @@ def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
 
 def _no_decay(cell: Cell, lanes: int, hidden: int, like: Tensor) -> Tensor:
     """The decay of lanes before their first step."""
-    return like.new_empty(0) if cell.forgets is None else like.new_ones(lanes, hidden)
+    return like.new_ones(lanes, 0 if cell.forgets is None else hidden)
 
 
 def forward(
