@@ -38,15 +38,17 @@ struct TileLanes {
   Span* spans;
   Run* runs;
   int n;
+  bool cluster;   // the team is one
 
   explicit __device__ __forceinline__ TileLanes(const Geometry& g)
       : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)),
-        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
+        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes), cluster(g.cluster > 1) {}
 
   // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
   __device__ __forceinline__ Extent load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
-    block_sync();   // a cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with
+    // A cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with.
+    if (cluster) block_sync();
     for (int i = thread_index(); i < n; i += thread_count()) {
       Run run{};
       if (first + i < entries)
@@ -72,6 +74,11 @@ template <class Storage>
 __device__ __forceinline__ float start_value(const Run& run, const void* given, const float* init, int size, int unit) {
   if (init) return init[run.entry * size + unit];
   return run.given && given ? static_cast<float>(static_cast<const Storage*>(given)[run.b * size + unit]) : 0.f;
+}
+
+// One more forget gate of a unit times its lane's decay so far, which stands where the caller wants it: only this thread touches it there.
+__device__ __forceinline__ void multiply_decay(float* decay, bool first, float forget) {
+  *decay = decayed(first ? 1.f : *decay, forget);
 }
 
 }   // namespace stable_rnn
