@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import _VF, Tensor, nn
@@ -16,8 +17,11 @@ from .common import autocast_dtype, has_values
 from .ops.backends import check_name, requested
 from .ops.recurrence.backends import leave_to_torch
 from .ops.recurrence.function import Note, layer
+from .ops.recurrence.native import PLAIN
+from .ops.recurrence.policy import Memory
 from .ops.recurrence.problem import Problem
-from .plans import Plan, Recurrent, Report, Verified, check_plan
+from .plans import Plan, PlanLike, Recurrent
+from .reports import Report
 from .stability import Certificate, Certified, Stability, certificate, check_stability
 from .validate import check_state, check_weight, describe, pair
 
@@ -33,21 +37,20 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     weight_hh_l0: Tensor
 
     def __init__(
-        self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any
+        self, mode: str, *args: Any, stability: Stability | None, plan: PlanLike, backend: str, **kwargs: Any
     ) -> None:
-        check_plan(plan), check_name(backend), check_stability(stability, mode)
+        check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self._adopt(stability, plan, backend)
         self._project_fresh()
 
     _adopted = ("stability", "plan", "backend", "_ran")
 
-    def _adopt(self, stability: Stability | None, plan: Plan, backend: str) -> None:
+    def _adopt(self, stability: Stability | None, plan: PlanLike, backend: str) -> None:
         """Sets `_adopted`, all that a stable module holds beyond torch's; `stabilize` calls it on modules that torch has made."""
-        self.stability, self.plan, self.backend = stability, plan, backend
-        self._ran: tuple[list[Tensor], list[Note], int] | None = (
-            None  # what the last checked run left: reports, notes, chunk
-        )
+        self.stability, self.plan, self.backend = stability, plan, backend  # type: ignore[assignment]  # a plan is made of it
+        # what the last checked run left: reports and notes by layer and direction
+        self._ran: tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Note]] | None = None
 
     # ---- stability
 
@@ -82,14 +85,16 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one."""
         if self._ran is None:
             return None
-        reports, notes, chunk = self._ran
-        back = [note.report for note in notes if note.report is not None]
+        reports, notes = self._ran
+        back = {place: note.report for place, note in notes.items() if note.report is not None}
+        seen = all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
 
-        def bound(jump: float) -> float | None:
+        def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)
-            return found.jump_bound(jump, chunk) if found.stable else None
+            return found.jump_bound(jump, chunk) if found.stable and seen else None
 
-        return Report.of(reports, backward=Report.of(back) if back else None, bound=bound)
+        backward = Report.of(tuple(back), tuple(back.values())) if back else None
+        return Report.of(tuple(reports), tuple(reports.values()), backward, bound)
 
     # ---- running
 
@@ -116,11 +121,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
-        numbers, cast = self.plan.numbers(x), autocast_dtype(x) is not None
+        cast = autocast_dtype(x) is not None
         weights = self._weights(x, cast)
-        h_n, c_n, reports = [], [], []
-        noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
-        notes: list[Note] = []
+        h_n, c_n = [], []
+        reports: dict[tuple[int, int], Tensor] = {}
+        notes: dict[tuple[int, int], Note] = {}
         for level in range(self.num_layers):
             ys = []
             for d, way in enumerate(directions):
@@ -131,9 +136,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 if cast:
                     w_ih, w_hh = w_ih.to(x.dtype), w_hh.to(x.dtype)
                     bias, hidden_bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, hidden_bias, w_hr))
-                p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
+                plan, place = self.plan.at(level, d), (level, d)
+                p = Problem(self._cell, way.steps, way.step, **plan.numbers(x), cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
-                notes += [Note()] if noting else []
+                if p.checked and not torch.compiler.is_compiling():
+                    notes[place] = Note(_memory(self, place, weights[index]))
                 y, h, c, report = layer(
                     x,
                     w_ih,
@@ -145,17 +152,18 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                     way.base,
                     way.lengths,
                     p,
-                    notes[-1] if noting else None,
+                    notes.get(place),
                 )
                 ys.append(y)
                 h_n.append(h)
                 c_n.append(c)
-                reports.append(report)
+                if p.checked:
+                    reports[place] = report
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = rows.dropout(x, self.dropout)
-        if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
-            self._ran = reports, notes, p.resolved(rows.batch, x.device).stride
+        if reports and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
+            self._ran = reports, notes
         return x, torch.stack(h_n), torch.stack(c_n)
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
@@ -281,13 +289,26 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return ", ".join(extra + ([f"backend={self.backend!r}"] if self.backend != "auto" else []))
 
 
+_memories: WeakKeyDictionary[nn.Module, dict[tuple[int, int], Memory]] = WeakKeyDictionary()  # no part of the modules
+
+
+def _memory(module: nn.Module, place: tuple[int, int], weights: list[Tensor]) -> Memory | None:
+    """What earlier calls of a layer and direction found out, as long as its weights are the same: where they lie, and how often they were
+    changed. None under transforms, whose tensors have neither."""
+    if torch._C._are_functorch_transforms_active() or any(type(w) not in PLAIN for w in weights):
+        return None
+    kept = _memories.setdefault(module, {}).setdefault(place, Memory())
+    return kept.of([(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights])
+
+
 class StableRNN(StableRNNBase):
     """Drop-in replacement of `torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
 
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
+      by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
@@ -309,7 +330,7 @@ class StableRNN(StableRNNBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -359,7 +380,8 @@ class StableLSTM(StableRNNBase):
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
       at f), or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
+      by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
@@ -382,7 +404,7 @@ class StableLSTM(StableRNNBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
     ) -> None:
         super().__init__(

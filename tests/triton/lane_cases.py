@@ -11,7 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not backend.interpreted() else 
 
 
 def problem(case) -> Problem:
-    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved(case.batch)
+    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved()
 
 
 def to_device(values):

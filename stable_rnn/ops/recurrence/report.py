@@ -1,0 +1,65 @@
+"""What a checked run says of itself: numbers of fixed size, so that ops, compiled graphs and exports hand them on as a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import nan
+
+import torch
+from torch import Tensor
+
+PASSES = 24  # whose jumps are kept
+CORRECTIONS = ("none", "decay", "probes")
+DONE, CHEAPER, MEMORY, REMEMBERED, ALL_PASSES, DEPTH, STALLED, BUDGET, FORWARD_MODE = range(9)
+WHY = {
+    DONE: "",
+    CHEAPER: "the plain recurrence is predicted to be the cheaper one",
+    MEMORY: "the state remembers for longer than a warm-up pays for",
+    REMEMBERED: "it fell back in a call before this one",
+    ALL_PASSES: "max_passes were not enough",
+    DEPTH: "the passes would be as deep as the plain recurrence",
+    STALLED: "the jumps stopped shrinking",
+    BUDGET: "the next pass might make the call cost more than the plain recurrence does",
+    FORWARD_MODE: "forward mode runs the plain recurrence",
+}
+
+
+@dataclass
+class Run:
+    """Of one layer and direction, forward or backward."""
+
+    chunk: int = 0  # 0: no lanes
+    warmup: int = 0
+    correct: str = "none"
+    predicted: float = nan  # cost of the first pass over that of the plain recurrence
+    passes: int = 0  # most of any stretch of lanes; 0: no lanes
+    lanes: int = 0
+    rerun: int = 0  # lanes, each as often as it ran again
+    plain_from: int = -1  # visited time from which the plain recurrence went on; 0: all of it is bitwise that; -1: nowhere
+    why: int = DONE
+    jumps: list[float] = field(default_factory=list)  # the largest of every pass, before its correction
+    left: float = 0.0  # the largest that stays
+    ran: int = 0  # lanes of each row that have been run so far; not reported
+
+    def saw(self, index: int, jump: float) -> None:
+        """The largest jump after pass `index` of a stretch."""
+        if index < len(self.jumps):
+            self.jumps[index] = max(self.jumps[index], jump)
+        elif index < PASSES:
+            self.jumps.append(jump)
+
+    def tensor(self) -> Tensor:
+        """(SIZE,) float64 on the CPU."""
+        numbers = [self.chunk, self.warmup, CORRECTIONS.index(self.correct), self.predicted, self.passes, self.lanes]
+        numbers += [self.rerun, self.plain_from, self.why, self.left]
+        return torch.tensor(numbers + self.jumps + [nan] * (PASSES - len(self.jumps)), dtype=torch.float64)
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> Run:
+        chunk, warmup, correct, predicted, passes, lanes, rerun, plain, why, left, *jumps = numbers.tolist()
+        kept = [jump for jump in jumps if jump == jump]
+        whole = map(int, (passes, lanes, rerun, plain, why))
+        return cls(int(chunk), int(warmup), CORRECTIONS[int(correct)], predicted, *whole, kept, left)
+
+
+SIZE = len(Run().tensor())
