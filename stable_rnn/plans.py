@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, TypedDict, TypeGuard, TypeVar
 
 import torch
@@ -99,7 +99,7 @@ class Chunked(Plan):
         return {"stride": min(self.chunk, _LONGEST), "warmup": min(self.warmup, _LONGEST)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verified(Plan):
     """Chunks of time run side by side, and every border between two of them is checked. Starts that differ by more than `tol` from the end
     of the chunk before are corrected, all at once, and their chunks run again, until all agree.
@@ -146,6 +146,11 @@ class Verified(Plan):
         for name, allowed in (("correct", ("auto", *CORRECTIONS)), ("tol_on", ("state", "output"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Verified: {name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def __repr__(self) -> str:
+        """What differs from `Verified()`."""
+        given = (f"{f.name}={value!r}" for f in fields(self) if (value := getattr(self, f.name)) != f.default)
+        return f"Verified({', '.join(given)})"
 
     def numbers(self, x: torch.Tensor) -> Numbers:
         return {

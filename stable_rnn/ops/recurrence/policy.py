@@ -103,7 +103,7 @@ def choose(p: Problem, batch: int, weights: int, device: str) -> Choice:
     forgets = p.spec.forgets is not None
     correct = ("decay" if forgets else "none") if p.correct in ("auto", "decay") else p.correct
     made = Choice(p._replace(stride=chunk, warmup=warmup), correct if forgets else "none", costs, free)
-    if not free and made.predicted > WORTH:
+    if not batch * p.steps or not free and made.predicted > WORTH:
         made.why = CHEAPER
     made.measure = not (made.why or known or free) and costs.first(chunk, warmup) > (ALLOWANCE - 1) / 2 * costs.plain
     return made

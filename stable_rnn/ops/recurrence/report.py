@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import nan
 
 import torch
 from torch import Tensor
 
 PASSES = 24  # whose jumps are kept
+NONE = -1.0  # no jump
 CORRECTIONS = ("none", "decay", "probes")
 DONE, CHEAPER, MEMORY, REMEMBERED, ALL_PASSES, DEPTH, STALLED, BUDGET, FORWARD_MODE = range(9)
 WHY = {
@@ -31,7 +31,7 @@ class Run:
     chunk: int = 0  # 0: no lanes
     warmup: int = 0
     correct: str = "none"
-    predicted: float = nan  # cost of the first pass over that of the plain recurrence
+    predicted: float = 0.0  # cost of the first pass over that of the plain recurrence
     passes: int = 0  # most of any stretch of lanes; 0: no lanes
     lanes: int = 0
     rerun: int = 0  # lanes, each as often as it ran again
@@ -52,12 +52,12 @@ class Run:
         """(SIZE,) float64 on the CPU."""
         numbers = [self.chunk, self.warmup, CORRECTIONS.index(self.correct), self.predicted, self.passes, self.lanes]
         numbers += [self.rerun, self.plain_from, self.why, self.left]
-        return torch.tensor(numbers + self.jumps + [nan] * (PASSES - len(self.jumps)), dtype=torch.float64)
+        return torch.tensor(numbers + self.jumps + [NONE] * (PASSES - len(self.jumps)), dtype=torch.float64)
 
     @classmethod
     def of(cls, numbers: Tensor) -> Run:
         chunk, warmup, correct, predicted, passes, lanes, rerun, plain, why, left, *jumps = numbers.tolist()
-        kept = [jump for jump in jumps if jump == jump]
+        kept = [jump for jump in jumps if jump != NONE]
         whole = map(int, (passes, lanes, rerun, plain, why))
         return cls(int(chunk), int(warmup), CORRECTIONS[int(correct)], predicted, *whole, kept, left)
 

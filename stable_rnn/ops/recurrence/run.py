@@ -13,6 +13,7 @@ from .checks import check
 from .policy import Memory
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs
 from .report import Run
+from .sweeps import Backward, Forward
 
 
 def forward(inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
@@ -21,7 +22,7 @@ def forward(inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None
     check(p, inputs)
     backend = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr)
     if p.checked:
-        out, found = verified.run(backend, inputs, p, save, memory)
+        out, found = verified.run(Forward(backend, inputs, p, save), memory)
     else:
         out, found = backend.forward(inputs, p, save=save), None
     return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
@@ -34,7 +35,7 @@ def backward(inputs: BackwardInputs, p: Problem, memory: Memory | None = None) -
     inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
     backend = choose(p, inputs.dy, inputs.w_hh, inputs.w_hr)
     if p.checked:
-        out, found = verified.run_back(backend, inputs, p, memory)
+        out, found = verified.run(Backward(backend, inputs, p), memory)
     else:
         out, found = backend.backward(inputs, p), None
     return out.dz, out.dh, out.dh0, out.dc0, report(found)

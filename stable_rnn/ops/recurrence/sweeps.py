@@ -57,7 +57,9 @@ class Sweep:
 
     def visited(self, by_id: Tensor, first: int, last: int) -> Tensor:
         """Rows (L*B, F) of the lanes at places [first, last): (last - first, B, F)."""
-        by_lane = by_id.view(self.lanes if by_id.numel() else 0, self.batch, -1)
+        if not by_id.numel():
+            return by_id.new_empty(0)
+        by_lane = by_id.view(self.lanes, self.batch, -1)
         return by_lane.flip(0)[first:last] if self.backward else by_lane[first:last]
 
     def borders(self, first: int, last: int) -> Borders:
@@ -156,14 +158,14 @@ class Backward(Sweep):
 
     def rest(self, first: int) -> None:
         time, out = (self.lanes - first) * self.p.stride, self.out
-        given = self.inputs._replace(base=self.base, lengths=self.length.clamp_max(time))
         begun = (self.length > time)[:, None]  # the others begin before that time, from the gradients of their final states
         h, c = (
-            torch.where(begun, self.visited(end, first - 1, first)[0], given_end.to(end.dtype)) if end.numel() else None
-            for end, given_end in ((out.dh_end, self.inputs.dh_n), (out.dc_end, self.inputs.dc_n))
+            None if given is None else torch.where(begun, self.visited(end, first - 1, first)[0], given.to(end.dtype))
+            for end, given in ((out.dh_end, self.inputs.dh_n), (out.dc_end, self.inputs.dc_n))
         )
+        inputs = self.inputs._replace(base=self.base, lengths=self.length.clamp_max(time))
         p = self.p._replace(steps=time).whole()
-        self.out = self.backend.backward(given, p, dh_init=h, dc_init=c, out=_without_borders(out))
+        self.out = self.backend.backward(inputs, p, dh_init=h, dc_init=c, out=_without_borders(out))
 
     def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False):
         inputs, base = self.inputs, self.base[row] + time * self.p.step

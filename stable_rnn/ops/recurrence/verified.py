@@ -9,7 +9,6 @@ do not pay, the plain recurrence goes on from the last state that is certain.
 from __future__ import annotations
 
 from math import inf
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,34 +17,21 @@ from torch import Tensor
 from . import corrections, policy, report
 from .corrections import Borders, corrected
 from .policy import Choice, Ledger, Memory
-from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem
 from .report import Run
-from .sweeps import Backward, Forward, Sweep
+from .sweeps import Sweep
 
 PAYS = 0.5  # a pass pays if it leaves at most this part of the largest jump, or of the lanes that have one
 
 
-def run(
-    backend: ModuleType, inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None
-) -> tuple[Output, Run]:
-    """Forward: the output, and what was done. `memory` of earlier calls of this layer and direction."""
-    return _run(Forward(backend, inputs, p, save), p, memory)
-
-
-def run_back(
-    backend: ModuleType, inputs: BackwardInputs, p: Problem, memory: Memory | None = None
-) -> tuple[Adjoint, Run]:
-    """Backward, as `run`."""
-    return _run(Backward(backend, inputs, p), p, memory)
-
-
-def _run(sweep: Sweep, p: Problem, memory: Memory | None) -> tuple[Any, Run]:
+def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
+    """A sweep's output (`Output`, `Adjoint`), and what was done. `memory` of earlier calls of this layer and direction."""
+    p = sweep.p
     choice, case = policy.choose(p, sweep.batch, sweep.inputs.w_hh.numel(), sweep.device.type), (p, sweep.batch)
     if not choice.why and memory is not None and memory.fell_back(*case, sweep.backward):
         choice.why = report.REMEMBERED
     if choice.why:
         sweep.whole()
-        return sweep.out, Run(predicted=choice.predicted, plain_from=0, why=choice.why)
+        return sweep.out, Run(predicted=choice.predicted, passes=1, plain_from=0, why=choice.why)
     ledger, found = Ledger(choice), Run()
     if choice.measure:
         choice = _measured(sweep, choice, ledger)
