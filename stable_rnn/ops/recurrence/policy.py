@@ -1,9 +1,9 @@
 """What a checked plan runs: chunk, warm-up and correction by a cost model of the device, how far it may go before the plain recurrence
 is the better way, and which layers did better without it.
 
-Costs are in steps of one lane. A step of n lanes costs 1 + (n - 1) / gain of them: lanes share the weights that a step reads (on CPUs), or
-run on multiprocessors that one lane leaves idle (on GPUs). All decisions follow from the problem, the device and the runs so far: equal
-calls decide alike.
+Costs are in steps of one lane. A step of n lanes costs max(1 + more (n - 1), n / gain) of them: lanes share the weights that a step reads
+(on CPUs), or run on multiprocessors that one lane leaves idle (on GPUs). All decisions follow from the problem, the device and the runs so
+far: equal calls decide alike.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from .problem import AUTO, Problem
 from .report import BUDGET, CHEAPER, DONE, MEMORY
 
 ALLOWANCE = 1.1  # the cost of a call that finds out that lanes do not pay, over that of the plain recurrence
+LATER = 1.2  # where it finds out after a stretch of lanes has agreed: the sequence changes its character
 WORTH = 0.9  # lanes have to be predicted cheaper than this part of the plain recurrence
 RETRY = 64  # calls that a fallback is remembered
+NEARLY = 1.15  # costs that make no difference
+TRIED = 0.5  # of what a call may lose, for the trial
 WARMUP = 32  # steps, where nothing is known
 LONGEST_WARMUP = 1024
-TRIAL = (32, 64, 128)  # steps after which a trial compares states
+TRIAL = (16, 32, 64)  # steps after which a trial compares states
 LONGER = 4  # times as long are the chunks that are tried before giving up
 
 
@@ -29,8 +32,9 @@ class Device(NamedTuple):
 
     step: float  # seconds of a step that the weights do not count in
     rate: float  # multiply-adds a second of a step of one lane
-    gain: tuple[tuple[float, float], ...]  # below so many weights: throughput of many lanes over that of one lane
+    lanes: tuple[tuple[float, float, float], ...]  # below so many weights: `gain`, `more`
     host: float  # seconds of a pass outside of the kernel
+    mend: float  # seconds of a correction
     most: int  # lanes of one pass, as far as the choice goes
     probes: bool  # whether probe lanes may pay
 
@@ -38,8 +42,8 @@ class Device(NamedTuple):
 # cpu: measured, one thread of an AVX-512 server processor, LSTM and RNN of 64 to 512 units, float32. cuda: predicted, not measured: the
 # latency of a step, and as many lanes as keep the multiprocessors of an H100 busy.
 DEVICES = {
-    "cpu": Device(0.0, 3e10, ((1 << 15, 1.7), (1 << 18, 2.1), (1 << 20, 2.5), (inf, 3.4)), 2e-4, 32, False),
-    "cuda": Device(2e-6, 2e11, ((1 << 18, 1024.0), (1 << 21, 256.0), (inf, 64.0)), 3e-4, 4096, True),
+    "cpu": Device(0.0, 3e10, ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15)), 3e-4, 1.2e-3, 32, False),
+    "cuda": Device(2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 2e-3, 4096, True),
 }
 
 
@@ -49,29 +53,34 @@ class Costs:
     def __init__(self, p: Problem, batch: int, weights: int, device: str) -> None:
         self.device = DEVICES.get(device, DEVICES["cpu"])
         self.batch, self.steps = batch, p.steps
-        self.gain = next(gain for bound, gain in self.device.gain if weights < bound)
-        self.host = self.device.host / (self.device.step + weights / self.device.rate)  # in steps
+        self.gain, self.more = next(found for bound, *found in self.device.lanes if weights < bound)
+        step = self.device.step + weights / self.device.rate
+        self.host, self.mend = self.device.host / step, self.device.mend / step  # in steps
         self.plain = self.run(batch, p.steps)
 
     def run(self, lanes: float, steps: float) -> float:
         """So many lanes of so many steps each."""
-        return steps * (1 + (max(lanes, 1) - 1) / self.gain)
+        return steps * max(1 + self.more * (lanes - 1), lanes / self.gain, 1)
 
     def lanes(self, most: float, steps: float) -> int:
         """How many lanes of so many steps cost at most this."""
-        return int((most / max(steps, 1) - 1) * self.gain + 1) if most >= steps else 0
+        each = most / max(steps, 1)
+        few = inf if not self.more else (each - 1) / self.more + 1
+        return int(min(few, each * self.gain)) if each >= 1 else 0
 
     def first(self, chunk: int, warmup: int) -> float:
         """The first pass over everything."""
         return self.run(-(-self.steps // chunk) * self.batch, chunk + warmup) + self.host
 
     def chunk(self, warmup: int) -> int:
-        """The cheapest chunk with this warm-up, of T / 2, T / 4, ..."""
+        """The shortest chunk with this warm-up, of T / 2, T / 4, ..., that costs hardly more than the cheapest: short ones make short
+        stretches."""
         chunks, count = [max(self.steps, 1)], 2
-        while count * self.batch <= self.device.most and self.steps // count >= max(4 * warmup, 16):
+        while count * self.batch <= self.device.most and self.steps // count >= max(2 * warmup, 16):
             chunks.append(-(-self.steps // count))
             count *= 2
-        return min(chunks, key=lambda chunk: self.first(chunk, warmup))
+        least = min(self.first(chunk, warmup) for chunk in chunks)
+        return next(chunk for chunk in reversed(chunks) if self.first(chunk, warmup) <= NEARLY * least)
 
 
 @dataclass
@@ -103,7 +112,7 @@ def choose(p: Problem, batch: int, weights: int, device: str) -> Choice:
     forgets = p.spec.forgets is not None
     correct = ("decay" if forgets else "none") if p.correct in ("auto", "decay") else p.correct
     made = Choice(p._replace(stride=chunk, warmup=warmup), correct if forgets else "none", costs, free)
-    if not batch * p.steps or not free and made.predicted > WORTH:
+    if not batch * p.steps or not free and (made.predicted > WORTH or not Ledger(made).stretch(made.p, 0)):
         made.why = CHEAPER
     made.measure = not (made.why or known or free) and costs.first(chunk, warmup) > (ALLOWANCE - 1) / 2 * costs.plain
     return made
@@ -112,21 +121,24 @@ def choose(p: Problem, batch: int, weights: int, device: str) -> Choice:
 def trial_places(choice: Choice, ledger: Ledger) -> int:
     """At how many times of each row the trial looks, as far as it may cost a part of what the call may lose; it is paid for."""
     costs = choice.costs
-    for places in (4, 2, 1):
-        price = TRIAL[-1] + (places * costs.batch * sum(TRIAL) - TRIAL[-1]) / costs.gain
-        if price + costs.host <= 0.6 * (ALLOWANCE - 1) * costs.plain:
+    for places in (2, 1):
+        count = places * costs.batch
+        parts = zip((0, *TRIAL), TRIAL, range(len(TRIAL), 0, -1))  # steps from, to; lengths that are still running
+        price = sum(costs.run(count * running, end - begin) for begin, end, running in parts)
+        if price + costs.host <= TRIED * (ALLOWANCE - 1) * costs.plain:
             ledger.spent += price + costs.host
             return places
     return 0
 
 
-def with_memory(choice: Choice, warmup: float) -> Choice:
+def with_memory(choice: Choice, warmup: float, ledger: Ledger) -> Choice:
     """The choice, once a trial has shown what warm-up it takes."""
     if not warmup <= LONGEST_WARMUP:
         return replace(choice, why=MEMORY)
     costs, found = choice.costs, min(16 * ceil(max(WARMUP, warmup) / 16), choice.p.steps)
     made = replace(choice, p=choice.p._replace(stride=costs.chunk(found), warmup=found))
-    return replace(made, why=MEMORY) if made.predicted > WORTH else made
+    pays = made.predicted <= WORTH and ledger.stretch(made.p, 0)
+    return made if pays else replace(made, why=MEMORY)
 
 
 def longer(choice: Choice, ledger: Ledger) -> Choice | None:
@@ -136,7 +148,7 @@ def longer(choice: Choice, ledger: Ledger) -> Choice | None:
     lanes = -(-p.steps // stride)
     if ledger.free or choice.why == BUDGET or lanes < LONGER:
         return None
-    passes = costs.run(lanes * costs.batch, stride + p.warmup) + 2 * costs.run(lanes * costs.batch, stride) + 3 * costs.host
+    passes = costs.run(lanes * costs.batch, stride + p.warmup) + 2 * costs.run(lanes * costs.batch, stride) + 3 * (costs.host + costs.mend)
     return replace(choice, p=p._replace(stride=stride), why=DONE) if passes <= ledger.left(stride) else None
 
 
@@ -156,14 +168,23 @@ class Ledger:
     """What a call may spend: never more than ALLOWANCE times the plain recurrence, should it have to run that in the end."""
 
     def __init__(self, choice: Choice) -> None:
-        self.costs, self.free, self.spent = choice.costs, choice.free, 0.0
+        self.costs, self.free, self.spent, self.allowance = choice.costs, choice.free, 0.0, ALLOWANCE
 
     def left(self, exact: int) -> float:
         """What may be spent if times before `exact` need no further run."""
         if self.free:
             return inf
         unit = self.costs.plain / max(self.costs.steps, 1)
-        return ALLOWANCE * self.costs.plain - self.spent - (self.costs.steps - exact) * unit
+        return self.allowance * self.costs.plain - self.spent - (self.costs.steps - exact) * unit
+
+    def stretch(self, p: Problem, first: int) -> int:
+        """The end of the stretch of lanes that begins with lane `first`; `first` itself where none may be paid."""
+        if self.free:
+            return p.lanes()
+        certain = max(first, 1) * p.stride  # the first lane of all starts from the caller's state
+        most = self.left(certain) - self.costs.host
+        last = min(p.lanes(), first + self.costs.lanes(most, p.stride + p.warmup) // max(self.costs.batch, 1))
+        return last if last - first >= min(2, p.lanes() - first) else first
 
     def spend(self, lanes: float, steps: float) -> None:
         self.spent += self.costs.run(lanes, steps) + self.costs.host

@@ -72,7 +72,7 @@ def _measured(sweep: Sweep, choice: Choice, ledger: Ledger) -> Choice:
             size = end.abs().nan_to_num(0.0, 0.0).max() if sweep.backward else end[-1].abs().clamp_min(1)
             differences.append(((end[:-1] - end[-1]).abs() / size).nan_to_num(0.0 if sweep.backward else inf).amax((1, 2)))
     jumps = torch.stack(differences).amax(0).tolist() if differences else [0.0, 0.0]
-    return policy.with_memory(choice, policy.needed_warmup(jumps, lengths[:-1], choice.p.tol))
+    return policy.with_memory(choice, policy.needed_warmup(jumps, lengths[:-1], choice.p.tol), ledger)
 
 
 def _go_on_plainly(sweep: Sweep, ledger: Ledger, found: Run) -> None:
@@ -104,8 +104,8 @@ class _Lanes:
         """All lanes, stretch by stretch: DONE, or why not."""
         sweep, p, first = self.sweep, self.choice.p, 0
         while first < sweep.lanes:
-            last = self.stretch(first)
-            if last - first < min(2, sweep.lanes - first):
+            last = self.ledger.stretch(p, first)
+            if last == first:
                 return report.BUDGET
             sweep.run(first, last)
             self.ledger.spend((last - first) * sweep.batch, p.stride + p.warmup)
@@ -113,17 +113,8 @@ class _Lanes:
             why = self.settle(max(first, 1), last)
             if why:
                 return why
-            first = last
+            first, self.ledger.allowance = last, policy.LATER
         return report.DONE
-
-    def stretch(self, first: int) -> int:
-        """The end of the stretch that begins with lane `first`."""
-        sweep, p, ledger = self.sweep, self.choice.p, self.ledger
-        if ledger.free:
-            return sweep.lanes
-        certain = max(first, 1) * p.stride  # the first lane of all starts from the caller's state
-        most = ledger.left(certain) - ledger.costs.host
-        return min(sweep.lanes, first + ledger.costs.lanes(most, p.stride + p.warmup) // max(sweep.batch, 1))
 
     def settle(self, first: int, last: int) -> int:
         """Correct and rerun the lanes [first, last) until their borders agree: DONE, or why not."""
@@ -148,7 +139,8 @@ class _Lanes:
             moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
             chosen = bad | (moved > p.tol)
             again = chosen.flatten().nonzero()[:, 0]
-            if ledger.left((first + place) * p.stride) < ledger.costs.run(len(again), p.stride) + ledger.costs.host:
+            price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
+            if price > ledger.left((first + place) * p.stride):
                 return report.BUDGET
             places = first * sweep.batch + again
             rows = sweep.rows_of(places) if p.on_output and not sweep.backward else None
@@ -156,7 +148,7 @@ class _Lanes:
             sweep.rerun(places, h.flatten(0, 1)[again], c.flatten(0, 1)[again] if c.numel() else None)
             if rows is not None:
                 quiet = _quiet(quiet, chosen, again, _change(outputs, sweep.out.y[rows].float()) <= p.tol)
-            ledger.spend(len(again), p.stride)
+            ledger.spent += price
             found.rerun += len(again)
             before, count, passes = worst, lanes, passes + 1
         return report.DONE
