@@ -358,3 +358,20 @@ def run_windowed(case, made, first, last):
 
 def with_lanes(case, select, init=None):
     return replace(case, select=None if select is None else tuple(select), init=case.init if init is None else init)
+
+
+def ends_alone(case, forward=run_forward, backward=run_backward):
+    """Rows over the same times (layout "shared"), each from a start of its own, of which nothing but the ends is asked for: what kernels,
+    the oracle and eager float32 make of these, forward and then backward. h0, c0 and dy are absent."""
+    known = replace(case, layout="packed", batch=-(-case.batch // 2), init=False)
+    known = replace(known, lengths=(case.steps,) * known.batch)
+    saved = forward(known, known.draw())
+    made = case.draw()
+    silent, names = made | dict(dy=torch.zeros_like(made["dy"])), ("h_end", "c_end")
+    back_names = tuple("d" + name for name in names)
+    found = forward(case, made | dict(h0=None, c0=None), only=names)
+    found_back = backward(case, made | dict(dy=None, dh_n=None, dc_n=None), saved, only=back_names)
+    loops = [loop_forward(case, made, kind) for kind in (torch.float64, torch.float32)]
+    loops_back = [loop_backward(case, silent, saved, kind) for kind in (torch.float64, torch.float32)]
+    pick = lambda every: {k: v for k, v in every.items() if k in names + back_names}  # noqa: E731
+    return (found, *map(pick, loops)), (found_back, *map(pick, loops_back))

@@ -229,26 +229,11 @@ def test_bitwise_over_instruction_sets(cell):
     equal(*runs)
 
 
-ENDS, ADJOINT_ENDS = ("h_end", "c_end"), ("dh_end", "dc_end")
-
-
-def check_ends(case, threads=(1, 2)):
-    """Rows over the same times, each from a start of its own: nothing but their ends is stored."""
-    made = case.draw()
-    exact, eager = (loop.loop_forward(case, made, kind) for kind in (torch.float64, torch.float32))
-    known = Case(case.cell, case.steps, -(-case.batch // 2), case.hidden, case.steps, 0, case.out, case.cap, case.dtype)
-    known = replace(known, layout="packed", lengths=(known.steps,) * known.batch)
-    saved = loop.run_forward(known, known.draw())
-    back = made | dict(dy=torch.zeros_like(made["dy"]))
-    exact_back, eager_back = (loop.loop_backward(case, back, saved, kind) for kind in (torch.float64, torch.float32))
-    pick = lambda found, names: {k: v for k, v in found.items() if k in names}  # noqa: E731
-    for count in threads:
-        how = replace(case, threads=count)
-        found = loop.run_forward(how, made | dict(h0=None, c0=None), only=ENDS)
-        assert_like(found, pick(exact, ENDS), pick(eager, ENDS), case.dtype, case.steps, case.p)
-        found = loop.run_backward(how, made | dict(dy=None, dh_n=None, dc_n=None), saved, only=ADJOINT_ENDS)
-        want = pick(exact_back, ADJOINT_ENDS), pick(eager_back, ADJOINT_ENDS)
-        assert_like(found, *want, torch.float32, case.steps, case.gates * case.hidden)
+def check_ends(case):
+    for threads in (1, 2):
+        forward, backward = loop.ends_alone(replace(case, threads=threads))
+        assert_like(*forward, case.dtype, case.steps, case.p)
+        assert_like(*backward, torch.float32, case.steps, case.gates * case.hidden)
 
 
 @pytest.mark.parametrize("cell", CELLS)

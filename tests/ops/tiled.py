@@ -172,15 +172,17 @@ class Machine:
         self.library.complete_tiling(backward, cell, dtype, case.hidden, byref(tiling))
         return tiling
 
-    def forward(self, case: loop.Case, made: dict, how: Variant | Limits) -> dict:
+    def forward(self, case: loop.Case, made: dict, how: Variant | Limits, only: tuple | None = None) -> dict:
         case = replace(case, device=self.device)
-        return loop.run_forward(case, made, lambda *fields, **outputs: self._call(False, case, how, fields, outputs))
+        call = lambda *fields, **outputs: self._call(False, case, how, fields, outputs)  # noqa: E731
+        return loop.run_forward(case, made, call, only)
 
-    def backward(self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits) -> dict:
+    def backward(
+        self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits, only: tuple | None = None
+    ) -> dict:
         case = replace(case, device=self.device)
-        return loop.run_backward(
-            case, made, saved, lambda *fields, **outputs: self._call(True, case, how, fields, outputs)
-        )
+        call = lambda *fields, **outputs: self._call(True, case, how, fields, outputs)  # noqa: E731
+        return loop.run_backward(case, made, saved, call, only)
 
     def _call(self, backward, case, how, fields, outputs):
         lanes = Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15])))

@@ -1,20 +1,26 @@
 """A cell that the package doesn't have, as a plug-in: the GRU (Cho et al. 2014), whose x and hidden product meet behind a gate, which saves
 more than its gates, reads its own h, and carries a part of dh past the product."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from lane_cases import DEVICE
+from lane_cases import DEVICE, WAYS, divide
 
+from stable_rnn.cells import CELLS, Cell
+from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence import triton_large, triton_small
+from stable_rnn.ops.recurrence.problem import Inputs, Problem, backward_inputs
 from stable_rnn.ops.recurrence.triton_cells import OfCell
 from stable_rnn.ops.recurrence.triton_parts import keep, load, sigmoid, tanh
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter looks a kernel's functions up anew")
-GRU = SimpleNamespace(GATES=3, SAVED=4, HAS_CELL=False, CARRIES=True)
+
+
+class Gru(Cell):
+    name, mode, code = "gru", "GRU", 3
+    family = "gru"
+    gates, saved, has_cell, hidden_bias, h_after, carries, projects, forgets = 3, 4, False, 2, False, True, False, 1
 
 
 @triton.jit
@@ -68,16 +74,26 @@ def hidden(dz, saved, at, live, H: tl.constexpr, CELL: tl.constexpr):
     return dz[0], dz[1], dz[2] * load(saved + at, live)
 
 
-@pytest.mark.parametrize("members", [0, 1, 2], ids=["small", "alone", "team"])
-def test_a_gru_is_its_functions_alone(members, monkeypatch):
-    """Against torch's, with gradients of the input, of the state and, through what is saved, of both weights."""
+@triton.jit
+def forget(z, cap, CELL: tl.constexpr):
+    return sigmoid(z[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gru_is_its_functions_alone(way, monkeypatch):
+    """Against torch's, with gradients of the input, of the state and, through what is saved, of both weights; and its decay."""
     T, B, I, H = 5, 3, 4, 20
-    kernels = triton_large if members else triton_small
-    for name, made in dict(sums=sums, cell_step=step, vjp=vjp, hidden=hidden).items():
+    divide(way, monkeypatch)
+    monkeypatch.setitem(CELLS, "gru", Gru())
+    monkeypatch.setattr(
+        backend._Kernels, "make", lambda self, like, zero, *shape, dtype=None: torch.full(shape, torch.nan)
+    )
+    kernels = triton_small if way == "small" else triton_large
+    for name, made in dict(sums=sums, cell_step=step, vjp=vjp, hidden=hidden, forget=forget).items():
         monkeypatch.setattr(kernels, name, made)
-    for name, value in vars(GRU).items():
-        if hasattr(kernels, name):
-            monkeypatch.setattr(kernels, name, tl.constexpr(OfCell((("gru", value),))))
+    constants = dict(GATES=Gru.gates, SAVED=Gru.saved, HAS_CELL=Gru.has_cell, CARRIES=True, FORGETS=Gru.forgets)
+    for name in constants.keys() & vars(kernels).keys():
+        monkeypatch.setattr(kernels, name, tl.constexpr(OfCell((("gru", constants[name]),))))
     torch.manual_seed(0)
     gru = torch.nn.GRU(I, H)
     x, h0, dy, dh_n = (
@@ -87,57 +103,26 @@ def test_a_gru_is_its_functions_alone(members, monkeypatch):
         torch.randn(B, H),
     )
     bias = gru.bias_ih_l0 + torch.cat([gru.bias_hh_l0[: 2 * H], torch.zeros(H)])
-    xp = (x.reshape(T * B, I) @ gru.weight_ih_l0.mT + bias).detach().requires_grad_()
-    with torch.no_grad():
-        w, hidden_bias = gru.weight_hh_l0.clone(), gru.bias_hh_l0[2 * H :].clone()
     want, want_n = gru(x, h0[None])
-    gru.zero_grad()
     d_weights = torch.autograd.grad(
         (want.reshape(T * B, H) * dy).sum() + (want_n[0] * dh_n).sum(), [h0, gru.weight_hh_l0, gru.bias_ih_l0]
     )
 
-    y, h_n, saved = (
-        torch.full((T * B, H), torch.nan),
-        torch.full((B, H), torch.nan),
-        torch.full((T * B, 4 * H), torch.nan),
-    )
-    dz, dh0 = torch.full((T * B, 3 * H), torch.nan), torch.full((B, H), torch.nan)
-    none, shape = (None,) * 4, dict(H=H, UNITS=32, LANES=16, CELL="gru", PRECISION="ieee")
-    numbers = (1.0, B, T, B, B, T, 0)
-
-    def run(kernel, tensors, columns, stages, **options):
-        if not members:
-            kernel[(1,)](*tensors, *numbers, **shape, **options)
-            return
-        planes, floats, arrivals = (
-            torch.zeros(2, 16, columns * 32),
-            torch.full((2, 16, 32), torch.nan),
-            torch.zeros(1, dtype=torch.int32),
-        )
-        blocks = shape | dict(UNITS=16, INNER=16, WIDTH=32, ALONE=members == 1)
-        for begin, end in [(-1, 2**31 - 1)] if members == 1 else [(s, s + 1) for s in range(-1, stages)]:
-            kernel[(members,)](*tensors, planes, floats, arrivals, *numbers, members, begin, end, **blocks, **options)
-
     with torch.no_grad():
-        run(
-            kernels.forward,
-            (xp, w, h0, None, None, None, None, None, None, y, h_n, None, saved, None, *none),
-            1,
-            T,
-            hidden_bias=hidden_bias,
-        )
-        run(
-            kernels.backward,
-            (dy, y, saved, None, w, None, dh_n, None, None, None, None, None, None, dz, dh0, None, *none),
-            3,
-            T + 1,
-            h0=h0,
+        xp = x.reshape(T * B, I) @ gru.weight_ih_l0.mT + bias
+        inputs = Inputs(xp, gru.weight_hh_l0, None, gru.bias_hh_l0[2 * H :], h0, None, None, None)
+        p = Problem("gru", T, B, stride=T)
+        out = backend.forward(inputs, p, borders=True)
+        back = backend.backward(
+            backward_inputs(dy, dh_n, None, out.y, out.saved, out.cells, inputs, p), p, borders=True
         )
     close = dict(rtol=1e-5, atol=1e-5)  # of sums of 20 products, over 5 steps, in float32
-    torch.testing.assert_close(y, want.reshape(T * B, H), **close)
-    torch.testing.assert_close(h_n, want_n[0], **close)
-    torch.testing.assert_close(dh0, d_weights[0], **close)
-    before = torch.cat([h0, y[:-B]]).detach()
-    dq = torch.cat([dz[:, : 2 * H], dz[:, 2 * H :] * saved[:, :H]], 1)
+    torch.testing.assert_close(out.y, want.reshape(T * B, H), **close)
+    torch.testing.assert_close(out.h_n, want_n[0], **close)
+    torch.testing.assert_close(back.dh0, d_weights[0], **close)
+    before = torch.cat([h0, out.y[:-B]]).detach()
+    dq = torch.cat([back.dz[:, : 2 * H], back.dz[:, 2 * H :] * out.saved[:, :H]], 1)
     torch.testing.assert_close(dq.mT @ before, d_weights[1], **close)
-    torch.testing.assert_close(dz.sum(0), d_weights[2], **close)
+    torch.testing.assert_close(back.dz.sum(0), d_weights[2], **close)
+    for decay in (out.decay, back.decay):
+        torch.testing.assert_close(decay, out.saved[:, H : 2 * H].view(T, B, H).prod(0), rtol=1e-6, atol=0)

@@ -5,7 +5,20 @@ from dataclasses import replace
 import lane_loop as loop
 import pytest
 import torch
-from lane_cases import DEVICE, assert_like, backward, check, forward, problem, rows, to_device
+from lane_cases import (
+    DEVICE,
+    WAYS,
+    adjoint_ends,
+    assert_like,
+    backward,
+    check,
+    divide,
+    ends,
+    forward,
+    problem,
+    rows,
+    to_device,
+)
 from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
@@ -21,7 +34,6 @@ if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
         "float16": dict(dtype=torch.float16),
         "bfloat16": dict(dtype=torch.bfloat16),
     }
-WAYS = ("small", "large", "team")
 
 
 @pytest.fixture(params=KINDS)
@@ -34,23 +46,8 @@ def kind(request, monkeypatch):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """`small`: a program has its lanes and all of W; `large`: it walks over the units; `team`: three programs do, for each tile."""
     divide(request.param, monkeypatch)
     return request.param
-
-
-def divide(way, monkeypatch):
-    table, device_of = backend.config, backend.device_of
-
-    def config(backward, cell, dtype, hidden, windows, device):
-        found = table(backward, cell, dtype, hidden, windows, device)
-        if way == "small":
-            return found._replace(small=True, units=max(16, 1 << (hidden - 1).bit_length()))
-        units = 16 if way == "team" else found.units if not found.small else 32
-        return found._replace(small=False, units=units, inner=16 if found.small else found.inner)
-
-    monkeypatch.setattr(backend, "config", config)
-    monkeypatch.setattr(backend, "device_of", lambda x: device_of(x)._replace(programs=1 if way == "large" else 12))
 
 
 CASES = [
@@ -86,6 +83,18 @@ def test_selected_lanes_with_and_without_given_states(cell, way, kind):
     saved, _ = check(case)
     check(loop.with_lanes(case, (0, 2, 7, 10, 12)), saved)
     check(loop.with_lanes(case, (0, 2, 7, 10, 12), init=True), saved)
+
+
+@pytest.mark.parametrize("cell", loop.CELLS)
+def test_only_the_ends_of_rows_that_share_their_times(cell, way, kind):
+    case = replace(Case(cell, 5, 19, 20, stride=5, warmup=0, layout="shared", init=True), **kind)
+    found, back = loop.ends_alone(
+        case,
+        lambda case, made, only=None: ends(case, made, only) if only else forward(case, made),
+        lambda case, made, saved, only: adjoint_ends(case, made, saved, only),
+    )
+    assert_like(*found, case, case.hidden)
+    assert_like(*back, case, case.gates * case.hidden)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])

@@ -1,7 +1,7 @@
 """The cells in Triton: all that the kernels of `triton_small.py` and `triton_large.py` know of one. The formulas are those of
 `csrc/include/stable_rnn/cells/`.
 
-Each of the four functions below is one list of the cells. z, x and dz are tuples of one tile a gate, in float32; h and dh are those of
+Each of the five functions below is one list of the cells. z, x and dz are tuples of one tile a gate, in float32; h and dh are those of
 the same units; c and dc are only looked at where the cell has a c. What backward needs is stored and loaded here, tile by tile, from
 `saved` (SAVED * H columns a row, from `at` on) and `cells` (H a row, from `at_cell` on): all of it at once would not fit in registers.
 """
@@ -28,6 +28,9 @@ class OfCell:
 GATES = tl.constexpr(OfCell(tuple((cell.name, cell.gates) for cell in CELLS.values())))
 SAVED = tl.constexpr(OfCell(tuple((cell.name, cell.saved) for cell in CELLS.values())))
 HAS_CELL = tl.constexpr(OfCell(tuple((cell.name, cell.has_cell) for cell in CELLS.values())))
+FORGETS = tl.constexpr(
+    OfCell(tuple((cell.name, -1 if cell.forgets is None else cell.forgets) for cell in CELLS.values()))
+)
 CARRIES = tl.constexpr(OfCell(tuple((cell.name, cell.carries) for cell in CELLS.values())))
 
 
@@ -48,6 +51,12 @@ def step(z, x, h, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr, CELL
     else:
         h = rnn_step(z, CELL)
     return h, c
+
+
+@triton.jit
+def forget(z, cap, CELL: tl.constexpr):
+    """The gate that forgets, of cells that have one: the one that `step` computes, and the compiler that once."""
+    return lstm_forget(z, cap)
 
 
 @triton.jit
@@ -105,13 +114,18 @@ def rnn_vjp(dh, y, at, live, CELL: tl.constexpr):
 
 
 @triton.jit
+def lstm_forget(z, cap):
+    f = sigmoid(z[1])
+    return tl.where(f > cap, cap, f)
+
+
+@triton.jit
 def lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr):
     i = sigmoid(z[0])
     keep(saved, at, i, mask)
     g = tanh(z[2])
     keep(saved, at + 2 * H, g, mask)
-    f = sigmoid(z[1])
-    f = tl.where(f > cap, cap, f)
+    f = lstm_forget(z, cap)
     keep(saved, at + H, f, mask)
     c = tl.fma(f, c, i * g)
     keep(cells, at_cell, c, mask)
