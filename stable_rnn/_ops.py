@@ -26,7 +26,10 @@ from .ops.recurrence.report import Run
 from .ops.spectral import registration as _spectral  # noqa: F401  registers the spectral ops
 
 _library = torch.library.Library("stable_rnn", "FRAGMENT")
-_PROBLEM = "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, float tol, int max_passes, str correct, bool on_output, float cap, str backend"
+_PROBLEM = (
+    "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, float tol, int max_passes, str correct, bool on_output, "
+    "float cap, str backend"
+)
 _ROWS = "Tensor? base, Tensor? lengths"
 _INPUTS = f"Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor? hidden_bias, Tensor h0, Tensor? c0, {_ROWS}"
 

@@ -37,7 +37,7 @@ def stabilize(
     it did; `use_plan` and `module.plan` then change how, `module.stability` what is promised.
 
     stability  the modules' set. Values stay unchanged: `certificate()` tells whether they are inside, `project_()` moves them
-    plan       how the modules run: one plan, a list of one per layer, or a dict by layer or (layer, direction), which fit every module found
+    plan       how the modules run: one plan, a list of one per layer, or a dict by layer or (layer, direction); they fit every module
     backend    "auto", or the backend that must run them
     project    move the weights into the set now, all or none
     cells      also `nn.RNNCell` and `nn.LSTMCell`, which become `StableRNNCell` and `StableLSTMCell`

@@ -122,13 +122,13 @@ class Verified(Plan):
                 then probes where decay stalls and they may pay. It decides on the number of passes, not on what is accepted. RNNs have no
                 forget gate: there it is "none"
     tol_on      "state"; or "output", a weaker promise: h jumps by at most `tol` at each border, c may jump by more where the chunk behind
-                the border ran again from a corrected start and none of its outputs moved by more than `tol` (relative to max(1, |h|)). What the
-                jump does in later chunks than the next is not seen. The backward pass is held to the state always"""
+                the border ran again from a corrected start and none of its outputs moved by more than `tol` (relative to max(1, |h|)).
+                What the jump does in later chunks than the next is not seen. The backward pass is held to the state always"""
 
     tol: float | None = None
     chunk: int | None = None
     warmup: int | None = None
-    max_passes: int = 8
+    max_passes: int = 12
     correct: str = "auto"
     tol_on: str = "state"
 
@@ -216,7 +216,8 @@ def plan_of(plan: object, layers: int, ways: int) -> Plan:
         keys = [(key if isinstance(key, tuple) else (key,), key) for key in plan]
         for place, key in sorted(keys, key=lambda pair: len(pair[0])):  # a direction's own plan comes after its layer's
             fits = len(place) in (1, 2) and all(
-                isinstance(n, int) and not isinstance(n, bool) and 0 <= n < most for n, most in zip(place, (layers, ways))
+                isinstance(n, int) and not isinstance(n, bool) and 0 <= n < most
+                for n, most in zip(place, (layers, ways))
             )
             if not fits:
                 raise ValueError(
@@ -228,7 +229,9 @@ def plan_of(plan: object, layers: int, ways: int) -> Plan:
                 found[index] = check_plan(plan[key])
     elif isinstance(plan, (list, tuple)):
         if len(plan) != layers:
-            raise ValueError(f"plan: a list holds one plan per layer; got {len(plan)}, and the module has {_size(layers, ways)}")
+            raise ValueError(
+                f"plan: a list holds one plan per layer; got {len(plan)}, and the module has {_size(layers, ways)}"
+            )
         found = [check_plan(one) for one in plan for _ in range(ways)]
     else:
         return check_plan(plan)
@@ -243,9 +246,9 @@ def _size(layers: int, ways: int) -> str:
 def use_plan(model: _M, plan: PlanLike) -> Iterator[_M]:
     """Run every stable recurrent module in `model` under `plan` inside the `with` block; their own plans come back after it.
 
-    A list holds one plan per layer, a dict plans by layer or (layer, direction); they have to fit every module found. The plan is the module's,
-    for all threads. Raises `TypeError` for something that is no plan or model, `ValueError` for a model without any such module, or plans that
-    do not fit."""
+    A list holds one plan per layer, a dict plans by layer or (layer, direction); they have to fit every module found. The plan is the
+    module's, for all threads. Raises `TypeError` for something that is no plan or model, `ValueError` for a model without any such module,
+    or plans that do not fit."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"use_plan: model must be an nn.Module, got {type(model).__name__}")
     found = [m for m in model.modules() if _has_plan(m)]

@@ -26,15 +26,29 @@ class LayerReport:
     largest_jump: float  # that stays
     predicted: float  # cost of the first pass over that of the plain recurrence
     fallback: bool  # the result is that of the plain recurrence, bitwise
-    plain_from: int | None  # steps after which the plain recurrence went on, if it did; in the backward pass counted from the end
+    plain_from: (
+        int | None
+    )  # steps after which the plain recurrence went on, if it did; in the backward pass counted from the end
     why: str  # the plain recurrence ran; else empty
 
     @classmethod
     def of(cls, place: tuple[int, int], numbers: torch.Tensor) -> LayerReport:
         run = Run.of(numbers)
-        rest = run.left, run.predicted, run.plain_from == 0, None if run.plain_from < 0 else run.plain_from, WHY[run.why]
+        plain = None if run.plain_from < 0 else run.plain_from
         return cls(
-            *place, run.passes, run.chunk, run.warmup, run.correct, run.lanes, run.rerun, tuple(run.jumps), *rest
+            *place,
+            run.passes,
+            run.chunk,
+            run.warmup,
+            run.correct,
+            run.lanes,
+            run.rerun,
+            tuple(run.jumps),
+            run.left,
+            run.predicted,
+            run.plain_from == 0,
+            plain,
+            WHY[run.why],
         )
 
     def __str__(self) -> str:

@@ -27,7 +27,17 @@ def recurrence(name, cell, plan, size, backend):
     rand = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
     xp, w_hh, w_hr = rand(n, columns), rand(columns, out), rand(out, hidden) if cell == "projected" else None
     h0, c0 = rand(batch, out), rand(batch, hidden) if lstm else None
-    numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, "auto", False, 0.9 if cell == "lstm" else 1.0, backend)
+    numbers = (
+        "lstm" if lstm else cell,
+        steps,
+        batch,
+        *PLANS[plan],
+        4,
+        "auto",
+        False,
+        0.9 if cell == "lstm" else 1.0,
+        backend,
+    )
     if name == "recurrence":
         return ops.recurrence.default, (xp, w_hh, w_hr, None, h0, c0, None, None), (*numbers, True)
     y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, None, h0, c0, None, None, *numbers, True)

@@ -22,9 +22,9 @@ from lane_cases import (
 from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
-from stable_rnn.ops.recurrence.sweeps import Backward, Forward
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs
+from stable_rnn.ops.recurrence.sweeps import Backward, Forward
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32

@@ -1,11 +1,12 @@
 """How the starts of checked lanes are corrected, all at once, between two passes.
 
-Lane j starts at S_j, and the lane before it ends at E_{j-1}. A change d_{j-1} of that lane's start moves its end by R_{j-1} d_{j-1}, about; so
+Lane j starts at S_j, and the lane before it ends at E_{j-1}. A change d_{j-1} of that lane's start moves its end by about
+R_{j-1} d_{j-1}; so
 
     S_j <- E_{j-1} + R_{j-1} d_{j-1}        d_j = (E_{j-1} - S_j) + R_{j-1} d_{j-1},   d_0 = 0
 
-an affine scan over the lanes. Its fixed points (S_j = E_{j-1}) are those of R = 0 whatever R is: R only decides how many passes it takes. It is
-multiple shooting with a quasi-Newton matrix (DEER, arXiv 2309.12252, and ELK, arXiv 2407.19115, do so for every single step).
+an affine scan over the lanes. Its fixed points (S_j = E_{j-1}) are those of R = 0 whatever R is: R only decides how many passes it takes.
+It is multiple shooting with a quasi-Newton matrix (DEER, arXiv 2309.12252, and ELK, arXiv 2407.19115, do so for every single step).
 
 decay     R is diagonal: the product of the lane's forget gates
 probes    for the slow units (those that some lane keeps), R is measured: lanes from the same start with one unit moved, of which only the
@@ -61,32 +62,32 @@ def corrected(borders: Borders, bounded: bool, w_hr: Tensor | None, response: Re
     decay = torch.where(borders.exists[..., None], borders.decay, 0.0).nan_to_num(0.0)
     limit = 1.5 * end.nan_to_num(0.0, 0.0, 0.0).abs().amax((0, 1)).clamp_min(1) if bounded else None
     low, high = (jump - torch.inf, jump + torch.inf) if limit is None else (-limit - start, limit - start)
-    answer_h = answer_c = 0.0
+    answer_h, answer_c = torch.zeros_like(borders.h), torch.zeros_like(borders.c)
     if response is not None:
         slow = response.slow
         decay = decay.index_fill(2, slow, 0.0)
         own = (response.c if has_cell else response.h)[..., slow]  # (n, B, S, S)
         moved = _before(_linear_scan(own, jump[..., slow], low[..., slow], high[..., slow]))[:, :, None]
         answer_h = (moved @ response.h)[:, :, 0]
-        answer_c = (moved @ response.c)[:, :, 0] if has_cell else 0.0
+        answer_c = (moved @ response.c)[:, :, 0] if has_cell else answer_c
     answer = answer_c if has_cell else answer_h
     slide = decay * _before(clipped_scan(decay, jump + answer, low, high)) + answer
     if not has_cell:
         return _within(end + slide, limit, end), borders.c
     c = _within(end + slide, limit, end)
-    return _within(borders.h_end + _of_cells(borders, slide - answer, bounded, w_hr) + answer_h, None, borders.h_end), c
+    # adjoints: a pass turns the new dc into dh
+    of_c = following(borders.h_end, borders.c_end, slide - answer, w_hr) if bounded else 0.0
+    return _within(borders.h_end + of_c + answer_h, None, borders.h_end), c
 
 
-def _of_cells(borders: Borders, slide: Tensor, bounded: bool, w_hr: Tensor | None) -> Tensor | float:
-    """What a change of c at a lane's end does to its h there: o (tanh(c + slide) - tanh(c)). The output gate is h / tanh(c), or where a
-    projection hides it its middle."""
-    if not bounded:  # adjoints: dh follows from gates that the next pass has at hand
-        return 0.0
-    before = borders.c_end.tanh()
-    change = (borders.c_end + slide).tanh() - before
+def following(h: Tensor, c: Tensor, move: Tensor, w_hr: Tensor | None) -> Tensor:
+    """How h follows a move of c at the same time: o (tanh(c + move) - tanh(c)). The output gate is h / tanh(c), or where a projection hides
+    it, its middle."""
+    before = c.tanh()
+    change = (c + move).tanh() - before
     if w_hr is not None:
         return 0.5 * change @ w_hr.T.to(change.dtype)
-    return (borders.h_end / torch.where(before.abs() < 1e-6, torch.inf, before)).clamp(0, 1) * change
+    return (h / torch.where(before.abs() < 1e-6, torch.inf, before)).clamp(0, 1) * change
 
 
 def _within(state: Tensor, limit: Tensor | None, end: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def clipped_scan(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _linear_scan(r: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """d_j = d_{j-1} r_j + b_j within its limits: (n, B, S, S), (n, B, S). Over many lanes in log depth, and within the limits at the end."""
+    """d_j = d_{j-1} r_j + b_j within its limits: (n, B, S, S), (n, B, S). Over many lanes in log depth, with the limits at the end."""
     if len(r) <= FEW:
         d, found = torch.zeros_like(b[0]), []
         for step, jump, least, most in zip(r, b, low, high):
@@ -139,34 +140,41 @@ def slow_units(decay: Tensor) -> Tensor:
 
 
 def probed(
-    ends: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ends: Callable[..., tuple[Tensor, Tensor]],
     h: Tensor,
     c: Tensor,
     h_end: Tensor,
     c_end: Tensor,
     slow: Tensor,
     linear: bool,
+    w_hr: Tensor | None,
 ) -> Response:
-    """The responses of lanes (n, B) to their slow units, by `ends(lane, h, c)`: where lanes (m,) end that start from h (m, P), c (m, H).
-    `linear`: without their inputs, from one unit alone."""
-    lanes, units = h.shape[0] * h.shape[1], len(slow)
-    shapes = (*h.shape[:2], units, h.shape[2]), (*h.shape[:2], units, c.shape[-1])
-    starts, stops = [[t.flatten(0, 1) if t.numel() else None for t in pair] for pair in ((h, c), (h_end, c_end))]
-    own = 0 if starts[1] is None else 1  # the state that remembers
-    columns = sum(t.shape[1] for t in (*starts, *stops) if t is not None)
-    made: list[list[Tensor]] = [[], []]
-    for places in torch.arange(lanes * units, device=h.device).split(max(1, WORKSPACE // columns)):
-        lane, unit = places // units, slow[places % units]
-        moved = [None if t is None else t.index_select(0, lane) for t in starts]
+    """The responses of lanes (n, B) to their slow units, by `ends(lane, unit, h, c)`: where lanes (m,) end that start from h (m, P) and
+    c (m, H), in which this unit was moved. `linear`: without their inputs, from one unit alone."""
+    units, places = len(slow), torch.arange(h.shape[0] * h.shape[1] * len(slow), device=h.device)
+    has_cell, h0, h1 = bool(c.numel()), h.flatten(0, 1), h_end.flatten(0, 1)
+    c0, c1 = (c.flatten(0, 1), c_end.flatten(0, 1)) if has_cell else (c, c_end)
+    own, columns = c0 if has_cell else h0, 2 * (h.shape[-1] + c.shape[-1])
+    answers_h, answers_c = [], []
+    for group in places.split(max(1, WORKSPACE // columns)):
+        lane, unit = group // units, slow[group % units][:, None]
+        step = torch.ones_like(unit, dtype=h.dtype)
+        step = step if linear else MOVE * own[lane].gather(1, unit).abs().clamp_min(1)
+        move = own.new_zeros(len(group), own.shape[1]).scatter(1, unit, step)
         if linear:
-            moved = [None if t is None else torch.zeros_like(t) for t in moved]
-            step = torch.ones(len(places), 1, dtype=h.dtype, device=h.device)
+            from_h, from_c = (h.new_zeros(len(group), h.shape[-1]), move) if has_cell else (move, None)
+        elif has_cell:  # the lane before this one would have moved h too
+            from_h, from_c = h0[lane] + following(h0[lane], c0[lane], move, w_hr), c0[lane] + move
         else:
-            step = MOVE * moved[own].gather(1, unit[:, None]).abs().clamp_min(1)
-        moved[own] = moved[own].scatter_add(1, unit[:, None], step)
-        for found, stop, answers in zip(ends(lane, *moved), stops, made):
-            if stop is not None:
-                change = found if linear else found - stop.index_select(0, lane)
-                answers.append((change / step).nan_to_num(0.0, 0.0, 0.0).clamp(-STEEP, STEEP))
-    joined = [torch.cat(answers).view(shape) if answers else h.new_empty(0) for answers, shape in zip(made, shapes)]
-    return Response(slow, *joined)
+            from_h, from_c = h0[lane] + move, None
+        to_h, to_c = ends(lane, unit[:, 0], from_h, from_c)
+        answers_h.append(_finite((to_h if linear else to_h - h1[lane]) / step))
+        if has_cell:
+            answers_c.append(_finite((to_c if linear else to_c - c1[lane]) / step))
+    of_h = torch.cat(answers_h).view(*h.shape[:2], units, h.shape[-1])
+    return Response(slow, of_h, torch.cat(answers_c).view(*h.shape[:2], units, c.shape[-1]) if has_cell else c)
+
+
+def _finite(response: Tensor) -> Tensor:
+    """Nothing in place of what is no number."""
+    return response.nan_to_num(0.0, 0.0, 0.0).clamp(-STEEP, STEEP)

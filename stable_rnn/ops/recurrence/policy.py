@@ -39,10 +39,14 @@ class Device(NamedTuple):
     probes: bool  # whether probe lanes may pay
 
 
-# cpu: measured, one thread of an AVX-512 server processor, LSTM and RNN of 64 to 512 units, float32. cuda: predicted, not measured: the
-# latency of a step, and as many lanes as keep the multiprocessors of an H100 busy.
+# By the device's type, and for the backend `reference`. cpu and reference: measured, one thread of an AVX-512 server processor, float32,
+# LSTM and RNN of 64 to 512 units (reference: LSTM of 16 to 256). cuda: predicted, not measured: the latency of a step, and as many lanes
+# as keep the multiprocessors of an H100 busy.
 DEVICES = {
-    "cpu": Device(0.0, 3e10, ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15)), 3e-4, 1.2e-3, 32, False),
+    "cpu": Device(
+        0.0, 3e10, ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15)), 3e-4, 1.2e-3, 32, False
+    ),
+    "reference": Device(1e-4, 2e9, ((5e4, 8.0, 0.05), (inf, 4.0, 0.1)), 3e-4, 1.2e-3, 32, False),
     "cuda": Device(2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 2e-3, 4096, True),
 }
 
@@ -148,7 +152,11 @@ def longer(choice: Choice, ledger: Ledger) -> Choice | None:
     lanes = -(-p.steps // stride)
     if ledger.free or choice.why == BUDGET or lanes < LONGER:
         return None
-    passes = costs.run(lanes * costs.batch, stride + p.warmup) + 2 * costs.run(lanes * costs.batch, stride) + 3 * (costs.host + costs.mend)
+    passes = (
+        costs.run(lanes * costs.batch, stride + p.warmup)
+        + 2 * costs.run(lanes * costs.batch, stride)
+        + 3 * (costs.host + costs.mend)
+    )
     return replace(choice, p=p._replace(stride=stride), why=DONE) if passes <= ledger.left(stride) else None
 
 
@@ -168,14 +176,15 @@ class Ledger:
     """What a call may spend: never more than ALLOWANCE times the plain recurrence, should it have to run that in the end."""
 
     def __init__(self, choice: Choice) -> None:
-        self.costs, self.free, self.spent, self.allowance = choice.costs, choice.free, 0.0, ALLOWANCE
+        self.costs, self.free, self.spent = choice.costs, choice.free, 0.0
+        self.agreed = False  # some stretch has
 
     def left(self, exact: int) -> float:
         """What may be spent if times before `exact` need no further run."""
         if self.free:
             return inf
         unit = self.costs.plain / max(self.costs.steps, 1)
-        return self.allowance * self.costs.plain - self.spent - (self.costs.steps - exact) * unit
+        return (LATER if self.agreed else ALLOWANCE) * self.costs.plain - self.spent - (self.costs.steps - exact) * unit
 
     def stretch(self, p: Problem, first: int) -> int:
         """The end of the stretch of lanes that begins with lane `first`; `first` itself where none may be paid."""

@@ -35,7 +35,9 @@ class Run:
     passes: int = 0  # most of any stretch of lanes; 0: no lanes
     lanes: int = 0
     rerun: int = 0  # lanes, each as often as it ran again
-    plain_from: int = -1  # visited time from which the plain recurrence went on; 0: all of it is bitwise that; -1: nowhere
+    plain_from: int = (
+        -1
+    )  # visited time from which the plain recurrence went on; 0: all of it is bitwise that; -1: nowhere
     why: int = DONE
     jumps: list[float] = field(default_factory=list)  # the largest of every pass, before its correction
     left: float = 0.0  # the largest that stays
@@ -50,16 +52,20 @@ class Run:
 
     def tensor(self) -> Tensor:
         """(SIZE,) float64 on the CPU."""
-        numbers = [self.chunk, self.warmup, CORRECTIONS.index(self.correct), self.predicted, self.passes, self.lanes]
-        numbers += [self.rerun, self.plain_from, self.why, self.left]
-        return torch.tensor(numbers + self.jumps + [NONE] * (PASSES - len(self.jumps)), dtype=torch.float64)
+        numbers = [getattr(self, name) for name in _NUMBERS]
+        numbers += [CORRECTIONS.index(self.correct), *self.jumps, *[NONE] * (PASSES - len(self.jumps))]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     @classmethod
     def of(cls, numbers: Tensor) -> Run:
-        chunk, warmup, correct, predicted, passes, lanes, rerun, plain, why, left, *jumps = numbers.tolist()
-        kept = [jump for jump in jumps if jump != NONE]
-        whole = map(int, (passes, lanes, rerun, plain, why))
-        return cls(int(chunk), int(warmup), CORRECTIONS[int(correct)], predicted, *whole, kept, left)
+        values = numbers.tolist()
+        found = cls()
+        for name, value in zip(_NUMBERS, values):
+            setattr(found, name, type(getattr(found, name))(value))
+        correct, *jumps = values[len(_NUMBERS) :]
+        found.correct, found.jumps = CORRECTIONS[int(correct)], [jump for jump in jumps if jump != NONE]
+        return found
 
 
+_NUMBERS = ("chunk", "warmup", "predicted", "passes", "lanes", "rerun", "plain_from", "why", "left")
 SIZE = len(Run().tensor())

@@ -13,6 +13,8 @@ from .corrections import Borders
 from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, row_base, row_length
 from .reference import arithmetic
 
+Ends = tuple[Tensor, Tensor]  # h and c; empty for cells that have no c
+
 
 class Sweep:
     """One direction in time. `out` holds what the lanes that ran have written."""
@@ -65,11 +67,13 @@ class Sweep:
     def borders(self, first: int, last: int) -> Borders:
         """The borders behind which lie the lanes [first, last), first >= 1."""
         h, c, h_end, c_end, decay = self.state
-        ends = [self.visited(t, first - 1, last - 1) for t in (h_end, c_end, decay)]
+        h_end, c_end, decay = (self.visited(t, first - 1, last - 1) for t in (h_end, c_end, decay))
         lane = torch.arange(first, last, device=self.device)
-        later = self.lanes - lane if self.backward else lane  # which of the two lanes of a border is the later one in time
+        later = (
+            self.lanes - lane if self.backward else lane
+        )  # which of the two lanes of a border is the later one in time
         exists = later[:, None] * self.p.stride < self.length
-        return Borders(self.visited(h, first, last), self.visited(c, first, last), *ends, exists)
+        return Borders(self.visited(h, first, last), self.visited(c, first, last), h_end, c_end, decay, exists)
 
     def run(self, first: int, last: int) -> None:
         """The lanes [first, last), after their warm-up."""
@@ -92,17 +96,20 @@ class Sweep:
         """The plain recurrence from the border before lane `first` >= 1 on."""
         raise NotImplementedError
 
-    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False):
+    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False) -> Ends:
         """Where runs end that go through times [time, time + steps) of their rows, from these states: h, c. Nothing else is stored.
         `linear`: of adjoints, without upstream gradients."""
         raise NotImplementedError
 
-    def probe(self, first: int, lane: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`ends` of the lanes at places first * B + lane."""
-        ids = self.ids(first * self.batch + lane)
+    def probe(self, places: Tensor, unit: Tensor, h: Tensor, c: Tensor | None) -> Ends:
+        """`ends` of the lanes at these places, in whose starts one unit was moved."""
+        ids = self.ids(places)
         row, time = ids % self.batch, ids // self.batch * self.p.stride
         steps = (self.length[row] - time).clamp(0, self.p.stride)
-        return self.ends(row, time, steps, h, c, linear=self.backward)
+        return self._probe(row, time, steps, unit, h, c)
+
+    def _probe(self, row: Tensor, time: Tensor, steps: Tensor, unit: Tensor, h: Tensor, c: Tensor | None) -> Ends:
+        return self.ends(row, time, steps, h, c)
 
     def rows_of(self, places: Tensor) -> Tensor:
         """Buffer rows of what lanes write: (n, C); a lane's shorter end repeats its last row."""
@@ -138,7 +145,7 @@ class Forward(Sweep):
         h, c = (self.visited(t, first - 1, first)[0] if t.numel() else None for t in (out.h_end, out.c_end))
         self.out = self.backend.forward(given, p, save=self.save, h_init=h, c_init=c, out=_without_borders(out))
 
-    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False):
+    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False) -> Ends:
         given = self.inputs._replace(base=self.base[row] + time * self.p.step, lengths=steps)
         return self.backend.ends(given, self.p._replace(steps=_longest(self.p, steps)), h, c)
 
@@ -149,16 +156,16 @@ class Backward(Sweep):
     inputs: BackwardInputs
 
     def _run(self, ids: Tensor | None, h: Tensor | None, c: Tensor | None) -> None:
-        self.out = self.backend.backward(
-            self.inputs, self.p, borders=True, ids=ids, dh_init=h, dc_init=c, out=self.out
-        )
+        self.out = self.backend.backward(self.inputs, self.p, borders=True, ids=ids, dh_init=h, dc_init=c, out=self.out)
 
     def whole(self) -> None:
         self.out = self.backend.backward(self.inputs, self.p.whole())
 
     def rest(self, first: int) -> None:
         time, out = (self.lanes - first) * self.p.stride, self.out
-        begun = (self.length > time)[:, None]  # the others begin before that time, from the gradients of their final states
+        begun = (self.length > time)[
+            :, None
+        ]  # the others begin before that time, from the gradients of their final states
         h, c = (
             None if given is None else torch.where(begun, self.visited(end, first - 1, first)[0], given.to(end.dtype))
             for end, given in ((out.dh_end, self.inputs.dh_n), (out.dc_end, self.inputs.dc_n))
@@ -167,12 +174,24 @@ class Backward(Sweep):
         p = self.p._replace(steps=time).whole()
         self.out = self.backend.backward(inputs, p, dh_init=h, dc_init=c, out=_without_borders(out))
 
-    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False):
+    def _probe(self, row: Tensor, time: Tensor, steps: Tensor, unit: Tensor, h: Tensor, c: Tensor | None) -> Ends:
+        """The adjoint of c begins one step before the lane, so that dh is what comes with it; the ends are then over that step's gate."""
+        before = (c is not None) & (steps > 0) & (time + steps < self.length[row])
+        found = self.ends(row, time, steps + before, h, c, linear=True)
+        if c is None:
+            return found
+        rows = torch.where(before, self.base[row] + (time + steps) * self.p.step, 0)
+        gate = self.p.spec.forget_gate(self.inputs.saved[rows]).to(h.dtype).gather(1, unit[:, None])
+        kept = torch.where(before[:, None], gate, 1.0)
+        return found[0] / kept, found[1] / kept
+
+    def ends(self, row: Tensor, time: Tensor, steps: Tensor, h: Tensor, c: Tensor | None, linear: bool = False) -> Ends:
         inputs, base = self.inputs, self.base[row] + time * self.p.step
-        before = torch.where(time > 0, base - self.p.step, 0)  # the state that the first step read
-        earlier = lambda given, kept: torch.where((time > 0)[:, None], kept[before].to(given.dtype), given[row])  # noqa: E731
+        later = (time > 0) & (steps > 0)
+        before = torch.where(later, base - self.p.step, 0)  # the state that the first step read
+        earlier = lambda given, kept: torch.where(later[:, None], kept[before].to(given.dtype), given[row])  # noqa: E731
         given = inputs._replace(
-            dy=None if linear else inputs.dy,
+            dy=None if linear else inputs.dy,  # type: ignore[arg-type]  # `adjoint_ends` takes None
             base=base,
             lengths=steps,
             h0=None if inputs.h0 is None else earlier(inputs.h0, inputs.y),

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import corrections, policy, report
+from . import corrections, policy, reference, report
 from .corrections import Borders, corrected
 from .policy import Choice, Ledger, Memory
 from .report import Run
 from .sweeps import Sweep
 
-PAYS = 0.5  # a pass pays if it leaves at most this part of the largest jump, or of the lanes that have one
+IGNORED = 0.1  # of tol: what a correction may want to move a start by that then stays
+PAYS = 0.75  # a pass pays if it leaves at most this part of the largest jump, or of the lanes that have one
 
 
 def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
     """A sweep's output (`Output`, `Adjoint`), and what was done. `memory` of earlier calls of this layer and direction."""
     p = sweep.p
-    choice, case = policy.choose(p, sweep.batch, sweep.inputs.w_hh.numel(), sweep.device.type), (p, sweep.batch)
+    device = "reference" if sweep.backend is reference else sweep.device.type
+    choice, case = policy.choose(p, sweep.batch, sweep.inputs.w_hh.numel(), device), (p, sweep.batch)
     if not choice.why and memory is not None and memory.fell_back(*case, sweep.backward):
         choice.why = report.REMEMBERED
     if choice.why:
@@ -70,22 +72,24 @@ def _measured(sweep: Sweep, choice: Choice, ledger: Ledger) -> Choice:
         if end.numel():
             end = end.view(len(lengths), len(row), -1)
             size = end.abs().nan_to_num(0.0, 0.0).max() if sweep.backward else end[-1].abs().clamp_min(1)
-            differences.append(((end[:-1] - end[-1]).abs() / size).nan_to_num(0.0 if sweep.backward else inf).amax((1, 2)))
+            differences.append(
+                ((end[:-1] - end[-1]).abs() / size).nan_to_num(0.0 if sweep.backward else inf).amax((1, 2))
+            )
     jumps = torch.stack(differences).amax(0).tolist() if differences else [0.0, 0.0]
     return policy.with_memory(choice, policy.needed_warmup(jumps, lengths[:-1], choice.p.tol), ledger)
 
 
 def _go_on_plainly(sweep: Sweep, ledger: Ledger, found: Run) -> None:
-    """The plain recurrence, from the first border on at which it is not where the plain recurrence would be, or where that would cost too
-    much, from the first that does not agree."""
+    """The plain recurrence: all of it, from the first border on that is not exactly where it would be; or, where a stretch of lanes has
+    agreed, the rest, from the first border that does not."""
     if sweep.out is None:
-        found.plain_from = 0
+        found.chunk, found.plain_from, found.passes = 0, 0, 1
         return sweep.whole()
     p, ran = sweep.p, found.ran
     jump, _ = _jumps(sweep.borders(1, ran), None if not sweep.backward else sweep.largest())
     first = lambda differs: min([ran, *(1 + differs.any(1).nonzero()[:1, 0]).tolist()])  # noqa: E731
     exact, good = first(~(jump == 0)), first(~(jump <= p.tol))
-    found.plain_from, start = (0, exact) if ledger.left(exact * p.stride) >= 0 else (good * p.stride, good)
+    found.plain_from, start = (good * p.stride, good) if ledger.agreed else (0, exact)
     found.left = float(jump[: start - 1].max()) if start > 1 else 0.0
     if start < sweep.lanes:
         sweep.rest(start)
@@ -98,7 +102,7 @@ class _Lanes:
         self.sweep, self.choice, self.ledger, self.found = sweep, choice, ledger, found
         sweep.cut(choice.p)
         found.chunk, found.warmup, found.correct = choice.p.stride, choice.p.warmup, choice.correct
-        found.passes, found.jumps, found.left, found.lanes = 1, [], 0.0, sweep.lanes * sweep.batch
+        found.passes, found.jumps, found.left, found.ran = 1, [], 0.0, 0
 
     def run(self) -> int:
         """All lanes, stretch by stretch: DONE, or why not."""
@@ -109,11 +113,11 @@ class _Lanes:
                 return report.BUDGET
             sweep.run(first, last)
             self.ledger.spend((last - first) * sweep.batch, p.stride + p.warmup)
-            self.found.ran = last
+            self.found.ran, self.found.lanes = last, last * sweep.batch
             why = self.settle(max(first, 1), last)
             if why:
                 return why
-            first, self.ledger.allowance = last, policy.LATER
+            first, self.ledger.agreed = last, True
         return report.DONE
 
     def settle(self, first: int, last: int) -> int:
@@ -137,7 +141,7 @@ class _Lanes:
                 return why
             h, c = self.starts(borders, first, last)
             moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
-            chosen = bad | (moved > p.tol)
+            chosen = bad | (moved > IGNORED * p.tol)
             again = chosen.flatten().nonzero()[:, 0]
             price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
             if price > ledger.left((first + place) * p.stride):
@@ -180,8 +184,9 @@ class _Lanes:
         h, c = (sweep.visited(t, first - 1, last - 1) for t in sweep.state[:2])
         self.ledger.spend(lanes, self.choice.p.stride)
         self.found.rerun += lanes
-        ends = lambda lane, h, c: sweep.probe(first - 1, lane, h, c)  # noqa: E731
-        return corrections.probed(ends, h, c, borders.h_end, borders.c_end, slow, sweep.backward)
+        ends = lambda lane, unit, h, c: sweep.probe((first - 1) * sweep.batch + lane, unit, h, c)  # noqa: E731
+        w_hr = sweep.inputs.w_hr
+        return corrections.probed(ends, h, c, borders.h_end, borders.c_end, slow, sweep.backward, w_hr)
 
     def harder(self, borders: Borders) -> bool:
         """Probes in place of decay, where the plan leaves that open, the device is one for them, and they may be paid."""
@@ -212,7 +217,9 @@ def _numbers(jump: Tensor, bad: Tensor) -> tuple[float, int, int]:
     """The largest jump, how many are bad, the first border that has a bad one: one transfer."""
     if not jump.numel():
         return 0.0, 0, 0
-    found = torch.stack([jump.nan_to_num(inf).max().double(), bad.sum().double(), bad.any(1).double().argmax().double()])
+    found = torch.stack(
+        [jump.nan_to_num(inf).max().double(), bad.sum().double(), bad.any(1).double().argmax().double()]
+    )
     worst, count, first = found.tolist()
     return worst, int(count), int(first)
 
