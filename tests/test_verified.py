@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from executor import build
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -153,6 +154,18 @@ def test_an_rnn_gets_no_correction():
     expected = results(m, x, Recurrent())
     assert_agrees(results(m, x, Verified(chunk=50, warmup=4, correct="probes")), expected)
     assert not m.last_report.fallback and m.last_report.layers[0].correct == "none"
+
+
+@pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
+@pytest.mark.parametrize("correct", ["decay", "probes"])
+def test_cuda_kernels_in_the_block_executor(correct, monkeypatch):
+    build.on_cpu_tensors(monkeypatch)
+    m, x = chrono(8, span=20, backend="cuda"), torch.randn(60, 2, 3)
+    expected = results(m, x, Recurrent())
+    assert_agrees(results(m, x, Verified(chunk=6, warmup=2, correct=correct)), expected, 5e-5)
+    report = m.last_report
+    assert not report.fallback and report.passes > 1 and report.layers[0].correct == correct
+    assert not report.backward.fallback and report.backward.passes > 1
 
 
 # ---- the guarantee

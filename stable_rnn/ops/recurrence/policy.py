@@ -122,6 +122,18 @@ def choose(p: Problem, batch: int, weights: int, device: str) -> Choice:
     return made
 
 
+def describe(p: Problem, batch: int, weights: int, device: str) -> str:
+    """The choice in words."""
+    choice = choose(p, batch, weights, device)
+    if choice.why:
+        small = ", too little a gain to try" * (choice.predicted <= WORTH)
+        return f"the plain recurrence; lanes would cost {choice.predicted:.2g} of it{small}"
+    p, first = choice.p, Ledger(choice).stretch(choice.p, 0)
+    warmup = f"{p.warmup}{', or what a trial finds' if choice.measure else ''}"
+    text = f"{p.lanes()} lanes of {p.stride} steps, warm-up {warmup}, correction {choice.correct}, {choice.predicted:.2g} of the plain cost"
+    return text + f"; {first} of them first" * (first < p.lanes())
+
+
 def trial_places(choice: Choice, ledger: Ledger) -> int:
     """At how many times of each row the trial looks, as far as it may cost a part of what the call may lose; it is paid for."""
     costs = choice.costs
