@@ -1,8 +1,8 @@
 """`Verified()` against the plain recurrence and torch: `python -m benchmarks.verified [--T N] [--H N ...] [--rounds N] [--out FILE.jsonl]`.
 
-LSTMs of one layer, B = 1, float32, input projection included, turn about; ratios of medians. `first`: the call in which the module finds out
-what pays (its weights were written to before it); `later`: the next one, which knows. Networks: `short` is torch's initialization, `middle` has
-forget biases of 2.5 more, `long` those for memories of up to 1000 steps (chrono), `chaos` recurrent weights 30 times as large.
+LSTMs of one layer, B = 1, float32, input projection included, turn about; ratios of medians. `first`: the call in which the module finds
+out what pays (its weights were written to before it); `later`: the next one, which knows. Networks: `short` is torch's initialization,
+`middle` has forget biases of 2.5 more, `long` those for memories of up to 1000 steps (chrono), `chaos` recurrent weights 30 times as large.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def stabilize(
             f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}"
         )
     for m in targets.values():
-        check_stability(stability, _mode(m))
+        check_stability(stability, _mode(m), getattr(m, "proj_size", 0))
     plans = {
         name: plan_of(plan, m.num_layers, 1 + m.bidirectional) if isinstance(m, nn.RNNBase) else plan_of(plan, 1, 1)
         for name, m in targets.items()
