@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableRNN
+from stable_rnn import Cascade, Certified, ForgetCap, Stability, StableLSTM, StableRNN
 from stable_rnn._errors import UserError
 from stable_rnn.ops.spectral import row_project_, spectral_norm_bound
 from stable_rnn.stability.cells import STABILITY
@@ -141,10 +141,13 @@ SETS: dict[str, Callable[[], Stability | None]] = {
     "rnn/Certified()": lambda: Certified(),
     "rnn/Certified(norm='radius')": lambda: Certified(norm="radius"),
     "rnn/Certified(0.95, norm='radius')": lambda: Certified(0.95, norm="radius"),
+    "rnn/Cascade()": lambda: Cascade(),
     "rnn/ramp 4": lambda: Scaled(0.99, 4.0),
     "rnn/balanced": lambda: Scaled(0.99),
     "lstm/plain": lambda: None,
     "lstm/ForgetCap(0.9)": lambda: ForgetCap(0.9),
+    "lstm/Cascade()": lambda: Cascade(),
+    "lstm/Cascade(forget=0.9)": lambda: Cascade(forget=0.9),
     "lstm/Certified()": lambda: Certified(),
     "lstm/Certified(), clipped": lambda: Metric(0.0),
     "lstm/Certified(), nearest rows": lambda: NearestRows(2.0),

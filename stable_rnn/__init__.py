@@ -13,13 +13,14 @@ if TYPE_CHECKING or not from_command_line():
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
     from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
-    from .stability import Certified, ForgetCap
+    from .stability import Cascade, Certified, ForgetCap
     from .stability.certificate import certificate
     from .step_cells import StableLSTMCell, StableRNNCell
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 
 __all__ = [
+    "Cascade",
     "Certified",
     "Chunked",
     "ForgetCap",

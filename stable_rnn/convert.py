@@ -73,7 +73,7 @@ def stabilize(
             f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}"
         )
     for m in targets.values():
-        check_stability(stability, _mode(m))
+        check_stability(stability, _mode(m), getattr(m, "proj_size", 0))
     for name, why in left.items():
         warnings.warn(f"stabilize: {name} is {why} and is left alone", stacklevel=2)
     for m in targets.values():

@@ -111,6 +111,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             found.append([getattr(self, name) for name in names])
             for name, w, shape in zip(names, found[-1], shapes):
                 check_weight(name, w, shape, x, cast)
+            found[-1][1] = self._trained(found[-1][1])
         return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,7 +287,7 @@ class StableRNN(StableRNNBase):
 
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
@@ -357,8 +358,8 @@ class StableLSTM(StableRNNBase):
 
     Arguments, parameter names, shapes and errors are those of `nn.LSTM`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
-      at f), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      forget gate at f), or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 

@@ -100,6 +100,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
         bias, hidden_bias = MODES[self.mode].biases(b_ih, b_hh)
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
+        w_hh = self._trained(w_hh)
         _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, p)
         return h, c
 

@@ -392,7 +392,7 @@ def test_other_errors():
             ForgetCap(value)
     with pytest.raises(TypeError):
         ForgetCap("0.9")
-    with pytest.raises(ValueError, match="ForgetCap is for the LSTM"):
+    with pytest.raises(ValueError, match="ForgetCap is for the LSTM and the GRU; rnn_tanh"):
         check_stability(ForgetCap(0.9), "RNN_TANH")
     with pytest.raises(TypeError, match="got 0.9"):
         check_stability(0.9, "LSTM")
