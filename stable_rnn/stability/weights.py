@@ -96,7 +96,7 @@ def recurrent(module: nn.Module) -> tuple[nn.RNNBase | nn.RNNCellBase, str]:
     raise TypeError(f"a certificate needs an RNN, LSTM or GRU (module or cell), got {type(module).__name__}")
 
 
-def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
+def mode_of(module: nn.Module) -> str:
     """As `nn.RNNBase.mode`, which torch's cells don't have."""
     if isinstance(module, nn.RNNCell):
         return f"RNN_{module.nonlinearity}".upper()
