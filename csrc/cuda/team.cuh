@@ -29,7 +29,7 @@ class Team {
   __device__ __forceinline__ void begin() {
     Quad* state = reinterpret_cast<Quad*>(shared_memory() + g_.state);
     for (int i = thread_index(); i < g_.buffers * tile_bytes() / 16; i += thread_count()) state[i] = Quad{};
-    if (g_.cluster > 1) cluster_sync();   // else it is the barrier of the first tile's lanes
+    if (g_.cluster > 1) cluster_sync();   // else the first TileLanes::load has the barrier
   }
 
   __device__ __forceinline__ char* state() const {

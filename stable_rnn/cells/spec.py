@@ -17,10 +17,13 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """h (n, H) and c (n, H) of one time; None where the cell, or who asks it, has none."""
+    """h (n, H) and c (n, H) of one time; what a cell does not read, or has not, is empty, of shape (0,)."""
 
-    h: Tensor | None
-    c: Tensor | None
+    h: Tensor
+    c: Tensor
+
+
+NOTHING = State(torch.empty(0), torch.empty(0))
 
 
 class Cell:

@@ -167,7 +167,9 @@ def start(state, init, rows, entries, given, there):
 def multiply_decay(at, forget, more, mask):
     """One more forget gate times the product of those before, where there are `more`. That stands where the caller wants it: between two
     steps lies a barrier."""
-    tl.store(at, tl.load(at, mask=mask & more, other=1.0) * forget, mask=mask)
+    product = tl.load(at, mask=mask & more, other=1.0) * forget
+    tl.debug_barrier()  # whoever holds an element has read it before one writes
+    tl.store(at, product, mask=mask)
 
 
 @triton.jit
