@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Cell, State
+from .spec import NOTHING, Cell, State
 
 
 class Gru(Cell):
@@ -32,7 +32,7 @@ class Gru(Cell):
         dz = dh * (before.h - n) * z * (1 - z)
         if clamp < 1:
             dz = torch.where(z < clamp, dz, 0.0)
-        return torch.cat([dn * q_n * r * (1 - r), dz, dn], 1), State(dh * z, None)
+        return torch.cat([dn * q_n * r * (1 - r), dz, dn], 1), State(dh * z, NOTHING.c)
 
     def hidden(self, dz: Tensor, saved: Tensor) -> Tensor:
         dr, dz, dn = dz.chunk(3, 1)
