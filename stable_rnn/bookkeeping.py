@@ -20,7 +20,7 @@ from .stability.weights import CLAMP, clamp_text, saved_clamp
 class Bookkeeping(nn.Module):
     """Shared by the modules and the cells, before torch's class in the order of bases."""
 
-    mode: str  # torch's: "LSTM", "RNN_TANH" or "RNN_RELU"
+    mode: str  # torch's: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"
     stability: Stability | None
     backend: str
     num_layers: int  # of modules that have a plan

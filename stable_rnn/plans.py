@@ -254,7 +254,7 @@ def use_plan(model: _M, plan: PlanLike) -> Iterator[_M]:
     found = [m for m in model.modules() if _has_plan(m)]
     plans = [plan_of(plan, m.num_layers, 1 + m.bidirectional) for m in found]
     if not found:
-        raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN or StableLSTM")
+        raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN, StableGRU or StableLSTM")
     before = [m.plan for m in found]
     try:
         for m, one in zip(found, plans):
