@@ -1,4 +1,4 @@
-"""Stable recurrent networks: `nn.RNN` and `nn.LSTM` whose long sequences need not be run one step after the other."""
+"""Stable recurrent networks: `nn.RNN`, `nn.GRU` and `nn.LSTM` whose long sequences need not be run one step after the other."""
 
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING or not from_command_line():
     from ._moved import moved as __getattr__
     from .convert import stabilize, unstabilize
     from .memory import memory
-    from .modules import StableLSTM, StableRNN
+    from .modules import StableGRU, StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
     from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
     from .stability import Cascade, Certified, ForgetCap
     from .stability.certificate import certificate
-    from .step_cells import StableLSTMCell, StableRNNCell
+    from .step_cells import StableGRUCell, StableLSTMCell, StableRNNCell
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 
@@ -26,6 +26,8 @@ __all__ = [
     "Chunked",
     "ForgetCap",
     "Recurrent",
+    "StableGRU",
+    "StableGRUCell",
     "StableLSTM",
     "StableLSTMCell",
     "StableRNN",

@@ -102,7 +102,9 @@ def parser() -> Parser:
         "stable-rnn doctor --shape lstm,256,1,bfloat16",
     )
     doctor.add_argument(
-        "--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets"
+        "--explain",
+        action="store_true",
+        help="also say what each backend is for, which kernel a shape gets, and what Verified() begins with",
     )
     doctor.add_argument(
         "--shape",

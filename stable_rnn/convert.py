@@ -10,14 +10,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .bookkeeping import Bookkeeping
-from .modules import StableLSTM, StableRNN, StableRNNBase
+from .modules import StableGRU, StableLSTM, StableRNN, StableRNNBase
 from .ops.backends import check_name
-from .plans import Plan, Recurrent, check_plan
+from .plans import PlanLike, Recurrent, plan_of
 from .stability import Stability, check_stability, project_all_
-from .step_cells import StableCellBase, StableLSTMCell, StableRNNCell
+from .stability.weights import mode_of
+from .step_cells import StableCellBase, StableGRUCell, StableLSTMCell, StableRNNCell
 
-_MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
-_CELLS: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
+_MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.GRU: StableGRU, nn.LSTM: StableLSTM}
+_CELLS: dict[type[nn.Module], type[Bookkeeping]] = {
+    nn.RNNCell: StableRNNCell,
+    nn.GRUCell: StableGRUCell,
+    nn.LSTMCell: StableLSTMCell,
+}
 _PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
 _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
@@ -25,31 +30,32 @@ _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 def stabilize(
     model: nn.Module,
     stability: Stability | None = None,
-    plan: Plan = Recurrent(),
+    plan: PlanLike = Recurrent(),
     backend: str = "auto",
     project: bool = False,
     cells: bool = False,
 ) -> nn.Module:
-    """Turn every `nn.RNN` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableLSTM` and return the model.
+    """Turn every `nn.RNN`, `nn.GRU` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableGRU`, `StableLSTM` and return
+    the model.
 
     The modules become stable where they are, as the same objects: Parameters and what shares them, hooks, buffers, attributes, optimizers,
     wrappers and `torch.compile` around them stay, and whoever else holds such a module sees the change. By default the model computes what
     it did; `use_plan` and `module.plan` then change how, `module.stability` what is promised.
 
     stability  the modules' set. Values stay unchanged: `certificate()` tells whether they are inside, `project_()` moves them
-    plan       how the modules run
+    plan       how the modules run: one plan, a list of one per layer, or a dict by layer or (layer, direction); they fit every module
     backend    "auto", or the backend that must run them
     project    move the weights into the set now, all or none
-    cells      also `nn.RNNCell` and `nn.LSTMCell`, which become `StableRNNCell` and `StableLSTMCell`
+    cells      also `nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell`, which become `StableRNNCell`, `StableGRUCell` and `StableLSTMCell`
 
-    Left alone, with a warning that says why: `nn.GRU`, subclasses, modules with a `forward` of their own, TorchScript and quantized
+    Left alone, with a warning that says why: subclasses, modules with a `forward` of their own, TorchScript and quantized
     modules, and computed weights (parametrizations, weight norm, spectral norm, pruning, flattened FSDP parameters). `fully_shard` comes
     after `stabilize`; DistributedDataParallel, DataParallel and `torch.compile` may come before or after.
 
     Raises `ValueError` if `model` holds nothing to swap, `stability` does not fit a module found, weights cannot be projected, or there is
     no set to project into; `TypeError` for a wrong plan or model. Nothing has changed then."""
     _check_model("stabilize", model)
-    check_plan(plan), check_name(backend)
+    check_name(backend)
     if project and stability is None:
         raise ValueError("stabilize: project=True needs a set to project into, stability=Certified()")
     forms = _MODULES | _CELLS if cells else _MODULES
@@ -70,19 +76,24 @@ def stabilize(
         akin = "; ".join(f"{name} is {why}" for name, why in left.items())
         akin = f" that can be swapped: {akin}" if akin else ""
         raise ValueError(
-            f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}"
+            f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.GRU, nn.LSTM or cell' if cells else 'nn.RNN, nn.GRU or nn.LSTM'}"
+            f"{akin}"
         )
     for m in targets.values():
-        check_stability(stability, _mode(m), getattr(m, "proj_size", 0))
+        check_stability(stability, mode_of(m), getattr(m, "proj_size", 0))
+    plans = {
+        name: plan_of(plan, m.num_layers, 1 + m.bidirectional) if isinstance(m, nn.RNNBase) else plan_of(plan, 1, 1)
+        for name, m in targets.items()
+    }
     for name, why in left.items():
         warnings.warn(f"stabilize: {name} is {why} and is left alone", stacklevel=2)
-    for m in targets.values():
-        mode, form = _mode(m), forms[type(m)]
+    for name, m in targets.items():
+        mode, form = mode_of(m), forms[type(m)]
         m.__class__ = form
         if isinstance(m, StableCellBase):
             m._adopt(mode, stability, backend)
         elif isinstance(m, StableRNNBase):
-            m._adopt(stability, plan, backend)
+            m._adopt(stability, plans[name], backend)
     if project:
         made = {name: m for name, m in targets.items() if isinstance(m, (StableRNNBase, StableCellBase))}
         try:
@@ -95,7 +106,8 @@ def stabilize(
 
 
 def unstabilize(model: nn.Module, allow_change: bool = False) -> nn.Module:
-    """Turn every `StableRNN`, `StableLSTM` and cell in `model` (itself included) back into torch's, in place, and return the model.
+    """Turn every `StableRNN`, `StableGRU`, `StableLSTM` and cell in `model` (itself included) back into torch's, in place, and return
+    the model.
 
     For what knows torch's own classes only: quantization, TorchScript, ONNX, `isinstance(m, nn.LSTM)`. Parameters, hooks, buffers and
     attributes stay the same objects, plans and stable sets are dropped: the model then runs plainly through whole sequences. A model
@@ -130,16 +142,6 @@ def _revert(m: Bookkeeping) -> None:
     m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]  # from here on it is no Bookkeeping
 
 
-def _mode(m: nn.Module) -> str:
-    return (
-        m.mode
-        if isinstance(m, nn.RNNBase)
-        else "RNN_" + m.nonlinearity.upper()
-        if isinstance(m, nn.RNNCell)
-        else "LSTM"
-    )
-
-
 def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) -> str | None:
     """What a recurrent module is that cannot be swapped; None for one that can, and for all others."""
     scripted = isinstance(m, torch.jit.ScriptModule)
@@ -150,8 +152,6 @@ def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) 
         return f"a quantized {name}, {type(m).__module__}.{name} (stabilize the float model)"
     if isinstance(m, Bookkeeping) or not isinstance(m, (nn.RNNBase, nn.RNNCellBase)):
         return None
-    if type(m) in (nn.GRU, nn.GRUCell):
-        return f"an nn.{name}, which has no stable form here"
     if type(m) in _CELLS and type(m) not in forms:
         return f"an nn.{name} (cells=True makes it a {_CELLS[type(m)].__name__})"
     if type(m) not in forms:

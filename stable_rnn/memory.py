@@ -111,8 +111,8 @@ def memory(
     lengths: Tensor | None = None,
     chunk: int = 128,
 ) -> Memory:
-    """How long each layer and direction of a `StableLSTM`, `StableRNN`, `nn.LSTM`, `nn.RNN` or another module over time remembers on
-    this input, and the plan to run such inputs under.
+    """How long each layer and direction of a `StableLSTM`, `StableGRU`, `StableRNN`, `nn.LSTM`, `nn.GRU` or `nn.RNN` remembers on this
+    input, and the plan to run such inputs under.
 
     Measured beside the run over whole sequences from `hx`: runs from zero states, started at 3 to 8 times of each sequence (and at its
     start, where `hx` is not zero), to the sequence's end; and the growth of tangents of the cell's step, renormalized at each, over up
@@ -187,8 +187,8 @@ def _cell(module: nn.Module) -> Cell:
     mode = getattr(module, "mode", None)
     if not isinstance(module, nn.RNNBase) or mode not in MODES:
         raise TypeError(
-            f"memory: module must be one recurrent module over time, of the modes {', '.join(MODES)} (StableLSTM, nn.LSTM, "
-            f"StableRNN, nn.RNN, ...), got {type(module).__name__}"
+            f"memory: module must be one recurrent module over time, of the modes {', '.join(MODES)} (StableLSTM, "
+            f"StableGRU, StableRNN, nn.LSTM, nn.GRU, nn.RNN), got {type(module).__name__}"
         )
     return MODES[mode]
 

@@ -1,8 +1,9 @@
-"""`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights."""
+"""`StableRNN`, `StableGRU` and `StableLSTM`: `nn.RNN`, `nn.GRU` and `nn.LSTM` with a plan and a stable set of weights."""
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import _VF, Tensor, nn
@@ -16,16 +17,19 @@ from .common import autocast_dtype, has_values
 from .ops.backends import check_name, requested
 from .ops.recurrence.backends import leave_to_torch
 from .ops.recurrence.function import Note, layer
+from .ops.recurrence.native import PLAIN
+from .ops.recurrence.policy import Memory
 from .ops.recurrence.problem import Problem
-from .plans import Plan, Recurrent, Report, Verified, check_plan
+from .plans import Plan, PlanLike, Recurrent
+from .reports import Report
 from .stability import Certificate, Certified, Stability, certificate, check_stability
 from .validate import check_state, check_weight, describe, pair
 
-_TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
+_TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm, "gru": _VF.gru}
 
 
 class StableRNNBase(Bookkeeping, nn.RNNBase):
-    """What both modules share: the stack of layers, the plan, the stable set."""
+    """What the modules share: the stack of layers, the plan, the stable set."""
 
     stability: Stability | None = None
     plan: Plan
@@ -33,21 +37,20 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     weight_hh_l0: Tensor
 
     def __init__(
-        self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any
+        self, mode: str, *args: Any, stability: Stability | None, plan: PlanLike, backend: str, **kwargs: Any
     ) -> None:
-        check_plan(plan), check_name(backend), check_stability(stability, mode)
+        check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self._adopt(stability, plan, backend)
         self._project_fresh()
 
     _adopted = ("stability", "plan", "backend", "_ran")
 
-    def _adopt(self, stability: Stability | None, plan: Plan, backend: str) -> None:
+    def _adopt(self, stability: Stability | None, plan: PlanLike, backend: str) -> None:
         """Sets `_adopted`, all that a stable module holds beyond torch's; `stabilize` calls it on modules that torch has made."""
-        self.stability, self.plan, self.backend = stability, plan, backend
-        self._ran: tuple[list[Tensor], list[Note], int] | None = (
-            None  # what the last checked run left: reports, notes, chunk
-        )
+        self.stability, self.plan, self.backend = stability, plan, backend  # type: ignore[assignment]  # a plan is made of it
+        # what the last checked run left: reports and notes by layer and direction
+        self._ran: tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Note]] | None = None
 
     # ---- stability
 
@@ -82,14 +85,16 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one."""
         if self._ran is None:
             return None
-        reports, notes, chunk = self._ran
-        back = [note.report for note in notes if note.report is not None]
+        reports, notes = self._ran
+        back = {place: note.report for place, note in notes.items() if note.report is not None}
+        seen = all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
 
-        def bound(jump: float) -> float | None:
+        def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)
-            return found.jump_bound(jump, chunk) if found.stable else None
+            return found.jump_bound(jump, chunk) if found.stable and seen else None
 
-        return Report.of(reports, backward=Report.of(back) if back else None, bound=bound)
+        backward = Report.of(tuple(back), tuple(back.values())) if back else None
+        return Report.of(tuple(reports), tuple(reports.values()), backward, bound)
 
     # ---- running
 
@@ -117,11 +122,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
-        numbers, cast = self.plan.numbers(x), autocast_dtype(x) is not None
+        cast = autocast_dtype(x) is not None
         weights = self._weights(x, cast)
-        h_n, c_n, reports = [], [], []
-        noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
-        notes: list[Note] = []
+        h_n, c_n = [], []
+        reports: dict[tuple[int, int], Tensor] = {}
+        notes: dict[tuple[int, int], Note] = {}
         for level in range(self.num_layers):
             ys = []
             for d, way in enumerate(directions):
@@ -132,9 +137,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 if cast:
                     w_ih, w_hh = w_ih.to(x.dtype), w_hh.to(x.dtype)
                     bias, hidden_bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, hidden_bias, w_hr))
-                p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
+                plan, place = self.plan.at(level, d), (level, d)
+                p = Problem(self._cell, way.steps, way.step, **plan.numbers(x), cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
-                notes += [Note()] if noting else []
+                if p.checked and not torch.compiler.is_compiling():
+                    notes[place] = Note(_memory(self, place, weights[index]))
                 y, h, c, report = layer(
                     x,
                     w_ih,
@@ -146,17 +153,18 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                     way.base,
                     way.lengths,
                     p,
-                    notes[-1] if noting else None,
+                    notes.get(place),
                 )
                 ys.append(y)
                 h_n.append(h)
                 c_n.append(c)
-                reports.append(report)
+                if p.checked:
+                    reports[place] = report
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = rows.dropout(x, self.dropout)
-        if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
-            self._ran = reports, notes, p.resolved(rows.batch, x.device).stride
+        if reports and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
+            self._ran = reports, notes
         return x, torch.stack(h_n), torch.stack(c_n)
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
@@ -186,7 +194,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _forward(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
     ) -> tuple[Tensor | PackedSequence, tuple]:
-        """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
+        """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
         if self.training:
             watch.trains(self)
         if isinstance(input, PackedSequence):
@@ -273,8 +281,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             bidirectional=self.bidirectional,
             device=device,
         )
-        if self._cell == "lstm":
+        if self.mode == "LSTM":
             return nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
+        if self.mode == "GRU":
+            return nn.GRU(self.input_size, self.hidden_size, **options)
         return nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
 
     def extra_repr(self) -> str:
@@ -282,19 +292,56 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return ", ".join(extra + ([f"backend={self.backend!r}"] if self.backend != "auto" else []))
 
 
-class StableRNN(StableRNNBase):
+_memories: WeakKeyDictionary[nn.Module, dict[tuple[int, int], Memory]] = WeakKeyDictionary()  # no part of the modules
+
+
+def _memory(module: nn.Module, place: tuple[int, int], weights: list[Tensor]) -> Memory | None:
+    """What earlier calls of a layer and direction found out, as long as its weights are the same: where they lie, and how often they were
+    changed. None under transforms, whose tensors have neither."""
+    if torch._C._are_functorch_transforms_active() or any(type(w) not in PLAIN for w in weights):
+        return None
+    kept = _memories.setdefault(module, {}).setdefault(place, Memory())
+    return kept.of([(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights])
+
+
+class OneStateBase(StableRNNBase):
+    """What the modules share whose state is h alone."""
+
+    _not_2d_or_3d: str  # torch's error
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, lengths=lengths)
+        if hx is not None and not isinstance(hx, Tensor):
+            raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
+        if not isinstance(input, PackedSequence):
+            if input.dim() not in (2, 3):
+                raise ValueError(self._not_2d_or_3d.format(input.dim()))
+            if hx is not None and hx.dim() != input.dim():
+                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
+                raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
+        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
+        return y, hidden[0]
+
+
+class StableRNN(OneStateBase):
     """Drop-in replacement of `torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
 
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
+      by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
     lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
     the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
     """
+
+    _not_2d_or_3d = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
     def __init__(
         self,
@@ -310,7 +357,7 @@ class StableRNN(StableRNNBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -336,21 +383,59 @@ class StableRNN(StableRNNBase):
             **kwargs,
         )
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths=lengths)
-        if hx is not None and not isinstance(hx, Tensor):
-            raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
-        if not isinstance(input, PackedSequence):
-            if input.dim() not in (2, 3):
-                raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
-            if hx is not None and hx.dim() != input.dim():
-                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
-                raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
-        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
-        return y, hidden[0]
+
+class StableGRU(OneStateBase):
+    """Drop-in replacement of `torch.nn.GRU` (gate order r, z, n; the reset gate comes after the product):
+
+        r, z = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr), sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn));   h_t = (1 - z) n + z h_{t-1}
+
+    Arguments, parameter names, shapes and errors are those of `nn.GRU`; keyword-only extras:
+
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      update gate z, which keeps h, at f), or None (plain weights)
+    - `plan`, `backend` as for `StableLSTM`
+
+    `forward(input, hx=None, *, lengths=None)` as of `StableRNN`.
+    """
+
+    _not_2d_or_3d = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        plan: Plan = Recurrent(),
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            stability=stability,
+            plan=plan,
+            backend=backend,
+            **kwargs,
+        )
 
 
 class StableLSTM(StableRNNBase):
@@ -360,7 +445,8 @@ class StableLSTM(StableRNNBase):
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
       forget gate at f), or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
+      by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
@@ -383,7 +469,7 @@ class StableLSTM(StableRNNBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
     ) -> None:
         super().__init__(

@@ -5,6 +5,7 @@ import torch
 from stable_rnn import Chunked, Recurrent, Verified, Windowed
 
 PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2)]
+PROBES = Verified(chunk=4, warmup=0, correct="probes")
 
 
 def made(cls, dtype, device, hidden=12, **options):

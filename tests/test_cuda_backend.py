@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_runs import PLANS, assert_captured, assert_close, made
+from backend_runs import PLANS, PROBES, assert_captured, assert_close, made
 from executor import build
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -29,7 +29,7 @@ def device(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
 def test_plans(cls, plan, dtype, device):
     m = made(cls, dtype, device, plan=plan)

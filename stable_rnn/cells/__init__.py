@@ -2,11 +2,12 @@
 
 import importlib
 
+from .gru import Gru
 from .lstm import Lstm
 from .rnn import Relu, Tanh
 from .spec import NOTHING, Cell, State
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (Tanh(), Relu(), Lstm())}
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (Tanh(), Relu(), Lstm(), Gru())}
 MODES: dict[str, Cell] = {cell.mode: cell for cell in CELLS.values()}
 
 

@@ -192,9 +192,7 @@ def row(
         assert report is not None
         made.bound = report.forward_bound
         made.passes, made.fell_back = report.passes, report.fallback
-        made.note = f"{report.passes} pass{'es' * (report.passes > 1)}, {report.lanes_rerun} chunks run again"
-        if report.fallback:
-            made.note = f"fell back to Recurrent() after {made.note}"
+        made.note = str(report).removeprefix("layer 0: ")
     return made
 
 

@@ -64,8 +64,8 @@ class Stability:
 
 
 def check_stability(stability: Stability | None, mode: str, proj_size: int = 0) -> Stability | None:
-    """Returns a `stability=` argument that fits torch's `mode` ("LSTM", "RNN_TANH", "RNN_RELU") and `proj_size`; TypeError or ValueError
-    otherwise."""
+    """Returns a `stability=` argument that fits torch's `mode` ("LSTM", "GRU", "RNN_TANH", "RNN_RELU") and `proj_size`; TypeError or
+    ValueError otherwise."""
     if stability is None:
         return None
     if not isinstance(stability, Stability):

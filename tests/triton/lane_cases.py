@@ -28,7 +28,7 @@ def divide(way, monkeypatch):
 
 
 def problem(case) -> Problem:
-    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved(case.batch)
+    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved()
 
 
 def to_device(values):
@@ -52,7 +52,7 @@ def _poisoned(case, kind, wide, **columns):
 
 
 def forward(case, made) -> dict:
-    H, C = case.hidden, case.hidden * case.lstm
+    H, C, S = case.hidden, case.hidden * case.lstm, case.hidden * case.forgets
     out = _poisoned(
         case,
         Output,
@@ -60,17 +60,17 @@ def forward(case, made) -> dict:
         y=H,
         h_n=H,
         c_n=C,
-        saved=4 * C,
+        saved=4 * S,
         cells=C,
         h_start=H,
         c_start=C,
         h_end=H,
         c_end=C,
-        decay=C,
+        decay=S,
     )
     on = {name: to_device(value) for name, value in made.items()}
     backend.forward(
-        Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case)),
+        Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),
@@ -82,7 +82,7 @@ def forward(case, made) -> dict:
 
 
 def backward(case, made, saved) -> dict:
-    H, C = case.hidden, case.hidden * case.lstm
+    H, C, S = case.hidden, case.hidden * case.lstm, case.hidden * case.forgets
     out = _poisoned(
         case,
         Adjoint,
@@ -94,14 +94,15 @@ def backward(case, made, saved) -> dict:
         dc_start=C,
         dh_end=H,
         dc_end=C,
-        decay=C,
+        decay=S,
     )
     on = {name: to_device(value) for name, value in (made | saved).items()}
     empty = torch.empty(0, device=DEVICE)
     kept = on["y"], on.get("saved", empty), on.get("cells", empty)
     ends = on["dh_n"], on["dc_n"] if case.lstm else None
+    before = on["h0"] if case.gru else None, on["c0"]
     backend.backward(
-        BackwardInputs(on["dy"], *ends, *kept, on["w_hh"], None, None, on["c0"], *rows(case)),
+        BackwardInputs(on["dy"], *ends, *kept, on["w_hh"], None, *before, *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),
@@ -115,7 +116,7 @@ def backward(case, made, saved) -> dict:
 def ends(case, made, only) -> dict:
     """`ends` of the backend; `only` is all that it gives."""
     on = {name: to_device(value) for name, value in made.items()}
-    inputs = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    inputs = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     found = backend.ends(inputs, problem(case), on["h_init"], on["c_init"] if case.lstm else None)
     return {name: t.cpu() for name, t in zip(only, found, strict=True) if t.numel()}
 
@@ -123,7 +124,8 @@ def ends(case, made, only) -> dict:
 def adjoint_ends(case, made, saved, only) -> dict:
     on = {name: to_device(value) for name, value in (made | saved).items()}
     kept = on["y"], on.get("saved"), on.get("cells")
-    inputs = BackwardInputs(on["dy"], None, None, *kept, on["w_hh"], None, None, on["c0"], *rows(case))
+    before = on["h0"] if case.gru else None, on["c0"]
+    inputs = BackwardInputs(on["dy"], None, None, *kept, on["w_hh"], None, *before, *rows(case))
     found = backend.adjoint_ends(inputs, problem(case), on["h_init"], on["c_init"] if case.lstm else None)
     return {name: t.cpu() for name, t in zip(only, found, strict=True) if t.numel()}
 

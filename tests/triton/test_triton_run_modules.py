@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_runs import PLANS, assert_captured, assert_close, made
+from backend_runs import PLANS, PROBES, assert_captured, assert_close, made
 from lane_cases import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -12,7 +12,7 @@ HIDDEN = [12, 40] if DEVICE == "cpu" else [12, 40, 200]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
 def test_plans(cls, plan, hidden):
     m = made(cls, torch.float32, DEVICE, hidden=hidden, plan=plan)

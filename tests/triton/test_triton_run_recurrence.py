@@ -23,7 +23,8 @@ from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
 from stable_rnn.ops.recurrence import triton as backend
-from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs
+from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs, backward_inputs
+from stable_rnn.ops.recurrence.sweeps import Backward, Forward
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
@@ -62,6 +63,10 @@ CASES = [
     Case("rnn_relu", 12, 2, 64, 1, 2, layout="reverse"),
     Case("lstm", 21, 2, 16, 5, 3),
     Case("lstm", 6, 1, 1, 2, 1),
+    Case("gru", 9, 3, 5, 9, 0),
+    Case("gru", 9, 3, 33, 4, 2, cap=0.55, layout="reverse", lengths=(5, 0, 9)),
+    Case("gru", 9, 3, 40, 3, 4, layout="packed", lengths=(9, 4, 2)),
+    Case("gru", 9, 3, 12, 1, 3, cap=0.7, layout="packed_reverse", lengths=(4, 0, 9)),  # windows
 ]
 
 
@@ -96,7 +101,7 @@ def test_only_the_ends_of_rows_that_share_their_times(cell, way, kind):
     assert_like(*back, case, case.gates * case.hidden)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("stride, warmup", [(1, 2), (4, 3)])
 def test_bitwise_one_lane_among_many_and_twice(cell, stride, warmup, way, kind):
     case = replace(Case(cell, 18, 2, 20, stride, warmup), **kind)
@@ -114,7 +119,7 @@ def test_bitwise_one_lane_among_many_and_twice(cell, stride, warmup, way, kind):
         assert not forward(some, made)["y"].isnan().all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_bitwise_whatever_the_team(cell, kind, monkeypatch):
     """The number of members decides who does a sum, not how it is done. (The blocks of units are the same here.)"""
     case, runs = replace(Case(cell, 5, 3, 40, stride=3, warmup=1, lengths=(5, 0, 4)), **kind), []
@@ -156,11 +161,11 @@ def test_empty(cell, steps, batch, hidden):
     out = run(case, made)
     assert out.y.shape == (steps * batch, hidden) and torch.equal(out.h_n.cpu(), made["h0"])
     zeros = torch.zeros(steps * batch, hidden, device=DEVICE)
-    c0 = to_device(made["c0"])
+    before = to_device(made["h0"]) if case.gru else None, to_device(made["c0"])
     ends = to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None
     kept = out.y, out.saved, out.cells
     back = backend.backward(
-        BackwardInputs(zeros, *ends, *kept, to_device(made["w_hh"]), None, None, c0, None, None), problem(case)
+        BackwardInputs(zeros, *ends, *kept, to_device(made["w_hh"]), None, *before, None, None), problem(case)
     )
     assert back.dz.shape == (steps * batch, case.gates * hidden) and torch.equal(back.dh0.cpu(), made["dh_n"])
     if case.lstm:
@@ -168,8 +173,8 @@ def test_empty(cell, steps, batch, hidden):
 
 
 def run(case, made, **options):
-    on = {name: to_device(made[name]) for name in ("xp", "w_hh", "h0", "c0")}
-    inputs = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    on = {name: to_device(made.get(name)) for name in ("xp", "w_hh", "hidden_bias", "h0", "c0")}
+    inputs = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     return backend.forward(inputs, problem(case), **options)
 
 
@@ -184,7 +189,7 @@ def test_fresh_outputs_are_zero_where_no_time_is():
     assert torch.equal(run(case, made, save=False).y, out.y)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_nan_and_infinity_pass_through(cell, way):
     case = Case(cell, 6, 2, 20, stride=6, warmup=0)
     made = case.draw()
@@ -214,11 +219,13 @@ def test_tanh_and_sigmoid_to_a_few_units():
         assert ((gates[:, gate] - exact).abs() <= unit * exact + at_least * (1 + unit)).all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("layout, lengths", [("padded", None), ("reverse", (7, 0, 5)), ("packed", (7, 3, 6))])
 def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
     """The true gradient of windows: sums over the units of all windows, whose rounding grows like a random walk."""
-    case = Case(cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell == "lstm" else 1.0)
+    case = Case(
+        cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell in loop.CAPPED else 1.0
+    )
     made = case.draw()
     names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "hidden_bias", "h0", "c0")
 
@@ -240,25 +247,24 @@ def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
             assert (value.cpu() - want).abs().max() <= limit
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_verified(cell, way):
     """Checked lanes are rerun from the states before them until all borders agree: with tol 0 that is the sequential run, bitwise."""
-    case = Case(cell, 30, 2, 10, stride=30, warmup=0, lengths=(30, 19), cap=0.1 if cell == "lstm" else 1.0)
+    case = Case(cell, 30, 2, 10, stride=30, warmup=0, lengths=(30, 19), cap=0.1 if cell in loop.CAPPED else 1.0)
     made = case.draw()
     made["w_hh"] *= 0.1  # forgets fast
-    on = {name: to_device(made[name]) for name in ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")}
-    tensors = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    on = {name: to_device(made[name]) for name in made}
+    tensors = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
     whole = backend.forward(tensors, problem(case))
-    found, report = verified.run(backend, tensors, checked, save=True)
-    assert report[0] > 1 and report[2:] == [0.0, 0.0]
+    found, report = verified.run(Forward(backend, tensors, checked, True))
+    assert report.passes > 1 and report.left == 0 and not report.why
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
-    tensors = BackwardInputs(
-        on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, None, on["c0"], *rows(case)
-    )
-    back, report = verified.run_back(backend, tensors, checked)
-    assert report[0] > 1 and report[2:] == [0.0, 0.0]
+    ends = on["dh_n"], on["dc_n"] if case.lstm else None
+    tensors = backward_inputs(on["dy"], *ends, *saved, tensors, checked)
+    back, report = verified.run(Backward(backend, tensors, checked))
+    assert report.passes > 1 and report.left == 0 and not report.why
     assert torch.equal(back.dz, backend.backward(tensors, problem(case)).dz)
 
 

@@ -6,6 +6,7 @@ Arithmetic in float32 (float64 for float64 inputs); h is rounded to the storage 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -68,6 +69,14 @@ def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
 def _no_decay(cell: Cell, lanes: int, hidden: int, like: Tensor) -> Tensor:
     """The decay of lanes before their first step."""
     return like.new_ones(lanes, 0 if cell.forgets is None else hidden)
+
+
+def _among(ids: Tensor, found: list[Tensor], lanes: int, others: Sequence[Tensor] | None) -> list[Tensor]:
+    """The borders of all lanes, of which those of `ids` were found: zero where no lane ran, and a decay of 1."""
+    if others is None:
+        others = [new.new_zeros(lanes if new.dim() > 1 else 0, *new.shape[1:]) for new in found]
+        others[-1] = others[-1] + 1
+    return [old.index_copy(0, ids, new) if new.dim() > 1 else new for old, new in zip(others, found, strict=True)]
 
 
 def forward(
@@ -135,7 +144,7 @@ def forward(
     if borders:
         ends = [h_start, c_start, h, c, decay]
         if ids is not None:
-            ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
+            ends = _among(ids, ends, p.lanes() * batch, None if out is None else out[5:])
     return Output(
         y,
         saved if save and cell.saved else empty,
@@ -215,7 +224,7 @@ def backward(
     if borders:
         ends = [dh_start, dc_start, dh, dc, decay]
         if ids is not None:
-            ends = [old.index_copy(0, ids, new) for old, new in zip(out[4:], ends, strict=True)]
+            ends = _among(ids, ends, p.lanes() * batch, None if out is None else out[4:])
     return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
 
 
