@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from .compare import SMALL, Point, Result, Speed
 from .report import whole
 
-COLORS = ("#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#e7298a")
+COLORS = ("#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#a6761d")
 MARKERS = "osD^vP*X"
 
 
@@ -37,12 +37,13 @@ def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None
 def draw_errors(axes: Axes, results: list[Result]) -> None:
     for result, color, marker in zip(results, COLORS, MARKERS):
         measured = [point for point in result.windows if point.error]  # 0 has no place on a logarithmic axis
+        exact = next((f", 0 at {point.k}" for point in result.windows if point.error == 0), "")
         axes.plot(
             *columns(measured, "error"),
             color=color,
             marker=marker,
             markersize=5,
-            label=f"{result.name}, {result.bits:.2f} bits/char: measured",
+            label=f"{result.name}, {result.bits:.2f} bits/char: measured{exact}",
         )
         if result.certificate.stable:
             axes.plot(
