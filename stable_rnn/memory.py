@@ -116,8 +116,9 @@ def memory(
 
     Measured beside the run over whole sequences from `hx`: runs from zero states, started at 3 to 8 times of each sequence (and at its
     start, where `hx` is not zero), to the sequence's end; and the growth of tangents of the cell's step, renormalized at each, over up
-    to 32 stretches of 256 steps, of which the first quarter turns them into the direction that grows most (Benettin et al. 1980). Each
-    layer reads what the whole run of the layers below gives it. Eval mode: no dropout. In float64 where the weights are, else float32.
+    to 32 stretches of 256 steps, of which the first quarter turns them into the direction that grows most (Benettin et al. 1980); it is
+    too short to tell directions apart that shrink by less than about 1 % a step, so there the exponent is one of them all. Each layer
+    reads what the whole run of the layers below gives it. Eval mode: no dropout. In float64 where the weights are, else float32.
 
     input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H), of an LSTM a pair, as the module takes them;
     lengths (B,) integers for padded input; chunk: steps over which forget gates are multiplied to find slow cells (sequences that are
@@ -132,7 +133,7 @@ def memory(
     x, used = _time_major(module, input, lengths, weight.device)
     x = x.to(arithmetic(weight.dtype))
     states = _states(module, cell, hx, isinstance(input, Tensor) and input.dim() == 2, x)
-    if not used.numel() or int(used.max()) < (1 if any(bool(s.any()) for s in states) else 2):
+    if not used.numel() or int(used.max()) < 2:
         raise ValueError(f"memory: a sequence of at least 2 steps is needed, got {_shape(input)}")
     backend = getattr(module, "backend", "auto")
     rules = cell, getattr(module, "_cap", 1.0), "auto" if backend == "torch" else backend
@@ -174,10 +175,11 @@ def advise(layers: list[LayerMemory], steps: int, scannable: bool = False) -> tu
             Recurrent(),
             f"small differences grow in {grows.name}, like exp({grows.exponent:.3g} t): no cut run agrees",
         )
-    when = f"only after {after} of {steps} steps" if after < math.inf else f"not within {steps} steps"
+    agree = f"agree to 1e-6 only after {after}" if after < math.inf else "don't agree to 1e-6 within"
     slow = sum(len(layer.slow or ()) for layer in layers)
-    why = f"outputs agree to 1e-6 {when} ({longest}{f'; {slow} slow cells' * bool(slow)}), but differences don't grow"
-    return Verified(), f"{why}: chunks whose borders are checked, and put right where they differ"
+    cells = f"; {slow} slow cell{'s' * (slow > 1)}" * bool(slow)
+    why = f"outputs {agree} {'of ' * (after < math.inf)}{steps} steps ({longest}{cells}), but differences don't grow"
+    return Verified(), f"{why}: chunks whose borders are checked, and corrected where they differ"
 
 
 # ---- what is given
