@@ -37,6 +37,7 @@ def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
         sweep.whole()
         return sweep.out, Run(predicted=choice.predicted, passes=1, plain_from=0, why=choice.why)
     ledger, found = Ledger(choice), Run()
+    ledger.credit = memory.credit(*case, sweep.backward) if memory is not None else 0.0
     if choice.measure:
         choice = _measured(sweep, choice, ledger)
     while not choice.why:
@@ -48,8 +49,9 @@ def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
         choice = longer
     if choice.why:
         _go_on_plainly(sweep, ledger, found)
-        if memory is not None:
-            memory.falls_back(*case, sweep.backward)
+    dear = not ledger.free and ledger.spent > ledger.costs.plain
+    if (choice.why or dear) and memory is not None:
+        memory.falls_back(*case, sweep.backward)
     found.predicted, found.why = choice.predicted, choice.why
     return sweep.out, found
 
@@ -141,14 +143,15 @@ class _Lanes:
             if why := self.stop(passes, progress, (worst, typical, count), borders):
                 return why
             certain = (first + place) * p.stride
-            if self.probing(borders) * p.stride > ledger.left(certain):
+            probing = self.probing(borders) * p.stride
+            if probing and not ledger.allows(probing, certain, inf):
                 return report.BUDGET
             h, c = self.starts(borders, first, last, progress.rounding)
             moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
             chosen = bad if progress.rounding else bad | (moved > IGNORED * p.tol)
             again = chosen.flatten().nonzero()[:, 0]
             price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
-            if price > ledger.left(certain):
+            if not ledger.allows(price, certain, (price + probing) * progress.to_come(p.tol) - probing):
                 return report.BUDGET
             places = first * sweep.batch + again
             rows = sweep.rows_of(places) if p.on_output and not sweep.backward else None
@@ -169,7 +172,8 @@ class _Lanes:
         if self.ledger.free and p.stride * (passes + 1) + p.warmup > p.steps:
             return report.DEPTH
         stalled = progress.stalled(*numbers, p.tol, found.correct)
-        if (stalled or passes + progress.to_come(p.tol) > p.max_passes) and self.harder(borders):
+        slow = passes > 1 and passes + progress.to_come(p.tol) > p.max_passes
+        if (stalled or slow) and self.harder(borders):
             progress.__init__()  # type: ignore[misc]  # of another correction
             return report.DONE
         return report.STALLED if stalled else report.DONE
@@ -201,7 +205,7 @@ class _Lanes:
         if self.found.correct != "probes":
             return 0.0
         lanes = borders.exists.numel() * len(corrections.slow_units(borders.decay))
-        return self.ledger.costs.run(lanes, 1)
+        return self.ledger.costs.run(lanes, 1) if lanes else 0.0
 
     def harder(self, borders: Borders) -> bool:
         """Probes in place of decay, where the plan leaves that open, the device is one for them, and they may be paid."""
@@ -209,7 +213,7 @@ class _Lanes:
         if self.choice.p.correct != "auto" or found.correct != "decay" or not ledger.costs.device.probes:
             return False
         found.correct = "probes"
-        if len(corrections.slow_units(borders.decay)) and self.probing(borders) * stride <= ledger.left(stride):
+        if 0 < self.probing(borders) and ledger.allows(self.probing(borders) * stride, stride, inf):
             return True
         found.correct = "decay"
         return False
@@ -248,9 +252,9 @@ class _Progress:
 
     def to_come(self, tol: float) -> float:
         """How many more passes it takes if they go on to bring what the last one did."""
-        if not 0 < self.rate < 1 or not tol > 0:
-            return 0.0 if self.rate == 0 else inf
-        return log(tol / self.typical) / log(self.rate)
+        if self.idle or not 0 < self.rate < 1 or not tol > 0:
+            return inf
+        return max(1.0, log(tol / self.typical) / log(self.rate))
 
 
 def _numbers(jump: Tensor, bad: Tensor) -> tuple[float, float, int, int]:
