@@ -129,7 +129,7 @@ class Verified(Plan):
     tol: float | None = None
     chunk: int | None = None
     warmup: int | None = None
-    max_passes: int = 12
+    max_passes: int = 16
     correct: str = "auto"
     tol_on: str = "state"
 

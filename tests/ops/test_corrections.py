@@ -24,7 +24,7 @@ def test_clipped_scan_is_the_loop(n, limits):
     torch.manual_seed(n)
     a, b = torch.rand(n, 2, 5, **F64), torch.randn(n, 2, 5, **F64)
     a[torch.rand(a.shape) < 0.2] = 0
-    low, high = (-torch.rand(n, 2, 5, **F64), torch.rand(n, 2, 5, **F64)) if limits else (b - inf, b + inf)
+    low, high = (-torch.rand(n, 2, 5, **F64), torch.rand(n, 2, 5, **F64)) if limits else (b - 1e30, b + 1e30)
     d, expected = torch.zeros(2, 5, **F64), []
     for j in range(n):
         d = (a[j] * d + b[j]).clamp(low[j], high[j])

@@ -98,6 +98,27 @@ def test_a_fallback_is_tried_again_after_a_while():
     memory.falls_back(p, 2, False)
     assert [memory.fell_back(p, 2, False) for _ in range(RETRY + 1)] == [True] * RETRY + [False]
     assert not memory.fell_back(p, 2, False)
+    assert (
+        memory.credit(p, 2, False) == policy.CREDIT and memory.credit(p, 2, True) == 0
+    )  # and may cost more than a first call
+    memory.falls_back(p, 2, False)
+    assert memory.credit(p, 2, False) == 0
+
+
+def test_a_pass_is_allowed_if_it_is_cheap_or_known_to_end_well():
+    choice = choose(problem(1 << 16, 1), 1, 4 * 128 * 128, "cuda")
+    plain, ledger = choice.costs.plain, Ledger(choice)
+    assert ledger.allows(0.09 * plain, 0, inf) and not ledger.allows(0.11 * plain, 0, inf)
+    assert ledger.allows(0.11 * plain, int(0.02 * choice.p.steps), inf)  # what is certain need not run again
+    assert ledger.allows(0.2 * plain, 0, 0.4 * plain) and not ledger.allows(0.2 * plain, 0, 0.6 * plain)
+    ledger.credit = policy.CREDIT
+    assert ledger.allows(0.59 * plain, 0, inf) and not ledger.allows(0.61 * plain, 0, inf)
+    given = Ledger(choose(problem(1 << 16, 1, stride=64), 1, 4 * 128 * 128, "cuda"))
+    assert given.allows(100 * plain, 0, inf)
+
+
+def test_chunks_are_long_where_a_pass_is_cheap():
+    assert choose(problem(1 << 16, 1), 1, 4 * 128 * 128, "cuda").p.stride == policy.USUAL
 
 
 def test_longer_chunks_where_they_may_be_paid():

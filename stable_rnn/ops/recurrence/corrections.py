@@ -30,6 +30,7 @@ WORKSPACE = 1 << 24  # floats of one group of probes
 RESPONSES = 1 << 26  # floats of all responses
 FEW = 64  # lanes that are scanned one after the other
 STEEP = 1e3  # a response beyond it says nothing
+FAR = 1e30  # where adjoints have no limit
 
 
 class Borders(NamedTuple):
@@ -58,10 +59,14 @@ def corrected(borders: Borders, bounded: bool, w_hr: Tensor | None, response: Re
     `bounded`: states stay within 1.5 max(1, what ends have shown). Adjoints have no range that is known."""
     has_cell = bool(borders.c.numel())
     start, end = (borders.c, borders.c_end) if has_cell else (borders.h, borders.h_end)
-    jump = torch.where(borders.exists[..., None], end - start, 0.0).nan_to_num(0.0, 0.0, 0.0)
-    decay = torch.where(borders.exists[..., None], borders.decay, 0.0).nan_to_num(0.0)
-    limit = 1.5 * end.nan_to_num(0.0, 0.0, 0.0).abs().amax((0, 1)).clamp_min(1) if bounded else None
-    low, high = (jump - torch.inf, jump + torch.inf) if limit is None else (-limit - start, limit - start)
+    exists = borders.exists[..., None]
+    jump = torch.where(exists, end - start, 0.0).nan_to_num(0.0, 0.0, 0.0)
+    decay = torch.where(exists, borders.decay, 0.0).nan_to_num(0.0).clamp(0, 1)
+    limit = 1.5 * end.nan_to_num(0.0, 0.0, 0.0).abs().amax((0, 1)).clamp_min(1)
+    start = start.nan_to_num(0.0, 0.0, 0.0)
+    low, high = (
+        (-limit - start, limit - start) if bounded else (torch.full_like(jump, -FAR), torch.full_like(jump, FAR))
+    )
     answer_h, answer_c = torch.zeros_like(borders.h), torch.zeros_like(borders.c)
     if response is not None:
         slow = response.slow
@@ -73,8 +78,8 @@ def corrected(borders: Borders, bounded: bool, w_hr: Tensor | None, response: Re
     answer = answer_c if has_cell else answer_h
     slide = decay * _before(clipped_scan(decay, jump + answer, low, high)) + answer
     if not has_cell:
-        return _within(end + slide, limit, end), borders.c
-    c = _within(end + slide, limit, end)
+        return _within(end + slide, limit if bounded else None, end), borders.c
+    c = _within(end + slide, limit if bounded else None, end)
     # adjoints: a pass turns the new dc into dh
     of_c = following(borders.h_end, borders.c_end, slide - answer, w_hr) if bounded else 0.0
     return _within(borders.h_end + of_c + answer_h, None, borders.h_end), c
@@ -103,18 +108,17 @@ def _before(d: Tensor) -> Tensor:
 
 
 def clipped_scan(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """d_j = min(max(a_j d_{j-1} + b_j, low_j), high_j) from d_{-1} = 0, elementwise along dimension 0, a >= 0, in log depth: maps of
-    this kind are closed under composition."""
-    step = 1
+    """d_j = min(max(a_j d_{j-1} + b_j, low_j), high_j) from d_{-1} = 0, elementwise along dimension 0, 0 <= a <= 1, finite limits, in log
+    depth: maps of this kind are closed under composition."""
+    lines, step = torch.stack([b, low, high]), 1
     while step < len(a):
-        tail = slice(step, None)
-        a1, b1, low1, high1 = (t[:-step] for t in (a, b, low, high))
-        a2, b2, low2, high2 = (t[tail] for t in (a, b, low, high))
-        through = lambda x: (torch.where(a2 == 0, 0.0, a2 * x) + b2).clamp(low2, high2)  # noqa: B023, E731
-        joined = a1 * a2, torch.where(a2 == 0, 0.0, a2 * b1) + b2, through(low1), through(high1)
-        a, b, low, high = (torch.cat([old[:step], new]) for old, new in zip((a, b, low, high), joined))
+        later = lines[:, step:]
+        joined = torch.addcmul(later[:1], a[None, step:], lines[:, :-step])
+        joined[1:].clamp_(later[1], later[2])
+        lines = torch.cat([lines[:, :step], joined], 1)
+        a = torch.cat([a[:step], a[step:] * a[:-step]])
         step *= 2
-    return b.clamp(low, high)
+    return lines[0].clamp(lines[1], lines[2])
 
 
 def _linear_scan(r: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:

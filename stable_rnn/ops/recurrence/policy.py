@@ -19,6 +19,10 @@ ALLOWANCE = 1.1  # the cost of a call that finds out that lanes do not pay, over
 LATER = 1.2  # where it finds out after a stretch of lanes has agreed: the sequence changes its character
 WORTH = 0.9  # lanes have to be predicted cheaper than this part of the plain recurrence
 RETRY = 64  # calls that a fallback is remembered
+CREDIT = 0.5  # what the call after them may lose beside the allowance: hardly anything, over all these calls
+EXPECTED = 0.5  # of the plain recurrence, where passes have been seen to go where they should
+SMALL = 0.06  # of the plain recurrence
+USUAL = 256  # steps of a chunk in which most trained networks agreed after 3 to 8 passes
 NEARLY = 1.15  # costs that make no difference
 TRIED = 0.5  # of what a call may lose, for the trial
 WARMUP = 32  # steps, where nothing is known
@@ -47,7 +51,7 @@ DEVICES = {
         0.0, 3e10, ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15)), 3e-4, 1.2e-3, 32, False
     ),
     "reference": Device(1e-4, 2e9, ((5e4, 8.0, 0.05), (inf, 4.0, 0.1)), 3e-4, 1.2e-3, 32, False),
-    "cuda": Device(2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 2e-3, 4096, True),
+    "cuda": Device(2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 6e-4, 4096, True),
 }
 
 
@@ -78,11 +82,14 @@ class Costs:
 
     def chunk(self, warmup: int) -> int:
         """The shortest chunk with this warm-up, of T / 2, T / 4, ..., that costs hardly more than the cheapest: short ones make short
-        stretches."""
+        stretches. Where a pass is a small part of the plain run, one of USUAL steps or more: long ones agree in fewer passes."""
         chunks, count = [max(self.steps, 1)], 2
         while count * self.batch <= self.device.most and self.steps // count >= max(2 * warmup, 16):
             chunks.append(-(-self.steps // count))
             count *= 2
+        small = [chunk for chunk in chunks if chunk >= USUAL and self.first(chunk, warmup) <= SMALL * self.plain]
+        if small:
+            return small[-1]
         least = min(self.first(chunk, warmup) for chunk in chunks)
         return next(chunk for chunk in reversed(chunks) if self.first(chunk, warmup) <= NEARLY * least)
 
@@ -190,6 +197,7 @@ class Ledger:
     def __init__(self, choice: Choice) -> None:
         self.costs, self.free, self.spent = choice.costs, choice.free, 0.0
         self.agreed = False  # some stretch has
+        self.credit = 0.0  # for corrections, in plain recurrences
 
     def left(self, exact: int) -> float:
         """What may be spent if times before `exact` need no further run."""
@@ -197,6 +205,11 @@ class Ledger:
             return inf
         unit = self.costs.plain / max(self.costs.steps, 1)
         return (LATER if self.agreed else ALLOWANCE) * self.costs.plain - self.spent - (self.costs.steps - exact) * unit
+
+    def allows(self, price: float, exact: int, in_all: float) -> bool:
+        """Whether a pass may be run; `in_all` is what it takes with all that follow, where that is known."""
+        credit = self.credit * self.costs.plain
+        return price <= self.left(exact) + credit or self.spent + in_all <= EXPECTED * self.costs.plain
 
     def stretch(self, p: Problem, first: int) -> int:
         """The end of the stretch of lanes that begins with lane `first`; `first` itself where none may be paid."""
@@ -217,25 +230,34 @@ class Memory:
     def __init__(self) -> None:
         self._weights: object = None
         self._calls: dict[tuple, int] = {}  # since the fallback
+        self._credit: set[tuple] = set()  # of what is tried again, and what then agreed
 
     def of(self, weights: object) -> Memory:
-        """Itself; fallbacks of other weights are forgotten."""
+        """Itself; what it knows of other weights is forgotten."""
         if weights != self._weights:
-            self._weights, self._calls = weights, {}
+            self._weights, self._calls, self._credit = weights, {}, set()
         return self
 
     def fell_back(self, p: Problem, batch: int, backward: bool) -> bool:
         """Whether such a run did, not RETRY calls ago."""
         key = _class(p, batch, backward)
         calls = self._calls.get(key)
-        if calls is None or calls >= RETRY:
-            self._calls.pop(key, None)
+        if calls is None:
+            return False
+        if calls >= RETRY:
+            del self._calls[key]
+            self._credit.add(key)
             return False
         self._calls[key] = calls + 1
         return True
 
+    def credit(self, p: Problem, batch: int, backward: bool) -> float:
+        return CREDIT * (_class(p, batch, backward) in self._credit)
+
     def falls_back(self, p: Problem, batch: int, backward: bool) -> None:
-        self._calls[_class(p, batch, backward)] = 0
+        key = _class(p, batch, backward)
+        self._calls[key] = 0
+        self._credit.discard(key)
 
 
 def _class(p: Problem, batch: int, backward: bool) -> tuple:

@@ -8,7 +8,7 @@ do not pay, the plain recurrence goes on from the last state that is certain.
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, log
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from .report import Run
 from .sweeps import Sweep
 
 IGNORED = 0.1  # of tol: what a correction may want to move a start by that then stays
-PAYS = 0.75  # a pass pays if it leaves at most this part of the largest jump, or of the lanes that have one
+NEAR = 16  # times tol: what may be rounding
+PAYS = 0.75  # a pass pays if it leaves at most this part
+TINY, HUGE = 1e-30, 1e30  # jumps beyond count as these
 
 
 def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
@@ -35,6 +37,7 @@ def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
         sweep.whole()
         return sweep.out, Run(predicted=choice.predicted, passes=1, plain_from=0, why=choice.why)
     ledger, found = Ledger(choice), Run()
+    ledger.credit = memory.credit(*case, sweep.backward) if memory is not None else 0.0
     if choice.measure:
         choice = _measured(sweep, choice, ledger)
     while not choice.why:
@@ -46,8 +49,9 @@ def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
         choice = longer
     if choice.why:
         _go_on_plainly(sweep, ledger, found)
-        if memory is not None:
-            memory.falls_back(*case, sweep.backward)
+    dear = not ledger.free and ledger.spent > ledger.costs.plain
+    if (choice.why or dear) and memory is not None:
+        memory.falls_back(*case, sweep.backward)
     found.predicted, found.why = choice.predicted, choice.why
     return sweep.out, found
 
@@ -123,28 +127,31 @@ class _Lanes:
     def settle(self, first: int, last: int) -> int:
         """Correct and rerun the lanes [first, last) until their borders agree: DONE, or why not."""
         sweep, p, ledger, found = self.sweep, self.choice.p, self.ledger, self.found
-        passes, before, count = 1, inf, inf
+        passes, progress = 1, _Progress()
         quiet = None  # lanes whose start may differ, for it moves no output
         while first < last:
             borders = sweep.borders(first, last)
             scale = sweep.largest() if sweep.backward else None
             jump, of_h = _jumps(borders, scale)
             bad = ~(jump <= p.tol) if quiet is None else ~((jump <= p.tol) | quiet & (of_h <= p.tol))
-            worst, lanes, place = _numbers(jump, bad)
+            worst, typical, count, place = _numbers(jump, bad)
             found.passes = max(found.passes, passes)
             found.saw(passes - 1, worst)
-            if not lanes:
+            if not count:
                 found.left = max(found.left, worst)
                 break
-            slower = passes > 1 and not (worst < PAYS * before or lanes <= PAYS * count)
-            if why := self.stop(passes, slower, borders):
+            if why := self.stop(passes, progress, (worst, typical, count), borders):
                 return why
-            h, c = self.starts(borders, first, last)
+            certain = (first + place) * p.stride
+            probing = self.probing(borders) * p.stride
+            if probing and not ledger.allows(probing, certain, inf):
+                return report.BUDGET
+            h, c = self.starts(borders, first, last, progress.rounding)
             moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
-            chosen = bad | (moved > IGNORED * p.tol)
+            chosen = bad if progress.rounding else bad | (moved > IGNORED * p.tol)
             again = chosen.flatten().nonzero()[:, 0]
             price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
-            if price > ledger.left((first + place) * p.stride):
+            if not ledger.allows(price, certain, (price + probing) * progress.to_come(p.tol) - probing):
                 return report.BUDGET
             places = first * sweep.batch + again
             rows = sweep.rows_of(places) if p.on_output and not sweep.backward else None
@@ -154,22 +161,27 @@ class _Lanes:
                 quiet = _quiet(quiet, chosen, again, _change(outputs, sweep.out.y[rows].float()) <= p.tol)
             ledger.spent += price
             found.rerun += len(again)
-            before, count, passes = worst, lanes, passes + 1
+            passes += 1
         return report.DONE
 
-    def stop(self, passes: int, slower: bool, borders: Borders) -> int:
+    def stop(self, passes: int, progress: _Progress, numbers: tuple[float, float, int], borders: Borders) -> int:
         """Why no further pass is to be run, or DONE."""
-        p = self.choice.p
+        p, found = self.choice.p, self.found
         if passes >= p.max_passes:
             return report.ALL_PASSES
         if self.ledger.free and p.stride * (passes + 1) + p.warmup > p.steps:
             return report.DEPTH
-        return report.STALLED if slower and not self.harder(borders) else report.DONE
+        stalled = progress.stalled(*numbers, p.tol, found.correct)
+        slow = passes > 1 and passes + progress.to_come(p.tol) > p.max_passes
+        if (stalled or slow) and self.harder(borders):
+            progress.__init__()  # type: ignore[misc]  # of another correction
+            return report.DONE
+        return report.STALLED if stalled else report.DONE
 
-    def starts(self, borders: Borders, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """New starts of the lanes behind the borders."""
+    def starts(self, borders: Borders, first: int, last: int, plain: bool) -> tuple[Tensor, Tensor]:
+        """New starts of the lanes behind the borders. `plain`: where the lanes before them end."""
         sweep, correct = self.sweep, self.found.correct
-        if correct == "none":
+        if plain or correct == "none":
             return borders.h_end, borders.c_end
         response = self.probes(borders, first, last) if correct == "probes" else None
         h, c = corrected(borders, not sweep.backward, sweep.inputs.w_hr, response)
@@ -188,16 +200,23 @@ class _Lanes:
         w_hr = sweep.inputs.w_hr
         return corrections.probed(ends, h, c, borders.h_end, borders.c_end, slow, sweep.backward, w_hr)
 
+    def probing(self, borders: Borders) -> float:
+        """What probes cost, over one lane's run; 0 where there are none."""
+        if self.found.correct != "probes":
+            return 0.0
+        lanes = borders.exists.numel() * len(corrections.slow_units(borders.decay))
+        return self.ledger.costs.run(lanes, 1) if lanes else 0.0
+
     def harder(self, borders: Borders) -> bool:
         """Probes in place of decay, where the plan leaves that open, the device is one for them, and they may be paid."""
-        ledger, p = self.ledger, self.choice.p
-        if p.correct != "auto" or self.found.correct != "decay" or not ledger.costs.device.probes:
+        ledger, found, stride = self.ledger, self.found, self.choice.p.stride
+        if self.choice.p.correct != "auto" or found.correct != "decay" or not ledger.costs.device.probes:
             return False
-        slow = len(corrections.slow_units(borders.decay))
-        if not slow or ledger.left(p.stride) < ledger.costs.run(borders.exists.numel() * slow, p.stride):
-            return False
-        self.found.correct = "probes"
-        return True
+        found.correct = "probes"
+        if 0 < self.probing(borders) and ledger.allows(self.probing(borders) * stride, stride, inf):
+            return True
+        found.correct = "decay"
+        return False
 
 
 def _jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -213,15 +232,40 @@ def _jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return (of[0], of[0]) if len(of) == 1 else (torch.maximum(*of), of[0])
 
 
-def _numbers(jump: Tensor, bad: Tensor) -> tuple[float, int, int]:
-    """The largest jump, how many are bad, the first border that has a bad one: one transfer."""
+class _Progress:
+    """What passes have brought: a pass pays if it brings down the jumps that are too large, in their geometric mean, or their number.
+    The largest alone may grow for a pass or two while most fall."""
+
+    def __init__(self) -> None:
+        self.typical, self.count, self.rate, self.idle = inf, inf, 0.0, 0
+        self.rounding = False  # what is left is rounding, to which corrections would add
+
+    def stalled(self, worst: float, typical: float, count: int, tol: float, correct: str) -> bool:
+        """Whether passes have stopped to pay; probes may take two to begin."""
+        pays = typical < PAYS * self.typical or count <= PAYS * self.count
+        self.rate = typical / self.typical if typical < self.typical else 1.0
+        self.idle = 0 if pays else self.idle + 1
+        self.typical, self.count, self.worst = typical, count, worst
+        if self.idle and worst <= NEAR * tol and not self.rounding:
+            self.rounding, self.idle = True, 0
+        return self.idle > (correct == "probes")
+
+    def to_come(self, tol: float) -> float:
+        """How many more passes it takes if they go on to bring what the last one did."""
+        if self.idle or not 0 < self.rate < 1 or not tol > 0:
+            return inf
+        return max(1.0, log(tol / self.typical) / log(self.rate))
+
+
+def _numbers(jump: Tensor, bad: Tensor) -> tuple[float, float, int, int]:
+    """The largest jump, the geometric mean of those that are bad, their number, the first border that has one: one transfer."""
     if not jump.numel():
-        return 0.0, 0, 0
-    found = torch.stack(
-        [jump.nan_to_num(inf).max().double(), bad.sum().double(), bad.any(1).double().argmax().double()]
-    )
-    worst, count, first = found.tolist()
-    return worst, int(count), int(first)
+        return 0.0, 0.0, 0, 0
+    size = jump.double().nan_to_num(inf)
+    typical = torch.where(bad, size.clamp(TINY, HUGE).log(), 0.0).sum() / bad.sum().clamp_min(1)
+    found = torch.stack([size.max(), typical.exp(), bad.sum().double(), bad.any(1).double().argmax().double()])
+    worst, mean, count, first = found.tolist()
+    return worst, mean, int(count), int(first)
 
 
 def _change(before: Tensor, after: Tensor) -> Tensor:
