@@ -9,8 +9,9 @@ if TYPE_CHECKING or not from_command_line():
     from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
     from ._moved import moved as __getattr__
     from .convert import stabilize, unstabilize
+    from .gru import StableGRU
     from .memory import memory
-    from .modules import StableGRU, StableLSTM, StableRNN
+    from .modules import StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
     from .plans import Chunked, Recurrent, Verified, Windowed, use_plan

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .bookkeeping import Bookkeeping
-from .modules import StableGRU, StableLSTM, StableRNN, StableRNNBase
+from .gru import StableGRU
+from .modules import StableLSTM, StableRNN, StableRNNBase
 from .ops.backends import check_name
 from .plans import PlanLike, Recurrent, plan_of
 from .stability import Stability, check_stability, project_all_

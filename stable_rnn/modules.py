@@ -1,4 +1,4 @@
-"""`StableRNN`, `StableGRU` and `StableLSTM`: `nn.RNN`, `nn.GRU` and `nn.LSTM` with a plan and a stable set of weights."""
+"""`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights. (`gru.py` has `StableGRU`.)"""
 
 from __future__ import annotations
 
@@ -368,60 +368,6 @@ class StableRNN(OneStateBase):
         self.nonlinearity = nonlinearity
         super().__init__(
             "RNN_" + nonlinearity.upper(),
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            device=device,
-            dtype=dtype,
-            stability=stability,
-            plan=plan,
-            backend=backend,
-            **kwargs,
-        )
-
-
-class StableGRU(OneStateBase):
-    """Drop-in replacement of `torch.nn.GRU` (gate order r, z, n; the reset gate comes after the product):
-
-        r, z = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr), sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
-        n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn));   h_t = (1 - z) n + z h_{t-1}
-
-    Arguments, parameter names, shapes and errors are those of `nn.GRU`; keyword-only extras:
-
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
-      update gate z, which keeps h, at f), or None (plain weights)
-    - `plan`, `backend` as for `StableLSTM`
-
-    `forward(input, hx=None, *, lengths=None)` as of `StableRNN`.
-    """
-
-    _not_2d_or_3d = "GRU: Expected input to be 2D or 3D, got {}D instead"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
-        backend: str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(
-            "GRU",
             input_size,
             hidden_size,
             num_layers,

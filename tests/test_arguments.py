@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_sequence
 from stable_rnn import (
     Chunked,
     Recurrent,
+    StableGRU,
+    StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -66,6 +68,7 @@ def test_weights(backend, plan, fault):
     for cls, options in (
         (StableRNN, {}),
         (StableLSTM, {}),
+        (StableGRU, {}),
         (StableLSTM, dict(proj_size=3, num_layers=2, bidirectional=True)),
     ):
         for name, w in cls(6, 6, **options).state_dict().items():
@@ -113,7 +116,7 @@ def test_weights_under_autocast(backend):
                         raises(name, lambda call=call, m=m: CALLS[call](m))
 
 
-@pytest.mark.parametrize("cls,plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM)])
+@pytest.mark.parametrize("cls,plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM), (StableGRU, nn.GRU)])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_partly_loaded_module(cls, plain, gradient):
     """Made on the meta device, loaded from a checkpoint that lacks a weight."""
@@ -147,7 +150,7 @@ def test_weights_in_graphs():
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])
+@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell, StableGRUCell])
 def test_weights_of_cells(cls, backend, fault):
     for name, w in cls(5, 6).state_dict().items():
         bad = FAULTS[fault](w)
@@ -258,7 +261,7 @@ def compare(theirs, ours, x, shape, accepted=()):
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("theirs,ours", [(nn.RNN, StableRNN), (nn.LSTM, StableLSTM)])
+@pytest.mark.parametrize("theirs,ours", [(nn.RNN, StableRNN), (nn.LSTM, StableLSTM), (nn.GRU, StableGRU)])
 def test_states(theirs, ours, backend, gradient):
     """Unbatched, nn.LSTM drops a third state; ours says so."""
     with torch.set_grad_enabled(gradient):
@@ -285,17 +288,20 @@ def test_states_of_packed_input(backend):
                 assert type(found) is type(expected), f"{found!r} for {expected!r}"
     wrong = [torch.zeros(shape) for shape in ((6,), (3, 6), (1, 2, 6), (1, 4, 6), (2, 3, 6))]
     for hx in (*wrong, h.double(), (h, h), [h], 3):
-        expected, found = error_of(nn.RNN(4, 6), x, hx), error_of(StableRNN(4, 6, backend=backend), x, hx)
-        assert type(found) is type(expected) and expected is not None
-    for cls in (StableRNN, StableLSTM):  # torch takes the first three of four states
+        for theirs, ours in ((nn.RNN, StableRNN), (nn.GRU, StableGRU)):
+            expected, found = error_of(theirs(4, 6), x, hx), error_of(ours(4, 6, backend=backend), x, hx)
+            assert type(found) is type(expected) and expected is not None
+    for cls in (StableRNN, StableGRU, StableLSTM):  # torch takes the first three of four states
         hx = torch.zeros(1, 4, 6)
         with pytest.raises(RuntimeError, match=r"size \(1, 3, 6\), got \[1, 4, 6\]"):
-            cls(4, 6, backend=backend)(unsorted, hx if cls is StableRNN else (hx, hx))
+            cls(4, 6, backend=backend)(unsorted, (hx, hx) if cls is StableLSTM else hx)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("theirs,ours", [(nn.RNNCell, StableRNNCell), (nn.LSTMCell, StableLSTMCell)])
+@pytest.mark.parametrize(
+    "theirs,ours", [(nn.RNNCell, StableRNNCell), (nn.LSTMCell, StableLSTMCell), (nn.GRUCell, StableGRUCell)]
+)
 def test_states_of_cells(theirs, ours, backend, gradient):
     """nn.LSTMCell promotes dtypes of c; unbatched, it drops a third state and takes the first two rows of one tensor."""
     with torch.set_grad_enabled(gradient):
@@ -309,7 +315,7 @@ def test_states_of_cells(theirs, ours, backend, gradient):
             )
 
 
-@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])
+@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell, StableGRUCell])
 @pytest.mark.skipif(not _native.lib, reason="addresses are taken for the compiled kernels only")
 def test_freed_memory(cls):
     """Kernels take the address 0 for an absent tensor, and so would compute without a bias that FSDP has freed."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from stable_rnn import (
     Cascade,
+    StableGRU,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -71,7 +72,7 @@ def run(module):
 
 @pytest.mark.parametrize("certify", [True, False])
 @pytest.mark.parametrize("hidden, groups", [(12, 4), (7, 3), (1, 8), (5, 8), (6, 1), (8, 8)])
-@pytest.mark.parametrize("make", [StableLSTM, StableRNN])
+@pytest.mark.parametrize("make", [StableLSTM, StableRNN, StableGRU])
 def test_the_projection_is_the_mask(make, hidden, groups, certify):
     stability = Cascade(groups, 0.7)
     module = grown(make(3, hidden, 2, bidirectional=True, stability=stability))

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, stabilize
+from stable_rnn import (
+    Certified,
+    ForgetCap,
+    StableGRU,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    stabilize,
+)
 
 CLAMPS = [None, Certified(), ForgetCap(0.5), ForgetCap(0.9), Certified(clamp=True, forget=0.5)]
 
@@ -27,7 +35,7 @@ def said(load):
     return [str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("cls", [StableLSTM, StableLSTMCell])
+@pytest.mark.parametrize("cls", [StableLSTM, StableLSTMCell, StableGRU])
 @pytest.mark.parametrize(
     "carry", [lambda state: state, copy.deepcopy, through_a_file], ids=["as it is", "copy", "file"]
 )

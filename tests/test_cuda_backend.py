@@ -7,7 +7,15 @@ from executor import build
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import stable_rnn
-from stable_rnn import Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Windowed
+from stable_rnn import (
+    Chunked,
+    ForgetCap,
+    Recurrent,
+    StableGRU,
+    StableLSTM,
+    StableRNN,
+    Windowed,
+)
 from stable_rnn.ops import cuda_device
 from stable_rnn.ops.recurrence import cuda
 
@@ -30,7 +38,7 @@ def device(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_plans(cls, plan, dtype, device):
     m = made(cls, dtype, device, plan=plan)
     assert_close("cuda", m, torch.randn(17, 3, 7).to(device, dtype))

@@ -1,4 +1,4 @@
-"""Dropout between layers draws the masks of nn.RNN and nn.LSTM: the same seed, the same outputs and gradients."""
+"""Dropout between layers draws the masks of nn.RNN, nn.GRU and nn.LSTM: the same seed, the same outputs and gradients."""
 
 import pytest
 import torch
@@ -6,11 +6,19 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from stable_rnn import Chunked, StableLSTM, StableRNN, Windowed, _native
+from stable_rnn import (
+    Chunked,
+    StableGRU,
+    StableLSTM,
+    StableRNN,
+    Windowed,
+    _native,
+)
 
 KINDS = {
     "rnn": (nn.RNN, StableRNN, {}),
     "lstm": (nn.LSTM, StableLSTM, {}),
+    "gru": (nn.GRU, StableGRU, {}),
     "projected": (nn.LSTM, StableLSTM, {"proj_size": 3}),
 }
 BACKENDS = ["reference", "torch"] + (["cpu"] if _native.lib else [])

@@ -5,7 +5,16 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stable_rnn import Certified, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
+from stable_rnn import (
+    Certified,
+    StableGRU,
+    StableGRUCell,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    certificate,
+)
 
 
 def spoiled(module, scale=5.0):
@@ -48,7 +57,7 @@ def test_several_devices():
 
 
 @pytest.mark.parametrize("norm", ["2", "inf", "radius"])
-@pytest.mark.parametrize("make", [StableLSTM, StableRNN])
+@pytest.mark.parametrize("make", [StableLSTM, StableRNN, StableGRU])
 def test_several_dtypes(make, norm):
     kinds = {
         "weight_ih": torch.float64,
@@ -71,7 +80,7 @@ def test_sizes_of_zero(certify):
     cell.project_(certify=certify)
     with pytest.raises(ValueError, match="no hidden unit"):
         cell.certificate()
-    for make in (StableLSTMCell, StableRNNCell):
+    for make in (StableLSTMCell, StableRNNCell, StableGRUCell):
         module = spoiled(make(0, 4))  # biases are all that drives it
         module.project_(certify=certify)
         assert module.certificate().rate <= (0.99 if certify else 1.0)

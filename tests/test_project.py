@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import Certified, ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, certificate
+from stable_rnn import (
+    Certified,
+    ForgetCap,
+    StableGRU,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    certificate,
+)
 from stable_rnn.stability import Stability, check_stability
 from stable_rnn.stability.nearest import Directions, into_ball, step_into_ball
 from stable_rnn.stability.radius import into_radius, radius
@@ -88,7 +97,7 @@ def test_other_dtypes(dtype, norm):
 
 
 @pytest.mark.parametrize("hidden", [1, 2, 31, 128])
-@pytest.mark.parametrize("kind", [StableLSTM, StableRNN])
+@pytest.mark.parametrize("kind", [StableLSTM, StableRNN, StableGRU])
 def test_a_fresh_default_module_is_certified(kind, hidden):
     module = kind(hidden, hidden)
     assert module.certificate().stable and module.certificate().rate <= 0.99
@@ -316,8 +325,8 @@ def test_plain_modules():
     assert certificate(lstm).rate <= 0.99
     with pytest.raises(ValueError, match="needs a cell that clamps"):
         Certified(clamp=True).project_(lstm)
-    with pytest.raises(TypeError, match="GRU"):
-        Certified().project_(nn.GRU(3, 4))
+    with pytest.raises(TypeError, match="Linear"):
+        Certified().project_(nn.Linear(3, 4))
 
 
 def test_weights_that_are_no_numbers():
@@ -418,7 +427,7 @@ def test_a_set_of_ones_own():
 
 
 @pytest.mark.parametrize("certify", [False, True])
-@pytest.mark.parametrize("make", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("make", [StableRNN, StableLSTM, StableGRU])
 def test_a_backward_through_overwritten_weights_raises(make, certify):
     module = spoil(make(3, 16), 1.0)
     y = module(torch.randn(6, 2, 3))[0]
@@ -483,7 +492,7 @@ def test_a_projection_that_fails_writes_nothing(monkeypatch):
 @pytest.mark.parametrize("certify", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l1", "weight_hh_l1", "bias_hh_l0", "bias_ih_l1"])
-@pytest.mark.parametrize("make", [StableLSTM, StableRNN])
+@pytest.mark.parametrize("make", [StableLSTM, StableRNN, StableGRU])
 def test_values_that_are_no_numbers_are_named_and_nothing_is_written(make, name, value, certify):
     module = spoil(make(3, 5, 2), 10.0)
     with torch.no_grad():
@@ -496,7 +505,7 @@ def test_values_that_are_no_numbers_are_named_and_nothing_is_written(make, name,
 
 @pytest.mark.parametrize("certify", [False, True])
 def test_weights_without_values(certify):
-    for make in (StableLSTM, StableRNN, StableLSTMCell):
+    for make in (StableLSTM, StableRNN, StableGRU, StableLSTMCell):
         module = make(3, 5, device="meta")
         for call in (lambda m=module: m.project_(certify=certify), lambda m=module: certificate(m)):
             with pytest.raises(ValueError, match="weight_.* is on the meta device and holds no values"):

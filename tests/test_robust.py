@@ -16,6 +16,7 @@ from stable_rnn import (
     Chunked,
     ForgetCap,
     Recurrent,
+    StableGRU,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -24,12 +25,13 @@ from stable_rnn import (
     Windowed,
     stabilize,
 )
+from stable_rnn.cells import MODES
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_wrong_states_and_weights_raise(cls, plan):
     m, x = cls(3, 16, plan=plan, stability=None), torch.randn(5, 2, 3)
     lstm = cls is StableLSTM
@@ -37,7 +39,7 @@ def test_wrong_states_and_weights_raise(cls, plan):
     for bad in (good.bfloat16(), good.double(), good.long(), good.to("meta")):
         with pytest.raises(RuntimeError, match="hidden"):
             m(x, (torch.zeros(1, 2, 16), bad) if lstm else bad)
-    gates = 4 if lstm else 1
+    gates = MODES[m.mode].gates
     for bad in (
         torch.randn(gates * 32, 32),
         torch.randn(gates * 16, 15),

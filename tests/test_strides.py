@@ -9,6 +9,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from stable_rnn import (
     Chunked,
     Recurrent,
+    StableGRU,
+    StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -20,7 +22,7 @@ from stable_rnn import (
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
-CELLS = [(StableRNNCell, nn.RNNCell), (StableLSTMCell, nn.LSTMCell)]
+CELLS = [(StableRNNCell, nn.RNNCell), (StableLSTMCell, nn.LSTMCell), (StableGRUCell, nn.GRUCell)]
 
 
 def tensors(result):
@@ -62,8 +64,8 @@ def values_and_gradients(m, x, hx, weights):
 @pytest.mark.parametrize("options", [{}, {"batch_first": True, "bidirectional": True}, {"proj_size": 3}], ids=str)
 def test_modules(options, backend, plan, layout):
     """Inputs, states and weights, on a batch of three and of one; with gradients and without."""
-    for cls in (StableRNN, StableLSTM):
-        if cls is StableRNN and "proj_size" in options:
+    for cls in (StableRNN, StableLSTM, StableGRU):
+        if cls is not StableLSTM and "proj_size" in options:
             continue
         m = cls(4, 6, **options, plan=plan, backend=backend, stability=None)
         names, ways = [name for name, _ in m.named_parameters()], 1 + m.bidirectional
@@ -118,7 +120,7 @@ def test_cells(ours, theirs, layout):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "odd_ones", "strided", "expanded"])
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_compiled(cls, layout):
     """aot_eager holds the fakes' strides against the graph that it traces, in both passes."""
     for batch in (1, 3):

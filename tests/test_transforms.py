@@ -9,6 +9,8 @@ from torch.func import functional_call, grad, jvp, vmap
 from stable_rnn import (
     Chunked,
     Recurrent,
+    StableGRU,
+    StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -24,7 +26,7 @@ BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.check), *BACKENDS[1:]])
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [pytest.param(StableRNN, marks=pytest.mark.check), StableLSTM, StableGRU])
 def test_compile(cls, backend, plan):
     """One whole graph, the same numbers, forward and backward, and no new graph for another T."""
     m = cls(4, 6, num_layers=2, bidirectional=True, plan=plan, backend=backend)
@@ -59,7 +61,7 @@ def test_compile_does_not_specialize_on_time(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_export(cls, plan):
     """An exported program runs for any T and B, and has no node more for a longer example."""
     m = cls(4, 6, num_layers=2, bidirectional=True, plan=plan).eval()
@@ -73,7 +75,7 @@ def test_export(cls, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_per_sample_gradients(cls, plan):
     m = cls(3, 4, plan=plan, dtype=torch.float64, backend="reference")
     x = torch.randn(5, 7, 3, dtype=torch.float64)
@@ -90,8 +92,9 @@ def test_per_sample_gradients(cls, plan):
             torch.testing.assert_close(per_sample[name][i], w.grad)
 
 
-def test_forward_mode():
-    m = StableLSTM(3, 4, dtype=torch.float64)
+@pytest.mark.parametrize("cls", [StableLSTM, StableGRU])
+def test_forward_mode(cls):
+    m = cls(3, 4, dtype=torch.float64)
     x, v = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, 2, 3, dtype=torch.float64)
     _, tangent = jvp(lambda x: m(x)[0], (x,), (v,))
     step = 1e-6
@@ -102,14 +105,13 @@ def test_forward_mode():
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward(backend, plan):
+@pytest.mark.parametrize("cls", [StableLSTM, StableGRU])
+def test_double_backward(cls, backend, plan):
     """The gradient of a gradient penalty, against float64."""
     found = []
     for dtype in (torch.float32, torch.float64):
         torch.manual_seed(0)
-        m = StableLSTM(3, 4, num_layers=2, plan=plan, backend=backend if dtype == torch.float32 else "reference").to(
-            dtype
-        )
+        m = cls(3, 4, num_layers=2, plan=plan, backend=backend if dtype == torch.float32 else "reference").to(dtype)
         x = torch.randn(9, 2, 3).to(dtype).requires_grad_()
         (first,) = torch.autograd.grad(m(x)[0].square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), list(m.parameters())))
@@ -133,7 +135,7 @@ def test_frozen_weights_and_eval_gradients(plan):
     assert m.weight_hh_l0.grad.any() and m.weight_ih_l0.grad is None
 
 
-@pytest.mark.parametrize("cls,plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM)])
+@pytest.mark.parametrize("cls,plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM), (StableGRU, nn.GRU)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(cls, plain, backend):
     m = cls(8, 16, backend=backend)
@@ -144,10 +146,26 @@ def test_autocast(cls, plain, backend):
         y, other = m(x)[0], theirs(x)[0]
         y.float().sum().backward()
     exact = theirs(x)[0]
-    assert y.dtype == other.dtype == torch.bfloat16
+    assert y.dtype == other.dtype == (torch.float32 if cls is StableGRU else torch.bfloat16)
     eager = float((other.float() - exact).abs().max())
     assert float((y.float() - exact).abs().max()) <= 2 * eager + torch.finfo(torch.bfloat16).eps
     assert m.weight_hh_l0.grad.dtype == torch.float32
+
+
+def test_a_grus_autocast_follows_the_state():
+    """As in nn.GRU: outputs have the state's dtype, or the input's, where that is the wider."""
+    m, theirs = StableGRU(4, 6, stability=None), nn.GRU(4, 6)
+    theirs.load_state_dict(m.state_dict())
+    for kind in (torch.bfloat16, torch.float16):
+        for x in (torch.float32, torch.bfloat16):
+            for h in (None, torch.float32, torch.bfloat16):
+                given, hx = torch.ones(5, 2, 4, dtype=x), None if h is None else torch.zeros(1, 2, 6, dtype=h)
+                with torch.autocast("cpu", kind):
+                    assert [t.dtype for t in m(given, hx)] == [t.dtype for t in theirs(given, hx)]
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h_n = m(packed)
+    torch.testing.assert_close(y.data, m(packed)[0].data)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -201,7 +219,7 @@ def test_opcheck(backend):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_traces_are_right_or_refused(cls, gradient):
     """A plain recurrence is recorded as torch's own, for every T and B; nothing else can be."""
     with torch.set_grad_enabled(gradient):
@@ -218,7 +236,7 @@ def test_traces_are_right_or_refused(cls, gradient):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell])
+@pytest.mark.parametrize("cls", [StableRNNCell, StableLSTMCell, StableGRUCell])
 def test_traces_of_cells_are_refused(cls, gradient):
     for dtype in (torch.float32, torch.float64):
         with torch.set_grad_enabled(gradient), pytest.raises(RuntimeError, match=r"module\.to_torch\(\)"):

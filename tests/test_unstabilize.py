@@ -13,6 +13,8 @@ from stable_rnn import (
     Certified,
     Chunked,
     ForgetCap,
+    StableGRU,
+    StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -158,7 +160,8 @@ def test_symbolic_trace(plan):
 
 
 def test_what_fx_cannot_trace_names_the_way_out():
-    for m in (StableLSTM(5, 6), StableRNN(5, 6), StableLSTMCell(5, 6), StableRNNCell(5, 6)):
+    cells = StableLSTMCell(5, 6), StableRNNCell(5, 6), StableGRUCell(5, 6)
+    for m in (StableLSTM(5, 6), StableRNN(5, 6), StableGRU(5, 6), *cells):
         with pytest.raises(RuntimeError, match=r"torch\.fx cannot trace .* unstabilize\(model\)"):
             torch.fx.symbolic_trace(m)
     net = stabilize(Net())

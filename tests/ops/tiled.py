@@ -18,7 +18,7 @@ from executor import build
 
 HERE = Path(__file__).resolve().parent
 CSRC = build.ROOT / "csrc/cuda"
-LSTM = loop.CELLS.index("lstm")
+GATES = [loop.Case(cell, 1, 1, 1, 1, 0).gates for cell in loop.CELLS]
 REGISTERS, SHARED, L2 = range(3)
 
 
@@ -69,6 +69,11 @@ class Limits(Structure):
     _fields_ = [("arch", c_int), ("sms", c_int), ("shared_bytes", c_int64), ("max_cluster", c_int)]
 
 
+def units(gates: int, backward: bool) -> int:
+    """Of a group, as `warp_layout` in csrc/cuda says."""
+    return 8 if gates % 2 == 0 and not backward else 16
+
+
 @dataclass(frozen=True)
 class Variant:
     """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, or a grid that meets through L2."""
@@ -85,10 +90,10 @@ class Variant:
         return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
 
     def tiling(self, backward: bool, cell: int, hidden: int) -> Tiling:
-        unit = 8 if cell == LSTM and not backward else 16
+        unit = units(GATES[cell], backward)
         groups = -(-hidden // (self.blocks * unit))
         assert (self.blocks - 1) * groups * unit < hidden, "a block without units"
-        warps = groups * (4 if cell == LSTM and backward else 1) * self.lane_groups
+        warps = groups * (4 if GATES[cell] == 4 and backward else 1) * self.lane_groups
         cluster = 1 if self.grid else self.blocks
         return Tiling(
             None,

@@ -6,14 +6,21 @@ from backend_runs import PLANS, PROBES, assert_captured, assert_close, made
 from lane_cases import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from stable_rnn import Certified, ForgetCap, StableLSTM, StableRNN, project_after_step
+from stable_rnn import (
+    Certified,
+    ForgetCap,
+    StableGRU,
+    StableLSTM,
+    StableRNN,
+    project_after_step,
+)
 
 HIDDEN = [12, 40] if DEVICE == "cpu" else [12, 40, 200]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_plans(cls, plan, hidden):
     m = made(cls, torch.float32, DEVICE, hidden=hidden, plan=plan)
     assert_close("triton", m, torch.randn(11, 2, 7, device=DEVICE))

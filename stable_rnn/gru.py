@@ -1,0 +1,82 @@
+"""`StableGRU`: `nn.GRU` with a plan and a stable set of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .common import autocast_dtype
+from .modules import OneStateBase
+from .plans import Plan, Recurrent
+from .stability import Certified, Stability
+
+
+class StableGRU(OneStateBase):
+    """Drop-in replacement of `torch.nn.GRU` (gate order r, z, n; the reset gate comes after the product):
+
+        r, z = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr), sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn));   h_t = (1 - z) n + z h_{t-1}
+
+    Arguments, parameter names, shapes and errors are those of `nn.GRU`; keyword-only extras:
+
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      update gate z, which keeps h, at f), or None (plain weights)
+    - `plan`, `backend` as for `StableLSTM`
+
+    `forward(input, hx=None, *, lengths=None)` as of `StableRNN`.
+    """
+
+    _not_2d_or_3d = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        plan: Plan = Recurrent(),
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            stability=stability,
+            plan=plan,
+            backend=backend,
+            **kwargs,
+        )
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Under autocast h keeps its dtype on CPUs, as in nn.GRU; so does the arithmetic, in that of the weights."""
+        x = input.data if isinstance(input, PackedSequence) else input
+        state = x if hx is None else hx
+        kind = autocast_dtype(x) if isinstance(x, Tensor) and isinstance(state, Tensor) and x.is_cpu else None
+        if kind is None:
+            return super().forward(input, hx, lengths=lengths)
+        inner, out = self.weight_hh_l0.dtype, torch.promote_types(kind, state.dtype)
+        with torch.autocast("cpu", enabled=False):
+            y, h_n = super().forward(input.to(inner), None if hx is None else hx.to(inner), lengths=lengths)
+        return y.to(out), h_n.to(out)
