@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ..ops.spectral import row_project_
-from .bounds import GATE, ROUNDS, Drive, length, times, up
-from .cell import Ball, CellStability, Reach
+from ..ops.spectral.certified import proven_within
+from ..ops.spectral.norm import width
+from .bounds import GATE, ROUNDS, Drive, drive_of_bound, length, times, up
+from .cell import Ball, CellStability, Reach, Verdict
 from .contraction import Contraction, norm2, perron, upwards
 from .limits import Limits
 from .rows import lower_forget
 from .weights import KINDS, LayerWeights, Names
 
+POWERS = 8  # iterations for a norm from below
 SHARE = 0.3  # of the room for the gates f, i, g that falls to f, unless a stable set says otherwise
 CELL_WEIGHT = 0.9  # max-norm set: V = max(|dc|/0.9, |dh|)
 INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their room
@@ -39,6 +42,26 @@ class Lstm(CellStability):
         return Reach(
             lstm_contractions(w, b, norms, upper, target), b.h, length(b.h), float(b.c.max()), float(b.f.max())
         )
+
+    def verdict(self, w: LayerWeights, x: Tensor, limits: Limits) -> Verdict | None:
+        """The contractions of a certificate want ||D W_hh||_2 <= rate for one of two D, which fall as the rate grows. Most layers from
+        outside exceed that in a few power iterations, and most of those brought in obey it for the D of the set."""
+        if limits.norm not in ("2", "radius"):
+            return None
+        b = lstm_bounds(w, drive_of_bound(w, x, math.inf, math.inf), limits.cap)
+        outside = Verdict(False, b.h, length(b.h))
+        if not (b.f < limits.rate).all():
+            return outside
+        kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
+        own, even = shares(w, b, limits.target[1])
+        rate = limits.rate
+        of_set, other = (gate_scales(b, rate, share, kappa)[:, None] * w.w_hh for share in (even, own))
+        spare = width(max(w.w_hh.shape), min(w.w_hh.shape))  # the certificate's own bound of a norm is no sharper
+        if not exceeds(of_set, rate):
+            return outside._replace(inside=True) if proven_within(of_set, rate * (1 - spare)) < rate else None
+        if not exceeds(other, rate):
+            return None
+        return outside
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)
@@ -173,10 +196,7 @@ def joint(t: Tensor) -> Tensor:
 def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, float] | None) -> Contraction:
     """The least rate found with ||D(rate) W_hh||_2 <= rate, for two ways to share the room between f and the other gates."""
     kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
-    rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
-    forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
-    own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
-    even = torch.full_like(own, SHARE if target is None else target[1])
+    own, even = shares(w, b, SHARE if target is None else target[1])
     rate, share = min(
         ((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0]
     )
@@ -186,6 +206,14 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     if target is not None and min(c.rate for c in found) > target[0] > float(b.f.max()):
         found.append(lstm_two_at(w, b, target[0], even, kappa, upper))
     return min(found, key=lambda c: c.rate)
+
+
+def shares(w: LayerWeights, b: LstmBounds, even: float) -> tuple[Tensor, Tensor]:
+    """The forget gate's share of the room, by unit (H,): as the rows of W_hh are long, and `even`."""
+    rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
+    forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
+    own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
+    return own, torch.full_like(own, even)
 
 
 def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
@@ -204,19 +232,12 @@ def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kapp
 
 def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
     """About the rate where ||D(rate) W_hh||_2 = rate, by power iteration and bisection in float32. Proves nothing."""
-    w32 = w_hh.float()
-    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
+    w32, x = w_hh.float(), _start(w_hh)
 
     def norm(rate: float) -> float:
         nonlocal x
-        a = gate_scales(b, rate, share, kappa).float()[:, None] * w32
-        for _ in range(8):
-            y = a.mT @ (a @ x)
-            size = float(torch.linalg.vector_norm(y))
-            if not 0 < size < math.inf:
-                return size
-            x = y / size
-        return math.sqrt(size)
+        size, x = _power(gate_scales(b, rate, share, kappa).float()[:, None] * w32, x)
+        return size
 
     low = float(b.f.max()) * (1 + 1e-4)
     high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
@@ -224,6 +245,26 @@ def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float
         middle = math.sqrt(low * high)
         low, high = (low, middle) if norm(middle) <= middle else (middle, high)
     return high * (1 + 1e-4)
+
+
+def exceeds(matrix: Tensor, bound: float) -> bool:
+    """Whether a few power iterations show that ||matrix||_2 > bound; by less than float32 may be off, they don't."""
+    return _power(matrix.float(), _start(matrix))[0] > bound * (1 + 1e-4)
+
+
+def _start(matrix: Tensor) -> Tensor:
+    return 1 + (torch.arange(matrix.shape[1]) % 7).float() / 10
+
+
+def _power(a: Tensor, x: Tensor) -> tuple[float, Tensor]:
+    """||a||_2 from below, and the vector to go on from."""
+    for _ in range(POWERS):
+        y = a.mT @ (a @ x)
+        size = float(torch.linalg.vector_norm(y))
+        if not 0 < size < math.inf:
+            return size, x
+        x = y / size
+    return math.sqrt(size), x
 
 
 def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
