@@ -11,7 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stable_rnn import Chunked, StableLSTM, StableLSTMCell, StableRNN, Verified, Windowed, use_plan
+from stable_rnn import (
+    Chunked,
+    ForgetCap,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Verified,
+    Windowed,
+    use_plan,
+)
 from stable_rnn._errors import UserError
 
 from .baselines import overlap_chunks, product_rate, shifted_products
@@ -144,6 +154,31 @@ def single_step(table: Table) -> None:
             table.add(f"one LSTM step B=1 H={size}", "nn.LSTMCell", lambda: b(x, hx), lambda: a(x, hx), 1.0)  # noqa: B023
 
 
+def training_steps(table: Table) -> None:
+    """A loop of 50 steps, forward and backward, as people write it."""
+    for plain, cell, cap in (
+        (nn.LSTMCell, StableLSTMCell, None),
+        (nn.LSTMCell, StableLSTMCell, ForgetCap(0.9)),
+        (nn.RNNCell, StableRNNCell, None),
+    ):
+        a, b = plain(64, 64), cell(64, 64, stability=cap)
+        b.load_state_dict(a.state_dict(), strict=True)
+        x = torch.randn(50, 16, 64)
+
+        def loop(m: nn.Module, x=x):
+            def run() -> None:
+                m.zero_grad()
+                state = None
+                for row in x:
+                    state = m(row, state)
+                (state[0] if isinstance(state, tuple) else state).sum().backward()
+
+            return run
+
+        name = f"{plain.__name__} {cap or ''} 50 steps B=16 H=64 forward+backward".replace("  ", " ")
+        table.add(name, f"nn.{plain.__name__}", loop(b), loop(a), 0.83)
+
+
 def saved_bytes(table: Table) -> None:
     for plain in (nn.LSTM, nn.RNN):
         found = []
@@ -180,7 +215,7 @@ def main() -> None:
         parser.error(str(error))
     torch.manual_seed(0)
     table = Table(options.seconds, log)
-    for part in (recurrent, long_sequence, windows, single_step, saved_bytes):
+    for part in (recurrent, long_sequence, windows, single_step, training_steps, saved_bytes):
         part(table)
 
 

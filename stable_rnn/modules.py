@@ -15,6 +15,7 @@ from .bookkeeping import Bookkeeping
 from .cells import MODES
 from .common import autocast_dtype, has_values
 from .ops.backends import check_name, requested
+from .ops.recurrence import native
 from .ops.recurrence.backends import leave_to_torch
 from .ops.recurrence.function import Note, layer
 from .ops.recurrence.native import PLAIN
@@ -110,13 +111,17 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             1 + self.bidirectional,
         )
         others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
-        found = []
+        found, own, dtype, device, strided = [], self._parameters, x.dtype, x.device, torch.strided
         for index, names in enumerate(self._all_weights):
             shapes = [(rows, self.input_size if index < ways else out * ways), *others]
-            found.append([getattr(self, name) for name in names])
-            for name, w, shape in zip(names, found[-1], shapes):
-                check_weight(name, w, shape, x, cast)
-            found[-1][1] = self._trained(found[-1][1])
+            weights = [getattr(self, name) if (w := own.get(name)) is None else w for name in names]
+            for name, w, shape in zip(names, weights, shapes):
+                if type(w) is not nn.Parameter or not (
+                    w.shape == shape and w.dtype is dtype and w.layout is strided and w.device == device
+                ):
+                    check_weight(name, w, shape, x, cast)
+            weights[1] = self._trained(weights[1])
+            found.append(weights)
         return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,6 +172,30 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             self._ran = reports, notes
         return x, torch.stack(h_n), torch.stack(c_n)
 
+    def _one_step(self, x: Tensor, hx: tuple) -> tuple[Tensor, list[Tensor]] | None:
+        """A single step of a stream, x (1, B, I) or with batch_first (B, 1, I), a call into C++ for each layer and direction; None where it
+        is more than that."""
+        if not (
+            isinstance(self.plan, Recurrent)
+            and not (self.proj_size or self.dropout and self.training)
+            and not torch.is_grad_enabled()
+            and requested(self.backend) in ("auto", "cpu")
+            and native.can_run(None, x)[0]
+        ):
+            return None
+        last, (h0, c0), states = x.flatten(0, 1), hx, []
+        for level in range(self.num_layers):
+            for index in range(level * (1 + self.bidirectional), (level + 1) * (1 + self.bidirectional)):
+                weights = (*(getattr(self, name) for name in self._all_weights[index]), *(None, None) * (not self.bias))
+                h, c = h0[index], None if c0 is None else c0[index]
+                if not native.plain_step(self._cell, last, h, c, weights):
+                    return None
+                states.append(native.cell_step(self._cell, last, h, c, weights, self._cap))
+            ways = [h for h, _ in states[-1 - self.bidirectional :]]
+            last = torch.cat(ways, 1) if self.bidirectional else ways[0]
+        hidden = [torch.stack([*each]) for each in zip(*states) if each[0] is not None]
+        return last.view(*x.shape[:2], last.shape[1]), hidden if c0 is not None else [*hidden, x.new_empty(0)]
+
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
         """Whether torch's own recurrence computes this call."""
         if not isinstance(self.plan, Recurrent):
@@ -181,7 +210,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, steps: int, batch: int) -> bool:
         name = requested(self.backend)
         if name not in ("auto", "torch"):
             return False
@@ -189,7 +218,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
-        return able and (name == "torch" or recorded or leave_to_torch(x))
+        return able and (name == "torch" or recorded or leave_to_torch(x, self._cell, steps, batch, self.hidden_size))
 
     def _forward(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
@@ -205,7 +234,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             hx = self._zeros(x, int(sizes[0])) if hx is None else hx
             self._check_args(x, hx, sizes)
             hx = self._permute(hx, order)
-            if self._runs_on_torch(x, None):
+            if self._runs_on_torch(x, None, len(sizes), hx[0].shape[1]):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, put = layout.packed(PackedSequence(x, sizes))
@@ -226,8 +255,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         if lengths is not None:
             lengths = layout.check_lengths(lengths, batch, steps, x.device)
             x = layout.without_padding(x, lengths, self.batch_first)
-        if self._runs_on_torch(x, lengths):
+        if self._runs_on_torch(x, lengths, steps, batch):
             y, hidden = self._run_torch(x, hx, None)
+        elif steps == 1 and lengths is None and (found := self._one_step(x, hx)) is not None:
+            y, hidden = found
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
             y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
@@ -237,9 +268,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return y, tuple(hidden)
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        weights = [
-            w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights
-        ]
+        cast = autocast_dtype(x) is not None
+        weights = [w.to(x.dtype) if cast else w for each in self._weights(x, cast) for w in each]
         state = hx if MODES[self.mode].has_cell else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
