@@ -5,6 +5,9 @@
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
 # make bench   the table of benchmarks/README.md
 # make lint    ruff, mypy and the formatters alone; make format applies these
+# make docs    the documentation, in site/
+# make wheel   a wheel for other machines, in dist/, and its tests in a fresh environment; make sdist the sources
+# make coverage  which lines of stable_rnn/ the tests of TESTS run
 #
 # Each makes .venv first where it has to: torch (the pinned CPU build), this package in editable mode, built in isolation.
 # TESTS="tests/test_cli.py -k doctor" and DEMO="--steps 200" pass arguments on.
@@ -23,7 +26,7 @@ CXX_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu
 # Two makes at once take turns at .venv and build, where the machine has flock.
 LOCK   := $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: demo test check fast lint format bench build clean
+.PHONY: demo test check fast lint format bench docs wheel sdist coverage build clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -52,6 +55,18 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(V)/python -m pytest benchmarks
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet -d site
+	@echo "site/index.html"
+
+# An environment of its own: mkdocs reads the package's sources and imports none of it.
+.venv-docs/installed: pyproject.toml
+	$(LOCK) sh -ec '[ -x .venv-docs/bin/pip ] || $(PYTHON) -m venv .venv-docs; .venv-docs/bin/pip install --quiet "pip>=25.1"; \
+	  .venv-docs/bin/pip install --quiet --group docs; touch $@'
+
+coverage: .venv/installed
+	$(PYTEST) -m "not check" --cov=stable_rnn --cov-report=term:skip-covered $(TESTS)
 
 # The compiled module is part of the install: newer C++ sources install again (`make build` is the quick way).
 .venv/installed: pyproject.toml setup.py $(CPP)
