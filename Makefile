@@ -18,6 +18,7 @@ TESTS  ?= tests
 # The CPU build of torch has no use for CUDA kernels; tests compile them all the same. CUDA=auto where torch is built with CUDA.
 CUDA   ?= off
 DEMO   ?=
+WHEEL_TESTS ?= tests/test_cells.py tests/test_functional.py
 V      := .venv/bin
 # Processes side by side, a file's tests in one of them: what a file builds, it builds once.
 PYTEST := $(V)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
@@ -64,6 +65,25 @@ docs: .venv-docs/installed
 .venv-docs/installed: pyproject.toml
 	$(LOCK) sh -ec '[ -x .venv-docs/bin/pip ] || $(PYTHON) -m venv .venv-docs; .venv-docs/bin/pip install --quiet "pip>=25.1"; \
 	  .venv-docs/bin/pip install --quiet --group docs; touch $@'
+
+# Repaired by auditwheel, where it is, so that it runs on older systems too; without an OpenMP library of its own (docs/guide/install.md).
+# Then some tests, where nothing but the wheel is installed.
+wheel: .venv-wheel/installed
+	rm -rf build/wheel dist/*.whl
+	STABLE_RNN_CUDA=$(CUDA) $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	mkdir -p dist; if [ -x .venv-wheel/bin/auditwheel ]; then PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --exclude "libgomp.so.*" -w dist build/wheel/*.whl; \
+	  else cp build/wheel/*.whl dist; fi
+	$(PYTHON) -m venv build/wheel/fresh
+	build/wheel/fresh/bin/pip install --quiet "$(TORCH)" pytest numpy dist/*.whl
+	cp -r tests build/wheel/tests
+	cd build/wheel && fresh/bin/python -m pytest -q $(WHEEL_TESTS)
+
+sdist: .venv-wheel/installed
+	.venv-wheel/bin/python -m build --sdist
+
+.venv-wheel/installed: pyproject.toml
+	$(LOCK) sh -ec '[ -x .venv-wheel/bin/pip ] || $(PYTHON) -m venv .venv-wheel; .venv-wheel/bin/pip install --quiet "pip>=25.1"; \
+	  .venv-wheel/bin/pip install --quiet --group wheel; touch $@'
 
 coverage: .venv/installed
 	$(PYTEST) -m "not check" --cov=stable_rnn --cov-report=term:skip-covered $(TESTS)
