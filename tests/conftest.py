@@ -20,8 +20,10 @@ CHECK = (
     "test_triton_compiled_spectral",  # builds
     "test_paper",
     "test_speed",  # benchmarks
-    "test_sharded",
-)  # processes
+    "test_sharded",  # processes
+    "test_docs",
+    "test_examples",
+)
 
 
 def pytest_collection_modifyitems(items):
