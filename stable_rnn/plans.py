@@ -6,6 +6,7 @@
 | `Windowed(k)`          | k                  | exactly its last k inputs               |
 | `Chunked(chunk, w)`    | chunk + w          | its last w + 1 .. w + chunk inputs      |
 | `Verified(...)`        | chunk + w + reruns | everything, to `tol`, checked each time |
+| `Scanned()`            | k scans            | everything; weights that are a cascade  |
 
 Runs that reach back to the start of a sequence begin there from the caller's `h0` (`c0`), exactly. Source: Miller & Hardt, "Stable
 Recurrent Models", ICLR 2019, arXiv 1805.10369 (truncated models are `Windowed`).
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from ._numbers import to_float, to_int
-from .ops.recurrence.problem import AUTO, WHOLE
+from .ops.recurrence.problem import AUTO, SCANNED, WHOLE
 from .ops.recurrence.reference import arithmetic
 from .precision import products_eps
 
@@ -128,6 +129,27 @@ class Verified(Plan):
         }
 
 
+@dataclass(frozen=True)
+class Scanned(Plan):
+    """A cascade run over all times at once: k products and k linear scans, equal to `Recurrent()` to rounding, forward and backward.
+
+    The units of a cascade stand in k groups, and W_hh of every gate is strictly block lower triangular: a unit reads inputs, units of
+    earlier groups, and itself only through the gate that forgets. Group after group, all earlier groups' h are known for all times, so
+
+        z[t] = x_t W_ih^T + h[t-1] W_hh^T  for all t, one product;      c[t] = f[t] c[t-1] + i[t] g[t]  for all t, a linear scan
+
+    (LSTM; an RNN has no scan, its memory is k steps long). The groups are found in W_hh: as few as its zeros allow. Backward is the
+    transposed cascade, groups in reverse. Cost: the arithmetic of `Recurrent()` without the zeros of W_hh, k dependent products instead
+    of T steps. A NaN or an infinity reaches what depends on it, where the plain recurrence also multiplies it by zeros.
+
+    Running it raises `ValueError` for weights that are no cascade, naming an entry by which a unit reads itself or a later unit, and for
+    `proj_size`. On GPUs the groups of a weight are looked up once and again after each change that torch counts (not one through
+    `.data`). Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018, arXiv 1709.04057."""
+
+    def numbers(self, x: torch.Tensor) -> Numbers:
+        return {"stride": SCANNED}
+
+
 def step_rounding(x: torch.Tensor) -> float:
     """About what rounding does to one step on tensors like x, relative to max(1, |state|): 4 eps of what is stored, 12 eps of what is
     multiplied. Less, and two sound runs of a slowly forgetting model, whose rounding errors live on for a while, would not agree."""
@@ -174,7 +196,7 @@ def check_plan(plan: object) -> Plan:
     if not isinstance(plan, Plan):
         hint = " (an instance is needed: Recurrent())" if isinstance(plan, type) and issubclass(plan, Plan) else ""
         raise TypeError(
-            f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}"
+            f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup), Verified(...) or Scanned(); got {plan!r}{hint}"
         )
     return plan
 

@@ -17,8 +17,9 @@ from ...cells import CELLS, Cell
 
 CPU = torch.device("cpu")
 LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
-# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
-WHOLE, AUTO = 0, -1
+# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile; and for no lanes at all, a
+# cascade's scans over time (`scanned.py`)
+WHOLE, AUTO, SCANNED = 0, -1, -2
 
 
 class Problem(NamedTuple):
@@ -43,6 +44,10 @@ class Problem(NamedTuple):
         return self.tol >= 0
 
     @property
+    def scanned(self) -> bool:
+        return self.stride == SCANNED
+
+    @property
     def windowed(self) -> bool:
         """Every lane writes one time: its backward pass is the true gradient of the windowed function."""
         return self.stride == 1 and not self.checked
@@ -51,9 +56,15 @@ class Problem(NamedTuple):
         """The plain recurrence: one lane a row."""
         return self._replace(stride=max(self.steps, 1), warmup=0, tol=-1.0)
 
+    def differentiable(self) -> Problem:
+        """The problem that plain torch differentiates in this one's place: checked and scanned runs equal the plain recurrence."""
+        return self.whole() if self.checked or self.scanned else self
+
     def resolved(self, batch: int, device: torch.device = CPU) -> Problem:
         """The same problem with numbers for `WHOLE` and `AUTO`."""
         stride, warmup = self.stride, self.warmup
+        if self.scanned:
+            return self
         if stride == WHOLE:
             return self._replace(stride=max(self.steps, 1), warmup=0)
         if warmup == AUTO:

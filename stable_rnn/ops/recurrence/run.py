@@ -1,4 +1,4 @@
-"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes where asked.
+"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes or scans where asked.
 
 Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`."""
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import verified
+from . import cascade, verified
 from .backends import choose
 from .checks import check
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs
@@ -20,6 +20,8 @@ def forward(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     backend = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr)
     if p.checked:
         out, found = verified.run(backend, inputs, p, save)
+    elif p.scanned:
+        out, found = backend.scanned_forward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates), save), []
     else:
         out, found = backend.forward(inputs, p, save=save), []
     return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
@@ -33,6 +35,8 @@ def backward(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
     backend = choose(p, inputs.dy, inputs.w_hh, inputs.w_hr)
     if p.checked:
         out, found = verified.run_back(backend, inputs, p)
+    elif p.scanned:
+        out, found = backend.scanned_backward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates)), []
     else:
         out, found = backend.backward(inputs, p), []
     return out.dz, out.dh, out.dh0, out.dc0, report(found)
