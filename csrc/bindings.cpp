@@ -66,12 +66,12 @@ ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, i
                              Address base, Address length, Address select, int64_t n_select,
                              Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
                              Address hidden_bias, Address y, Address h_n, Address c_n, Address saved, Address cells,
-                             Address h_start, Address c_start, Address h_end, Address c_end) {
+                             Address h_start, Address c_start, Address h_end, Address c_end, Address decay) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
           Pointer{hidden_bias}, Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells},
-          Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}};
+          Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}, Pointer{decay}};
 }
 
 BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
@@ -80,13 +80,13 @@ BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden,
                                Address dy, Address y, Address saved, Address cells, Address w_hh, Address w_hr, Address c0,
                                Address dh_n, Address dc_n, Address dh_init, Address dc_init, Address h0,
                                Address dz, Address dh, Address dh0, Address dc0,
-                               Address dh_start, Address dc_start, Address dh_end, Address dc_end) {
+                               Address dh_start, Address dc_start, Address dh_end, Address dc_end, Address decay) {
   return {cell, dtype, threads, hidden, out, cap,
           make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
           Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
           Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init}, Pointer{h0},
           Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
-          Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}};
+          Pointer{dh_start}, Pointer{dc_start}, Pointer{dh_end}, Pointer{dc_end}, Pointer{decay}};
 }
 
 WindowedBackwardParams windowed_backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
@@ -206,15 +206,16 @@ PYBIND11_MODULE(_C, module) {
                arg("select"), arg("n_select"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
                arg("h_init") = 0, arg("c_init") = 0, arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0,
                arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0, arg("h_start") = 0, arg("c_start") = 0,
-               arg("h_end") = 0, arg("c_end") = 0, launch...);
+               arg("h_end") = 0, arg("c_end") = 0, arg("decay") = 0, launch...);
   };
   const auto backward = [&](const char* name, auto function, auto... launch) {
     module.def(name, function, arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"),
-               arg("select"), arg("n_select"), arg("dy"), arg("y") = 0, arg("saved") = 0, arg("cells") = 0,
+               arg("select"), arg("n_select"), arg("dy") = 0, arg("y") = 0, arg("saved") = 0, arg("cells") = 0,
                arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0,
                arg("dc_init") = 0, arg("h0") = 0, arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
-               arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, launch...);
+               arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, arg("decay") = 0,
+               launch...);
   };
   const auto spectral = [&](const char* name, auto function, auto... launch) {   // stable_rnn/spectral.h
     module.def(name, function, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),

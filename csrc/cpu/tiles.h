@@ -6,6 +6,7 @@
 #include "lanes.h"
 #include "memory.h"
 #include "parallel.h"
+#include "stable_rnn/cell.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
@@ -86,6 +87,11 @@ template <class T>
 STABLE_RNN_INLINE void begin_state(float* state, int64_t n, const T* given, const float* init) {
   for (int64_t u = 0; u < n; u += width)
     store(state + u, given ? load(given + u, n - u) : init ? load(init + u, n - u) : Vec(0.f));
+}
+
+// The forget gates of a lane's units times their decay so far, which stands where the caller wants it.
+STABLE_RNN_INLINE void multiply_decay(float* decay, bool first, Vec forget, int64_t n) {
+  store(decay, decayed(first ? Vec(1.f) : load(decay, n), forget), n);
 }
 
 // body(p) for this thread's panels, at step s: in turn upwards and downwards, so that what the cache still holds from the end of one

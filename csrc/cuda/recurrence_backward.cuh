@@ -83,7 +83,7 @@ struct BackwardWarp {
       const Span span = tile.spans[lane];
       const bool there = s < span.steps && unit < H;
       const int64_t at = row(span, s);
-      dy[j] = there ? static_cast<const Storage*>(p.dy)[at * H + unit] : Storage(0.f);
+      dy[j] = there && p.dy ? static_cast<const Storage*>(p.dy)[at * H + unit] : Storage(0.f);
       const Storage* from = static_cast<const Storage*>(p.saved) + at * Cell::saved * H + unit;
 #pragma unroll
       for (int i = 0; i < Cell::saved; ++i) saved[j][i] = there ? from[i * H] : Storage(0.f);
@@ -193,10 +193,15 @@ struct BackwardWarp {
       const Span span = tile.spans[lane];
       if (s < span.warm || s >= span.steps || unit >= H) return;
       const int64_t at = row(span, s);
-      Storage* to = static_cast<Storage*>(p.dz) + at * gates * H + unit;
+      if (p.dz) {
+        Storage* to = static_cast<Storage*>(p.dz) + at * gates * H + unit;
 #pragma unroll
-      for (int q = 0; q < gates; ++q) to[q * H] = Storage(dz[j][q]);
+        for (int q = 0; q < gates; ++q) to[q * H] = Storage(dz[j][q]);
+      }
       if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(whole(j));
+      if constexpr (Cell::forgets >= 0)
+        if (p.decay)
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, float(saved[j][Cell::forgets]));
     });
   }
 };

@@ -132,7 +132,7 @@ struct ForwardWarp {
       if constexpr (Cell::h_before) before.h = float(h[n][e]);
       if constexpr (Cell::has_cell) before.c = c[n][e];
       const auto step = Cell(p.cell, p.cap).step(z, xp, bias, before);
-      if (Cell::saved && p.saved) {
+      if (Cell::saved && (p.saved || p.decay)) {
         Saved<Cell, Real> kept;
         step.save(kept);
 #pragma unroll
@@ -159,7 +159,7 @@ struct ForwardWarp {
       const Span span = tile.spans[lane];
       if (s < span.warm || s >= span.steps || unit >= H) return;
       const int64_t row = row_at(span, s, p.lanes.step);
-      static_cast<Storage*>(p.y)[row * H + unit] = h[n][e];
+      if (p.y) static_cast<Storage*>(p.y)[row * H + unit] = h[n][e];
       if constexpr (Cell::has_cell)
         if (p.cells) p.cells[row * H + unit] = c[n][e];
       if (Cell::saved && p.saved) {
@@ -167,6 +167,9 @@ struct ForwardWarp {
 #pragma unroll
         for (int i = 0; i < Cell::saved; ++i) to[i * H] = Storage(saved(i, n, e));
       }
+      if constexpr (Cell::forgets >= 0)
+        if (p.decay)
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, saved(Cell::forgets, n, e));
     });
   }
 

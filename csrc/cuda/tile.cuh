@@ -74,4 +74,9 @@ __device__ __forceinline__ float start_value(const Run& run, const void* given, 
   return run.given && given ? static_cast<float>(static_cast<const Storage*>(given)[run.b * size + unit]) : 0.f;
 }
 
+// One more forget gate of a unit times its lane's decay so far, which stands where the caller wants it: only this thread touches it there.
+__device__ __forceinline__ void multiply_decay(float* decay, bool first, float forget) {
+  *decay = decayed(first ? 1.f : *decay, forget);
+}
+
 }   // namespace stable_rnn

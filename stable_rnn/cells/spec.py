@@ -39,7 +39,8 @@ class Cell:
     h_after: bool  # vjp() reads h
     carries: bool = False  # step() reads the unit's own h, and vjp() hands a part of dh on to it; no cell with a c does
     projects: bool  # may have W_hr
-    forgets: int | None  # the gate that a clamp bounds; None: no gate forgets
+    # The gate by which the state (c, else h) keeps a part of its own, and which a clamp bounds; its clamped value is saved at this place.
+    forgets: int | None  # None: no gate forgets
 
     def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
         """The new h (n, H) before a projection, the new c (as it was, for a cell without), and the columns to save (n, saved*H)."""
@@ -65,6 +66,11 @@ class Cell:
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         """h before its projection, of cells that have one, from what is saved."""
         raise NotImplementedError
+
+    def forget_gate(self, saved: Tensor) -> Tensor:
+        """The gate that forgets (n, H), of cells that have one, from what is saved."""
+        assert self.forgets is not None
+        return saved.chunk(self.saved, 1)[self.forgets]
 
     def hidden(self, dz: Tensor, saved: Tensor) -> Tensor:
         """The gradient of q: dz, for cells in which x and q only meet in a sum."""

@@ -29,7 +29,7 @@ class Case:
     out: int | None = None
     cap: float = 1.0
     dtype: torch.dtype = torch.float32
-    layout: str = "padded"  # padded | reverse | packed | packed_reverse
+    layout: str = "padded"  # padded | reverse | packed | packed_reverse | shared
     lengths: tuple[int, ...] | None = None
     select: tuple[int, ...] | None = None
     init: bool = False
@@ -49,12 +49,15 @@ class Case:
             back = self.layout == "packed_reverse"
             self.step = -1 if back else 1
             self.base = [first[b] + (used[b] - 1 if back else 0) for b in range(self.batch)]
+        elif self.layout == "shared":  # two rows of the batch over the same times
+            self.n, self.step = -(-self.batch // 2) * self.steps, 1
+            self.base = [b // 2 * self.steps for b in range(self.batch)]
         else:
             self.n = self.steps * self.batch
             back = self.layout == "reverse"
             self.step = -self.batch if back else self.batch
             self.base = [(used[b] - 1) * self.batch + b if back else b for b in range(self.batch)]
-        self.plain_base = self.lengths is None and not self.layout.startswith("packed")
+        self.plain_base = self.lengths is None and self.layout in ("padded", "reverse")
         self.lanes = -(-self.steps // self.stride) * self.batch
         self.ids = list(range(self.lanes) if self.select is None else self.select)
 
@@ -106,6 +109,7 @@ def loop_forward(case, made, kind=torch.float64):
         c_start=full(case.lanes, H),
         h_end=full(case.lanes, P),
         c_end=full(case.lanes, H),
+        decay=full(case.lanes, H),
     )
     for b in range(case.batch):
         if case.length[b] == 0:
@@ -133,6 +137,7 @@ def loop_forward(case, made, kind=torch.float64):
                 out["y"][row] = h
                 if case.lstm:
                     out["saved"][row], out["cells"][row] = gates, c
+                    out["decay"][id] = gates.chunk(4)[1] * (1 if t == first else out["decay"][id])
         for name, state in (("h", h), ("c", c if case.lstm else None)):
             if state is not None:
                 out[f"{name}_end"][id] = state
@@ -171,6 +176,7 @@ def loop_backward(case, made, saved, kind=torch.float64):
         dc_start=full(case.lanes, H),
         dh_end=full(case.lanes, P),
         dc_end=full(case.lanes, H),
+        decay=full(case.lanes, H),
     )
     for b in range(case.batch):
         if case.length[b] == 0:
@@ -200,6 +206,8 @@ def loop_backward(case, made, saved, kind=torch.float64):
                     c=to["cells"][row],
                     c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b],
                 )
+            if case.lstm and t < end:
+                out["decay"][id] = state["gates"].chunk(4)[1] * (1 if t == end - 1 else out["decay"][id])
             dz, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
             if t < end:
                 out["dz"][row] = dz
@@ -207,7 +215,7 @@ def loop_backward(case, made, saved, kind=torch.float64):
         out["dh_end"][id], out["dc_end"][id] = dh, dc
         if first == 0:
             out["dh0"][b], out["dc0"][b] = dh, dc
-    dropped = () if case.lstm else ("dc0", "dc_start", "dc_end")
+    dropped = () if case.lstm else ("dc0", "dc_start", "dc_end", "decay")
     return {k: v for k, v in out.items() if k not in dropped}
 
 
@@ -287,15 +295,16 @@ def _poisoned(case, **columns):
     return {k: torch.full(v[:2], NAN, dtype=v[2], device=case.device) for k, v in columns.items()}
 
 
-def _call(case, kernel, inputs, outputs):
-    """`kernel` on the case's device; the outputs on the CPU."""
+def _call(case, kernel, inputs, outputs, only):
+    """`kernel` on the case's device; the outputs on the CPU: all, or those that alone are asked for."""
+    outputs = {k: v for k, v in outputs.items() if only is None or k in only}
     there = [None if t is None else t.to(case.device) for t in inputs]
     kernel(*_head(case), *map(at, there), **{k: at(v) for k, v in outputs.items()})
     return {k: v.cpu() for k, v in outputs.items()}
 
 
-def run_forward(case, made, call=None):
-    """`call`: takes the arguments of `recurrence_forward`; null: the compiled module's."""
+def run_forward(case, made, call=None, only=None):
+    """`call`: takes the arguments of `recurrence_forward`; None: the compiled module's. `only`: names of outputs; None: all."""
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
     out = _poisoned(
         case, y=(n, P, dtype), h_n=(batch, P, dtype), h_start=(case.lanes, P, f32), h_end=(case.lanes, P, f32)
@@ -308,12 +317,13 @@ def run_forward(case, made, call=None):
             cells=(n, H, f32),
             c_start=(case.lanes, H, f32),
             c_end=(case.lanes, H, f32),
+            decay=(case.lanes, H, f32),
         )
     names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
-    return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out)
+    return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out, only)
 
 
-def run_backward(case, made, saved, call=None):
+def run_backward(case, made, saved, call=None, only=None):
     H, P, n, batch, dtype, f32 = case.hidden, case.p, case.n, case.batch, case.dtype, torch.float32
     out = _poisoned(
         case,
@@ -324,10 +334,11 @@ def run_backward(case, made, saved, call=None):
         dh_end=(case.lanes, P, f32),
     )
     if case.lstm:
-        out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
+        of_lanes = dict.fromkeys(("dc_start", "dc_end", "decay"), (case.lanes, H, f32))
+        out |= _poisoned(case, dc0=(batch, H, dtype), **of_lanes)
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
     names = ("dy", "y", "saved", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
-    return _call(case, call or _native.lib.recurrence_backward, [both.get(k) for k in names], out)
+    return _call(case, call or _native.lib.recurrence_backward, [both.get(k) for k in names], out, only)
 
 
 def run_windowed(case, made, first, last):
@@ -347,3 +358,20 @@ def run_windowed(case, made, first, last):
 
 def with_lanes(case, select, init=None):
     return replace(case, select=None if select is None else tuple(select), init=case.init if init is None else init)
+
+
+def ends_alone(case, forward=run_forward, backward=run_backward):
+    """Rows over the same times (layout "shared"), each from a start of its own, of which nothing but the ends is asked for: what kernels,
+    the oracle and eager float32 make of these, forward and then backward. h0, c0 and dy are absent."""
+    known = replace(case, layout="packed", batch=-(-case.batch // 2), init=False)
+    known = replace(known, lengths=(case.steps,) * known.batch)
+    saved = forward(known, known.draw())
+    made = case.draw()
+    silent, names = made | dict(dy=torch.zeros_like(made["dy"])), ("h_end", "c_end")
+    back_names = tuple("d" + name for name in names)
+    found = forward(case, made | dict(h0=None, c0=None), only=names)
+    found_back = backward(case, made | dict(dy=None, dh_n=None, dc_n=None), saved, only=back_names)
+    loops = [loop_forward(case, made, kind) for kind in (torch.float64, torch.float32)]
+    loops_back = [loop_backward(case, silent, saved, kind) for kind in (torch.float64, torch.float32)]
+    pick = lambda every: {k: v for k, v in every.items() if k in names + back_names}  # noqa: E731
+    return (found, *map(pick, loops)), (found_back, *map(pick, loops_back))

@@ -246,20 +246,24 @@ def test_absent_inputs_are_zeros_and_absent_outputs_stay_away(machine, cell):
     back = machine.backward(case, zeros, saved, machine.limits)
     equal(machine.backward(case, without, saved, machine.limits), back)
 
-    def only(name, backward):  # every other output is null
-        def call(*fields, **outputs):
-            machine._call(
-                backward, case, machine.limits, fields, {k: v if k == name else 0 for k, v in outputs.items()}
-            )
+    for names in (("y",), ("h_n",), tuple(k for k in saved if k not in ("y", "decay")), ("decay",) * case.lstm):
+        equal(machine.forward(case, zeros, machine.limits, names), {k: saved[k] for k in names})
+    for names in (("dz",), ("dh0",), tuple(k for k in back if k not in ("dz", "decay")), ("decay",) * case.lstm):
+        equal(machine.backward(case, zeros, saved, machine.limits, names), {k: back[k] for k in names})
 
-        return call
 
-    for name, found, everything in (
-        ("y", loop.run_forward(case, zeros, only("y", FORWARD)), saved),
-        ("dz", loop.run_backward(case, zeros, saved, only("dz", BACKWARD)), back),
-    ):
-        equal({name: found.pop(name)}, {name: everything[name]})
-        assert all(v.isnan().all() for v in found.values())
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_ends_of_rows_that_share_their_times(machine, cell, kind):
+    case = Case(cell, 5, 21, 33, stride=5, warmup=0, layout="shared", init=True, **KINDS[kind])
+    for variant in SOME:
+        forward, backward = loop.ends_alone(
+            case,
+            lambda case, made, only=None, how=variant: machine.forward(case, made, how, only),
+            lambda case, made, saved, only, how=variant: machine.backward(case, made, saved, how, only),
+        )
+        assert_like(*forward, case, case.hidden)
+        assert_like(*backward, case, case.gates * case.hidden)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -229,6 +229,63 @@ def test_bitwise_over_instruction_sets(cell):
     equal(*runs)
 
 
+def check_ends(case):
+    for threads in (1, 2):
+        forward, backward = loop.ends_alone(replace(case, threads=threads))
+        assert_like(*forward, case.dtype, case.steps, case.p)
+        assert_like(*backward, torch.float32, case.steps, case.gates * case.hidden)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_ends_of_rows_that_share_their_times(cell, dtype, isa):
+    for batch, hidden in ((1, 5), (7, 33), (40, 18)):
+        case = Case(cell, 6, batch, hidden, stride=6, warmup=0, layout="shared", init=True, dtype=dtype)
+        check_ends(replace(case, cap=0.6 if cell == "lstm" else 1.0))
+    if cell == "lstm":
+        check_ends(Case(cell, 6, 7, 33, 6, 0, out=18, layout="shared", init=True, dtype=dtype))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_else_depends_on_what_is_asked_for(cell, isa):
+    case = Case(cell, 23, 3, 33, stride=7, warmup=3, lengths=(23, 0, 16), cap=0.8 if cell == "lstm" else 1.0)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    back = loop.run_backward(case, made, saved)
+    for without in (("decay",), ("y",), ("saved", "cells"), ("dz",)):
+        names = [k for k in saved if k not in without]
+        equal(loop.run_forward(case, made, only=names), {k: saved[k] for k in names})
+        names = [k for k in back if k not in without]
+        equal(loop.run_backward(case, made, saved, only=names), {k: back[k] for k in names})
+
+
+def test_decay_is_the_product_of_the_saved_gates(isa):
+    """To a rounding of each product, on lanes of different lengths; nothing of it where a lane writes nothing."""
+    case = Case("lstm", 40, 3, 19, stride=11, warmup=5, lengths=(40, 0, 25), cap=0.9)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    forget = saved["saved"].double().chunk(4, 1)[1]
+    decays = [saved["decay"], loop.run_backward(case, made, saved)["decay"]]
+    for id in range(case.lanes):
+        b, first, end = case.span(id)
+        if first >= end:
+            assert all(decay[id].isnan().all() for decay in decays)
+            continue
+        exact = forget[[case.row(b, t) for t in range(first, end)]].prod(0)
+        for decay in decays:
+            assert ((decay[id] - exact).abs() <= 11 * 2**-24 * exact).all()
+
+
+def test_long_decays_underflow_to_zero(isa):
+    case = Case("lstm", 300, 1, 20, stride=300, warmup=0, cap=0.5)
+    made = case.draw()
+    saved = loop.run_forward(case, made)
+    assert (saved["decay"] == 0).all() and (loop.run_backward(case, made, saved)["decay"] == 0).all()
+    short = replace(case, steps=90, stride=90)
+    made["xp"], made["w_hh"][:] = torch.full_like(made["xp"][:90], 9.0), 0  # all gates at the cap
+    assert (loop.run_forward(short, made)["decay"] == 0.5**90).all()
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_rerun_from_the_predecessors_end_is_the_sequential_run(cell):
     whole = Case(cell, 60, 1, 24, stride=60, warmup=0)

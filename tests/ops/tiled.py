@@ -39,7 +39,7 @@ _HEAD = _fields(c_int, "cell dtype threads") + _fields(c_int64, "hidden out") + 
 
 class Forward(Structure):
     _fields_ = _HEAD + _fields(
-        c_void_p, "xp w_hh w_hr h0 c0 h_init c_init hidden_bias y h_n c_n saved cells h_start c_start h_end c_end"
+        c_void_p, "xp w_hh w_hr h0 c0 h_init c_init hidden_bias y h_n c_n saved cells h_start c_start h_end c_end decay"
     )
 
 
@@ -47,7 +47,7 @@ class Backward(Structure):
     _fields_ = (
         _HEAD
         + _fields(c_void_p, "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0")
-        + _fields(c_void_p, "dz dh dh0 dc0 dh_start dc_start dh_end dc_end")
+        + _fields(c_void_p, "dz dh dh0 dc0 dh_start dc_start dh_end dc_end decay")
     )
 
 
@@ -172,15 +172,17 @@ class Machine:
         self.library.complete_tiling(backward, cell, dtype, case.hidden, byref(tiling))
         return tiling
 
-    def forward(self, case: loop.Case, made: dict, how: Variant | Limits) -> dict:
+    def forward(self, case: loop.Case, made: dict, how: Variant | Limits, only: tuple | None = None) -> dict:
         case = replace(case, device=self.device)
-        return loop.run_forward(case, made, lambda *fields, **outputs: self._call(False, case, how, fields, outputs))
+        call = lambda *fields, **outputs: self._call(False, case, how, fields, outputs)  # noqa: E731
+        return loop.run_forward(case, made, call, only)
 
-    def backward(self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits) -> dict:
+    def backward(
+        self, case: loop.Case, made: dict, saved: dict, how: Variant | Limits, only: tuple | None = None
+    ) -> dict:
         case = replace(case, device=self.device)
-        return loop.run_backward(
-            case, made, saved, lambda *fields, **outputs: self._call(True, case, how, fields, outputs)
-        )
+        call = lambda *fields, **outputs: self._call(True, case, how, fields, outputs)  # noqa: E731
+        return loop.run_backward(case, made, saved, call, only)
 
     def _call(self, backward, case, how, fields, outputs):
         lanes = Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15])))

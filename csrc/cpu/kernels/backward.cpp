@@ -16,6 +16,7 @@ struct Tensors {
   static STABLE_RNN_INLINE const T* in(const void* x) { return static_cast<const T*>(x); }
 
   STABLE_RNN_INLINE Vec output_gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
+    if (!p.dy) return Vec(0.f);
     const T* dy = in(p.dy) + row(run, s) * p.out + unit;
     __builtin_prefetch(dy + run.move * p.out);   // of the next step, here and below
     return load(dy, n);
@@ -26,6 +27,9 @@ struct Tensors {
       __builtin_prefetch(from + (run.move * Cell::saved + i) * p.hidden);
       kept[i] = load(from + i * p.hidden, n);
     }
+    if constexpr (Cell::forgets >= 0)
+      if (p.decay && s >= run.warm)
+        multiply_decay(p.decay + run.id * p.hidden + unit, s == run.warm, kept[Cell::forgets], n);
   }
   STABLE_RNN_INLINE State<Vec> after(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n) const {
     State<Vec> state{Vec(0.f), Vec(0.f)};
@@ -59,7 +63,7 @@ struct Tensors {
   }
   STABLE_RNN_INLINE void gradient(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* dz,
                                   const Vec*) const {
-    if (s < run.warm) return;
+    if (s < run.warm || !p.dz) return;
     for (int gate = 0; gate < Cell::gates; ++gate)
       store(static_cast<T*>(p.dz) + (row(run, s) * Cell::gates + gate) * p.hidden + unit, dz[gate], n);
   }

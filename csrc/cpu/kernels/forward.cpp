@@ -16,7 +16,7 @@ struct Outputs {
                                 Vec h) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
-    store(static_cast<T*>(p.y) + row * p.out + unit, h, n);
+    if (p.y) store(static_cast<T*>(p.y) + row * p.out + unit, h, n);
     if (s == run.warm && p.h_start) store(p.h_start + run.id * p.out + unit, load(before), n);
     if (s + 1 < run.steps) return;
     if (p.h_end) store(p.h_end + run.id * p.out + unit, h, n);
@@ -28,11 +28,13 @@ struct Outputs {
                               const Step& now) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
-    if (Cell::saved && p.saved) {
+    if (Cell::saved && (p.saved || p.decay)) {
       Saved<Cell, Vec> kept;
       now.save(kept);
-      T* to = static_cast<T*>(p.saved) + row * Cell::saved * p.hidden + unit;
-      for (int i = 0; i < Cell::saved; ++i) store(to + i * p.hidden, kept[i], n);
+      if constexpr (Cell::forgets >= 0)
+        if (p.decay) multiply_decay(p.decay + run.id * p.hidden + unit, s == run.warm, kept[Cell::forgets], n);
+      for (int i = 0; i < Cell::saved && p.saved; ++i)
+        store(static_cast<T*>(p.saved) + (row * Cell::saved + i) * p.hidden + unit, kept[i], n);
     }
     if constexpr (Cell::has_cell) {
       if (p.cells) store(p.cells + row * p.hidden + unit, now.c, n);

@@ -39,7 +39,7 @@ struct CudaTiling {
 
 const char* cuda_limits(int device, CudaLimits* limits);
 CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
-                              const CudaLimits& limits);
+                                  const CudaLimits& limits);
 int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits& limits);
 
 const char* recurrence_forward_cuda(const ForwardParams&, const CudaLaunch&);   // `threads` is not read

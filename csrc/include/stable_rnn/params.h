@@ -16,7 +16,7 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 2;
+constexpr int interface_number = 3;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is).
@@ -53,7 +53,7 @@ struct ForwardParams {
   const void*
       hidden_bias;   // [H] or null: of the gate whose hidden product has a bias of its own, where the cell has one
   // outputs; rows that no lane writes are left alone
-  void* y;        // [N, P]
+  void* y;        // [N, P] or null
   void* h_n;      // [B, P] or null: state after the last time; h0 where length is 0
   void* c_n;      // [B, H] or null
   void* saved;    // [N, S*H] or null
@@ -63,6 +63,7 @@ struct ForwardParams {
   float* c_start;   // [lanes*B, H]
   float* h_end;     // [lanes*B, P] or null: each lane's state after its last written time
   float* c_end;     // [lanes*B, H]
+  float* decay;     // [lanes*B, H] or null: product of the forget gates over its written times, cells that forget
 };
 
 // Backward: the adjoint recursion over saved states, on lanes in reverse time. Lane j of row b
@@ -75,7 +76,7 @@ struct BackwardParams {
   float cap;
   Lanes lanes;
   // inputs
-  const void* dy;       // [N, P]
+  const void* dy;       // [N, P] or null: zeros
   const void* y;        // [N, P] saved output, cells whose vjp() reads h
   const void* saved;    // [N, S*H]
   const float* cells;   // [N, H] saved, cells that have c
@@ -89,7 +90,7 @@ struct BackwardParams {
   const float* dc_init;   // [n_select, H]
   const void* h0;         // [B, P] or null: zeros; cells whose step() reads its own h
   // outputs
-  void* dz;          // [N, G*H] gradient of xp
+  void* dz;          // [N, G*H] or null: gradient of xp
   void* dh;          // [N, P] or null: the whole adjoint of h (needed for the gradient of w_hr)
   void* dh0;         // [B, P] or null
   void* dc0;         // [B, H] or null; dh_n, dc_n where length is 0
@@ -98,6 +99,7 @@ struct BackwardParams {
   float*
       dh_end;   // [lanes*B, P] or null: each lane's adjoint after its last written time (that is, of the time before it)
   float* dc_end;   // [lanes*B, H]
+  float* decay;    // [lanes*B, H] or null: as in ForwardParams, of the saved forget gates
 };
 
 // The backward pass of windows (stride 1, warmup k-1) for the lanes [first, last): each lane runs forward again and then back through

@@ -53,9 +53,15 @@ def lanes(fields: Fields) -> int:
 
 
 def _borders(p: Problem, batch: int, out: int, hidden: int, like: Tensor) -> list[Tensor]:
-    """Start and end states of all lanes, zero where no lane runs."""
+    """Start and end states of all lanes, zero where no lane runs, and their decay, then 1."""
     count, c_width = p.lanes() * batch, hidden if p.spec.has_cell else 0
-    return [like.new_zeros(count, width, dtype=torch.float32) for width in (out, c_width, out, c_width)]
+    states = [like.new_zeros(count, width, dtype=torch.float32) for width in (out, c_width, out, c_width)]
+    return [*states, like.new_ones(count, 0 if p.spec.forgets is None else hidden, dtype=torch.float32)]
+
+
+def _ends(h_init: Tensor, c_init: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where rows without any time end: where they start."""
+    return h_init.clone(), h_init.new_empty(0) if c_init is None else c_init.clone()
 
 
 class Kernels:
@@ -93,7 +99,7 @@ class Kernels:
             make, padded = self.make, lengths is not None  # rows past a length are zero
             saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
             cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
-            ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 4
+            ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 5
             out = Output(
                 make(xp, padded, n, width),
                 saved,
@@ -137,7 +143,7 @@ class Kernels:
         if out is None:
             empty = y.new_empty(0)
             make, padded = self.make, lengths is not None
-            ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 4
+            ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 5
             out = Adjoint(
                 make(y, padded, n, columns),
                 empty if w_hr is None else make(y, padded, n, width),
@@ -164,3 +170,49 @@ class Kernels:
         kernel, values, _held = self.call(True, fields)
         kernel(*values)
         return out
+
+    def ends(self, inputs: Inputs, p: Problem, h_init: Tensor, c_init: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `reference.ends`."""
+        xp, w_hh, w_hr, hidden_bias, _, _, base, lengths, h_init, c_init = dense(*inputs, h_init, c_init)
+        fields = shared(FORWARD, p.whole(), self.dtype(xp), w_hh, len(h_init), base, lengths)
+        h_end, c_end = _ends(h_init, c_init)
+        fields.update(
+            xp=xp,
+            w_hh=w_hh,
+            w_hr=w_hr,
+            hidden_bias=hidden_bias,
+            h_init=h_init,
+            c_init=c_init,
+            h_end=h_end,
+            c_end=c_end,
+        )
+        kernel, values, _held = self.call(False, fields)
+        kernel(*values)
+        return h_end, c_end
+
+    def adjoint_ends(
+        self, inputs: BackwardInputs, p: Problem, dh_init: Tensor, dc_init: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `reference.adjoint_ends`."""
+        dy, _, _, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, dh_init, dc_init = dense(
+            *inputs, dh_init, dc_init
+        )
+        fields = shared(BACKWARD, p.whole(), self.dtype(y), w_hh, len(dh_init), base, lengths)
+        dh_end, dc_end = _ends(dh_init, dc_init)
+        fields.update(
+            dy=dy,
+            y=y,
+            saved=saved,
+            cells=cells,
+            w_hh=w_hh,
+            w_hr=w_hr,
+            h0=h0,
+            c0=c0,
+            dh_init=dh_init,
+            dc_init=dc_init,
+            dh_end=dh_end,
+            dc_end=dc_end,
+        )
+        kernel, values, _held = self.call(True, fields)
+        kernel(*values)
+        return dh_end, dc_end

@@ -101,4 +101,5 @@ class _Kernels(Kernels):
 
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
+ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
 windowed_backward = partial(windows.windowed_backward, _kernels)

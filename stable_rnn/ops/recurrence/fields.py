@@ -16,11 +16,11 @@ def _nulls(names: str) -> Fields:
 
 _SHARED = "cell dtype threads hidden out cap  steps batch step stride warmup base length select n_select "
 FORWARD = _nulls(
-    _SHARED + "xp w_hh w_hr h0 c0 h_init c_init hidden_bias  y h_n c_n saved cells h_start c_start h_end c_end"
+    _SHARED + "xp w_hh w_hr h0 c0 h_init c_init hidden_bias  y h_n c_n saved cells h_start c_start h_end c_end decay"
 )
 BACKWARD = _nulls(
     _SHARED + "dy y saved cells w_hh w_hr c0 dh_n dc_n dh_init dc_init h0  "
-    "dz dh dh0 dc0 dh_start dc_start dh_end dc_end"
+    "dz dh dh0 dc0 dh_start dc_start dh_end dc_end decay"
 )
 WINDOWED_BACKWARD = _nulls(
     _SHARED + "first last  xp w_hh w_hr h0 c0 dy dh_n dc_n hidden_bias  dz d_hidden h_prev dh m  dxp dh0 dc0"

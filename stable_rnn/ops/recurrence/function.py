@@ -156,7 +156,7 @@ def _adjoint(
     inputs = backward_inputs(dy, dh_n, dc_n, y, saved, cells, state, p)
     found = run.backward(inputs, p) if _plain(*inputs) else ops.recurrence_backward(*inputs, *p)
     *adjoint, report = found
-    back = Adjoint(*adjoint, *(None,) * 4)
+    back = Adjoint(*adjoint, *(None,) * 5)
     if note is not None:
         note.report = report
     wanted = Needs(needs.w_hh, needs.w_hr, needs.hidden_bias)

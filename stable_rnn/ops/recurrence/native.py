@@ -63,6 +63,7 @@ class _Kernels(Kernels):
 
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
+ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:

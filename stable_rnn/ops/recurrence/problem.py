@@ -105,7 +105,7 @@ class Inputs(NamedTuple):
 class BackwardInputs(NamedTuple):
     """The tensors of the op `recurrence_backward`; `y`, `saved`, `cells` as in `Output`."""
 
-    dy: Tensor  # (N, P)
+    dy: Tensor  # (N, P); `adjoint_ends` alone takes None
     dh_n: Tensor  # (B, P)
     dc_n: Tensor | None  # (B, H), cells that have c
     y: Tensor
@@ -166,7 +166,10 @@ def unpack(kind: type[T], arguments: Sequence) -> tuple[T, Problem, *tuple[Any, 
 
 
 class Output(NamedTuple):
-    """What a forward run writes. `*_start`, `*_end` are each lane's state as it begins and ends to write, by lane id."""
+    """What a forward run writes. `*_start`, `*_end` are each lane's state as it begins and ends to write, by lane id.
+
+    `decay` is how much of a change of a lane's start reaches its end directly: the product of the clamped forget gates over the times that
+    the lane writes, 1 where there are none. Long products underflow to 0, which does no harm: nothing of the start is left then."""
 
     y: Tensor  # (N, P)
     saved: Tensor  # (N, S*H), what the cell saves of its steps; empty without, or not saving
@@ -177,10 +180,11 @@ class Output(NamedTuple):
     c_start: Tensor
     h_end: Tensor
     c_end: Tensor
+    decay: Tensor  # (L*B, H) when borders are asked for, cells that forget; else empty
 
 
 class Adjoint(NamedTuple):
-    """What a backward run writes; starts and ends as in `Output`, in reverse time."""
+    """What a backward run writes; starts, ends and decay as in `Output`, in reverse time, over the saved forget gates."""
 
     dz: Tensor  # (N, G*H): the gradient of xp
     dh: Tensor  # (N, P): the whole adjoint of h, with w_hr; else empty
@@ -190,6 +194,7 @@ class Adjoint(NamedTuple):
     dc_start: Tensor
     dh_end: Tensor
     dc_end: Tensor
+    decay: Tensor
 
 
 def row_base(p: Problem, batch: int, base: Tensor | None, device: torch.device) -> Tensor:

@@ -67,6 +67,11 @@ def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
     return torch.cat(parts, 1)
 
 
+def _no_decay(cell: Cell, lanes: int, hidden: int, like: Tensor) -> Tensor:
+    """The decay of lanes before their first step."""
+    return like.new_empty(0) if cell.forgets is None else like.new_ones(lanes, hidden)
+
+
 def forward(
     inputs: Inputs,
     p: Problem,
@@ -94,7 +99,7 @@ def forward(
         c = _mask(from_h0, c0[b], torch.zeros_like(c0[b])).to(kind)
     else:
         h, c = h_init.to(kind), h0.new_zeros(len(b), hidden).to(kind) if c_init is None else c_init.to(kind)
-    h_start, c_start = h, c
+    h_start, c_start, decay = h, c, _no_decay(cell, len(b), hidden, h)
     rows, hs, cs, kept = [], [], [], []
     skipped = max(0, warmup - (p.lanes() - 1) * p.stride)  # before every lane's time 0
     for s in range(skipped, warmup + p.stride) if xp.shape[0] and len(b) else ():
@@ -109,6 +114,8 @@ def forward(
         if s >= warmup:
             rows.append(torch.where(live, row, xp.shape[0]))
             hs.append(h), cs.append(c), kept.append(keep)
+            if borders and decay.numel():
+                decay = _mask(live, decay * cell.forget_gate(keep), decay)
 
     n = xp.shape[0]
     y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
@@ -123,12 +130,12 @@ def forward(
     last, used = row_base(p, batch, base, xp.device), row_length(p, batch, lengths, xp.device)
     last, has = torch.where(used > 0, last + (used - 1) * p.step, 0), (used > 0)
     h_n = _mask(has, y[last], h0) if n else h0.clone()
-    empty, ends = xp.new_empty(0), [xp.new_empty(0)] * 4
+    empty, ends = xp.new_empty(0), [xp.new_empty(0)] * 5
     if cell.has_cell and n:  # the lanes that reach a row's last time
         ending = (first < length) & (first + p.stride >= length)
         c_n = _place([c], torch.where(ending, b, batch)[None], c_n)
     if borders:
-        ends = [h_start, c_start, h, c]
+        ends = [h_start, c_start, h, c, decay]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
     return Output(
@@ -168,7 +175,7 @@ def backward(
         dc = _mask(from_end, dc_n[b], torch.zeros_like(dc_n[b])).to(kind)
     else:
         dh, dc = dh_init.to(kind), dh_n.new_zeros(len(b), hidden).to(kind) if dc_init is None else dc_init.to(kind)
-    dh_start, dc_start = dh, dc
+    dh_start, dc_start, decay = dh, dc, _no_decay(cell, len(b), hidden, dh)
     rows, dzs, dhs = [], [], []
     for s in range(warmup + p.stride) if n and len(b) else ():
         t = first + p.stride + warmup - 1 - s
@@ -176,7 +183,7 @@ def backward(
         row = torch.where(live, start + t * p.step, 0)
         if s == warmup:
             dh_start, dc_start = dh, dc
-        total = dh + dy[row].to(kind)
+        total = dh if dy is None else dh + dy[row].to(kind)
         dm = total if project is None else total @ project
         earlier = torch.where(live & (t > 0), row - p.step, 0)
         h = c = h_before = c_before = None
@@ -194,6 +201,8 @@ def backward(
         if s >= warmup:
             rows.append(torch.where(live, row, n))
             dzs.append(dz), dhs.append(total)
+            if borders and decay.numel():
+                decay = _mask(live, decay * cell.forget_gate(kept), decay)
 
     zs = y.new_zeros(n, width) if out is None else out.dz
     whole = y.new_zeros(n, w_hh.shape[1]) if out is None else out.dh
@@ -204,12 +213,27 @@ def backward(
         whole = _place(dhs, where, whole) if w_hr is not None else whole
         opening = torch.where((first == 0) & (length > 0), b, batch)[None]
         dh0, dc0 = _place([dh], opening, dh0), _place([dc], opening, dc0) if cell.has_cell else dc0
-    empty, ends = y.new_empty(0), [y.new_empty(0)] * 4
+    empty, ends = y.new_empty(0), [y.new_empty(0)] * 5
     if borders:
-        ends = [dh_start, dc_start, dh, dc]
+        ends = [dh_start, dc_start, dh, dc, decay]
         if ids is not None:
             ends = [old.index_copy(0, ids, new) for old, new in zip(out[4:], ends, strict=True)]
     return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
+
+
+def ends(inputs: Inputs, p: Problem, h_init: Tensor, c_init: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where rows end that start from `h_init` (B, P) and `c_init` (B, H), in the arithmetic's dtype: h_end, and c_end of cells that have
+    c, else empty. Rows run whole; they may share their times of xp, for no output is stored but the ends. h0 and c0 are not read."""
+    out = forward(inputs._replace(h0=h_init, c0=c_init), p.whole(), False, True, h_init=h_init, c_init=c_init)
+    return out.h_end, out.c_end if p.spec.has_cell else h_init.new_empty(0)
+
+
+def adjoint_ends(inputs: BackwardInputs, p: Problem, dh_init: Tensor, dc_init: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `ends`, of the adjoints in reverse time: of the states before each row's time 0. `dy` may be None, which stands for zeros; dh_n
+    and dc_n are not read, h0 and c0 are."""
+    given = inputs._replace(dh_n=dh_init, dc_n=dc_init)
+    out = backward(given, p.whole(), True, dh_init=dh_init, dc_init=dc_init)
+    return out.dh_end, out.dc_end if p.spec.has_cell else dh_init.new_empty(0)
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> tuple[Tensor | None, ...]:

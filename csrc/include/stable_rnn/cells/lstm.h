@@ -8,7 +8,7 @@ namespace stable_rnn {
 
 struct Lstm {
   static constexpr bool is(int code) { return code == 2; }
-  static constexpr int gates = 4, saved = 4, hidden_bias = -1;
+  static constexpr int gates = 4, saved = 4, forgets = 1, hidden_bias = -1;
   static constexpr bool has_cell = true, projects = true, h_before = false, h_after = false;
 
   float cap;   // upper bound of the forget gate; 1: none

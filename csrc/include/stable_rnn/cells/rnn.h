@@ -7,7 +7,7 @@ namespace stable_rnn {
 struct Rnn {
   static constexpr int tanh_code = 0, relu_code = 1;
   static constexpr bool is(int code) { return code == tanh_code || code == relu_code; }
-  static constexpr int gates = 1, saved = 0, hidden_bias = -1;
+  static constexpr int gates = 1, saved = 0, forgets = -1, hidden_bias = -1;
   static constexpr bool has_cell = false, projects = false, h_before = false, h_after = true;
 
   bool relu;
