@@ -79,7 +79,7 @@ def scan(f: Fields) -> None:
     start = (f["c0"] if cell.has_cell else f["h0"])[:, units].to(kind)
     if cell.has_cell or cell.carries:
         states = linear_scan(
-            torch.where(live, _forget(cell, saved, shape), 1.0),
+            torch.where(live, cell.forget_gate(saved).view(shape), 1.0),
             torch.where(live, (c if cell.has_cell else h).view(shape), 0.0),
             start,
         )
@@ -131,7 +131,7 @@ def scan_backward(f: Fields) -> None:
     dz, handed = cell.vjp(dh, dc, saved, after, before, clamp)
     if cell.has_cell or cell.carries:
         state = handed.c if cell.has_cell else handed.h
-        a = torch.where(live, _forget(cell, saved, shape), 1.0)
+        a = torch.where(live, cell.forget_gate(saved).view(shape), 1.0)
         b = torch.where(live, state.view(shape), 0.0)
         end = f["dc_n"][:, units].to(kind) if cell.has_cell else torch.zeros_like(b[0])
         found = linear_scan(a.flip(0), b.flip(0), end).flip(0)  # at the start of each time
@@ -151,8 +151,3 @@ def scan_backward(f: Fields) -> None:
 
 def _kind(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _forget(cell: Cell, saved: Tensor, shape: tuple[int, ...]) -> Tensor:
-    assert cell.forgets is not None
-    return saved.chunk(cell.saved, 1)[cell.forgets].view(shape)

@@ -43,7 +43,7 @@ class Scanned:
             make(n, hidden, dtype=self.kind(xp.dtype)) if save and cell.has_cell else empty,
             rows_like(h0),
             rows_like(c0) if cell.has_cell else empty,
-            *[empty] * 4,
+            *[empty] * 5,
         )
         if not p.steps or not hidden:
             return out._replace(h_n=h0.clone(), c_n=c0.clone() if cell.has_cell else empty)
@@ -63,7 +63,7 @@ class Scanned:
         n, (columns, hidden), cell, empty = y.shape[0], w_hh.shape, p.spec, y.new_empty(0)
         make, batch, kind = y.new_empty if lengths is None else y.new_zeros, dh_n.shape[0], self.kind(y.dtype)
         dh0 = torch.zeros_like(dh_n, dtype=kind)  # the part that a cell carries
-        out = Adjoint(make(n, columns), empty, dh0, rows_like(c0) if cell.has_cell else empty, *[empty] * 4)
+        out = Adjoint(make(n, columns), empty, dh0, rows_like(c0) if cell.has_cell else empty, *[empty] * 5)
         if not p.steps or not hidden:
             return out._replace(dh0=dh_n.clone(), dc0=dc_n.clone() if cell.has_cell else empty)
         after = y.new_zeros(n, columns, dtype=self.kept(y.dtype))  # d_hidden one step later
