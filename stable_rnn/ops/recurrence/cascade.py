@@ -16,7 +16,12 @@ def groups(w_hh: Tensor, gates: int) -> tuple[int, ...]:
     `ValueError` where a unit reads itself or a later unit. On a GPU the answer is kept as long as torch counts no change of the weight:
     to look means to wait for the device."""
     if w_hh.device.type == "cpu" or w_hh.is_inference():  # whose changes nobody counts
-        return _find(w_hh, gates)
+        return find(w_hh, gates)
+    return remembered(w_hh, gates)
+
+
+def remembered(w_hh: Tensor, gates: int) -> tuple[int, ...]:
+    """As `find`, which is asked only once for each version of a weight."""
     storage = w_hh.untyped_storage()
     place = storage._cdata, w_hh.storage_offset(), w_hh.shape, w_hh.stride(), w_hh.dtype, w_hh.is_neg()
     key = (*place, w_hh._version)
@@ -24,16 +29,15 @@ def groups(w_hh: Tensor, gates: int) -> tuple[int, ...]:
         full = len(_found) >= _MOST
         for old in [k for k, (alive, _) in _found.items() if full or k[:-1] == place or alive.expired()]:
             del _found[old]
-        _found[key] = (
-            StorageWeakRef(storage),
-            _find(w_hh, gates),
-        )  # while it is referred to, no other storage has this address
+        # while a storage is referred to, no other has its address
+        _found[key] = StorageWeakRef(storage), find(w_hh, gates)
     return _found[key][1]
 
 
-def _find(w_hh: Tensor, gates: int) -> tuple[int, ...]:
+def find(w_hh: Tensor, gates: int) -> tuple[int, ...]:
+    """`groups`, by a look at every entry."""
     hidden = w_hh.shape[1]
-    used = (w_hh.detach().view(gates, hidden, hidden) != 0).any(0)
+    used = (w_hh.detach().reshape(gates, hidden, hidden) != 0).any(0)
     reads = (used * torch.arange(1, hidden + 1, device=w_hh.device)).amax(1).tolist() if hidden else []
     starts = [0]
     for unit, read in enumerate(reads):  # read: 1 + the last unit that this one reads, or 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cells import Cell, State, of_code
+from ...cells import State, of_code
 from .fields import Fields
 from .problem import Problem, row_base, row_length
 
