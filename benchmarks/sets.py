@@ -14,15 +14,18 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stable_rnn import Certified, ForgetCap, Stability, StableLSTM, StableRNN
+from stable_rnn import Cascade, Certified, ForgetCap, StableLSTM, StableRNN
 from stable_rnn._errors import UserError
 from stable_rnn.ops.spectral import row_project_, spectral_norm_bound
+from stable_rnn.stability import Stability
+from stable_rnn.stability.cascade import borders
 from stable_rnn.stability.cells import STABILITY
 from stable_rnn.stability.weights import layer_names
 
@@ -122,6 +125,37 @@ class Scaled(Stability):
         return rate, math.ceil(math.log(float(self.e.norm() / self.e.min()) / 1e-3) / -math.log(rate))
 
 
+class Balls(Stability):
+    """Groups whose units may read each other too: blocks of W_hh above the diagonal are 0, those on it lie within `norm` (LSTM: each row
+    times the factor of `Certified(clamp=True)`'s norm, for the clamp `forget`)."""
+
+    def __init__(self, groups: int, norm: float, forget: float | None = None) -> None:
+        self.groups, self.norm = groups, norm
+        self.inner = None if forget is None else Certified(clamp=True, forget=forget)
+
+    def cap_of(self, cell: str) -> float:
+        return 1.0 if self.inner is None else self.inner.cap_of(cell)
+
+    @torch.no_grad()
+    def project_(self, module: nn.Module, certify: bool = True) -> None:
+        w = module.weight_hh_l0
+        H = w.shape[1]
+        rows = torch.ones(len(w))
+        if self.inner is not None:
+            weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+            ((_, scales, bound),) = STABILITY["lstm"].balls(weights, layer_names(module)[0][0], self.inner, 0.0)
+            rows = (scales.float() * self.norm / bound).repeat_interleave(H)
+        gates, scaled = w.view(-1, H, H), rows.view(-1, H)
+        edges = borders(H, self.groups)
+        for a, b in zip(edges, edges[1:]):
+            gates[:, a:b, b:] = 0
+            block = (gates[:, a:b, a:b] * scaled[:, a:b, None]).flatten(0, 1)
+            gates[:, a:b, a:b] = clipped(block, self.norm).view(-1, b - a, b - a) / scaled[:, a:b, None]
+
+    def proven(self, module: nn.Module) -> tuple[None, None]:
+        return None, None
+
+
 def balance(w: Tensor, e: Tensor) -> Tensor:
     """e (H,) for which the rows of unit j in E w E^-1, w (G*H, H), are nearly as long as its column (Osborne 1960)."""
     for _ in range(5):
@@ -136,6 +170,17 @@ def clipped(w: Tensor, bound: float) -> Tensor:
     return (u * s.clamp(max=bound)) @ vh
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of a model at the parameters, those that may differ from zero, of the others."""
+
+    hidden: float = 1.0  # times --hidden
+    layers: int = 1
+
+
+DEEP, WIDE = Shape(0.61, 2), Shape(1.43)
+SHAPES = {"two layers": DEEP, "wider": WIDE}  # behind the comma of a set's name
+
 SETS: dict[str, Callable[[], Stability | None]] = {
     "rnn/plain": lambda: None,
     "rnn/Certified()": lambda: Certified(),
@@ -148,16 +193,29 @@ SETS: dict[str, Callable[[], Stability | None]] = {
     "lstm/Certified()": lambda: Certified(),
     "lstm/Certified(), clipped": lambda: Metric(0.0),
     "lstm/Certified(), nearest rows": lambda: NearestRows(2.0),
-    "lstm/Certified(cap=True)": lambda: Certified(cap=True),
-    "lstm/Certified(cap=True), clipped": lambda: Metric(0.0, cap=True),
-    "lstm/Certified(cap=True), exponent 1": lambda: Metric(1.0, cap=True),
-    "lstm/Certified(cap=True), exponent 3": lambda: Metric(3.0, cap=True),
-    "lstm/Certified(cap=True, forget=0.4)": lambda: Certified(cap=True, forget=0.4),
-    "lstm/Certified(cap=True, forget=0.8)": lambda: Certified(cap=True, forget=0.8),
-    "lstm/Certified(cap=True, forget=0.9)": lambda: Certified(cap=True, forget=0.9),
-    "lstm/Certified(cap=True, forget=0.8), balanced": lambda: Metric(2.0, balanced=True, cap=True, forget=0.8),
-    "lstm/Certified(0.97, cap=True, forget=0.8)": lambda: Certified(0.97, cap=True, forget=0.8),
-    "lstm/Certified(0.95, cap=True, forget=0.8)": lambda: Certified(0.95, cap=True, forget=0.8),
+    "lstm/Certified(clamp=True)": lambda: Certified(clamp=True),
+    "lstm/Certified(clamp=True), clipped": lambda: Metric(0.0, clamp=True),
+    "lstm/Certified(clamp=True), exponent 1": lambda: Metric(1.0, clamp=True),
+    "lstm/Certified(clamp=True), exponent 3": lambda: Metric(3.0, clamp=True),
+    "lstm/Certified(clamp=True, forget=0.4)": lambda: Certified(clamp=True, forget=0.4),
+    "lstm/Certified(clamp=True, forget=0.8)": lambda: Certified(clamp=True, forget=0.8),
+    "lstm/Certified(clamp=True, forget=0.9)": lambda: Certified(clamp=True, forget=0.9),
+    "lstm/Certified(clamp=True, forget=0.8), balanced": lambda: Metric(2.0, balanced=True, clamp=True, forget=0.8),
+    "lstm/Certified(0.97, clamp=True, forget=0.8)": lambda: Certified(0.97, clamp=True, forget=0.8),
+    "lstm/Certified(0.95, clamp=True, forget=0.8)": lambda: Certified(0.95, clamp=True, forget=0.8),
+    "rnn/Cascade()": lambda: Cascade(),
+    "rnn/Cascade(16)": lambda: Cascade(16),
+    "rnn/Cascade(), wider": lambda: Cascade(),
+    "rnn/8 groups with a ball of 0.8": lambda: Balls(8, 0.8),
+    "lstm/Cascade()": lambda: Cascade(),
+    "lstm/Cascade(4)": lambda: Cascade(4),
+    "lstm/Cascade(16)": lambda: Cascade(16),
+    "lstm/Cascade(forget=0.7)": lambda: Cascade(forget=0.7),
+    "lstm/Cascade(forget=0.9)": lambda: Cascade(forget=0.9),
+    "lstm/Cascade(), wider": lambda: Cascade(),
+    "lstm/Cascade(4), two layers": lambda: Cascade(4),
+    "lstm/plain, two layers": lambda: None,
+    "lstm/8 groups with a ball of 0.99": lambda: Balls(8, 0.99, forget=0.8),
 }
 CELLS = {"rnn": StableRNN, "lstm": StableLSTM}
 
@@ -168,10 +226,12 @@ CELLS = {"rnn": StableRNN, "lstm": StableLSTM}
 class Model(nn.Module):
     """Symbols (T, B) to logits (T, B, V)."""
 
-    def __init__(self, cell: type[nn.Module], symbols: int, hidden: int, stability: Stability | None) -> None:
+    def __init__(
+        self, cell: type[nn.Module], symbols: int, hidden: int, stability: Stability | None, layers: int = 1
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(symbols, 32)
-        self.rnn = cell(32, hidden, stability=stability)
+        self.rnn = cell(32, hidden, layers, stability=stability)
         self.readout = nn.Linear(hidden, symbols)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -199,10 +259,12 @@ def held_out(model: Model, valid: Tensor) -> float:
     return functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item() / math.log(2)
 
 
-def train(name: str, seed: int, text: tuple[Tensor, Tensor, int], hidden: int, steps: int) -> dict:
+def train(
+    name: str, seed: int, text: tuple[Tensor, Tensor, int], hidden: int, steps: int, weights: Path | None = None
+) -> dict:
     torch.manual_seed(seed)
-    stability, (train, valid, symbols) = SETS[name](), text
-    model = Model(CELLS[name.partition("/")[0]], symbols, hidden, stability)
+    stability, (train, valid, symbols), shape = SETS[name](), text, SHAPES.get(name.rpartition(", ")[2], Shape())
+    model = Model(CELLS[name.partition("/")[0]], symbols, round(hidden * shape.hidden), stability, shape.layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draw, reach, began = torch.Generator().manual_seed(seed), torch.arange(STRETCH + 1), time.perf_counter()
@@ -220,6 +282,9 @@ def train(name: str, seed: int, text: tuple[Tensor, Tensor, int], hidden: int, s
     if stability is not None:
         stability.project_(model.rnn)
     seconds = time.perf_counter() - began
+    if weights is not None:
+        weights.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), weights / f"{name.replace('/', ' ')} {steps} {seed}.pt")
     rate, window = stability.proven(model.rnn) if hasattr(stability, "proven") else certified(model.rnn)
     return dict(
         name=name,
@@ -262,6 +327,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--weights", type=Path, help="a folder that keeps the trained models")
     args = parser.parse_args()
     for name in args.sets:
         if name not in SETS:
@@ -276,7 +342,7 @@ def main() -> None:
         for name in args.sets or SETS:
             if any(r["name"] == name and r["seed"] == seed for r in log.rows):
                 continue
-            log.add(train(name, seed, text, args.hidden, args.steps))
+            log.add(train(name, seed, text, args.hidden, args.steps, args.weights))
             print(log.rows[-1], flush=True)
     print(table(log.rows))
 

@@ -1,4 +1,4 @@
-"""Stable recurrent networks: `nn.RNN` and `nn.LSTM` whose long sequences need not be run one step after the other."""
+"""Stable recurrent networks: `nn.RNN`, `nn.GRU` and `nn.LSTM` whose long sequences need not be run one step after the other."""
 
 from typing import TYPE_CHECKING
 
@@ -9,22 +9,25 @@ if TYPE_CHECKING or not from_command_line():
     from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
     from ._moved import moved as __getattr__
     from .convert import stabilize, unstabilize
-    from .modules import StableLSTM, StableRNN
+    from .modules import StableGRU, StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
     from .plans import Chunked, Recurrent, Scanned, Verified, Windowed, use_plan
-    from .stability import Certified, ForgetCap
+    from .stability import Cascade, Certified, ForgetCap
     from .stability.certificate import certificate
-    from .step_cells import StableLSTMCell, StableRNNCell
+    from .step_cells import StableGRUCell, StableLSTMCell, StableRNNCell
 else:
     from ._entry import whole_package as __getattr__  # noqa: F401
 
 __all__ = [
+    "Cascade",
     "Certified",
     "Chunked",
     "ForgetCap",
     "Recurrent",
     "Scanned",
+    "StableGRU",
+    "StableGRUCell",
     "StableLSTM",
     "StableLSTMCell",
     "StableRNN",

@@ -7,10 +7,11 @@ reason  why `lib` is None, or None
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch  # noqa: F401  before _C, so that the OpenMP runtime that torch brings serves both
 
-INTERFACE = 4  # `interface_number` of csrc/include/stable_rnn/params.h
+INTERFACE = 5  # `interface_number` of csrc/include/stable_rnn/params.h
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -32,4 +33,5 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
+lib: Any  # its functions have no types
 lib, reason = _load()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from . import watch
@@ -19,9 +20,10 @@ from .stability.weights import CLAMP, clamp_text, saved_clamp
 class Bookkeeping(nn.Module):
     """Shared by the modules and the cells, before torch's class in the order of bases."""
 
-    mode: str  # torch's: "LSTM", "RNN_TANH" or "RNN_RELU"
+    mode: str  # torch's: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"
     stability: Stability | None
     backend: str
+    hidden_size: int
     _adopted: tuple[str, ...]  # the attributes that torch's class doesn't have
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -29,7 +31,7 @@ class Bookkeeping(nn.Module):
         if name == "plan":
             check_plan(value)
         elif name == "stability":
-            check_stability(value, self.mode)
+            check_stability(value, self.mode, getattr(self, "proj_size", 0))
         elif name == "backend":
             check_name(value)
         super().__setattr__(name, value)
@@ -37,7 +39,16 @@ class Bookkeeping(nn.Module):
     @property
     def _cap(self) -> float:
         """What the cell clamps its forget gate at; 1.0 means no clamp."""
-        return 1.0 if self.stability is None or MODES[self.mode].forgets is None else self.stability.cap
+        cell = MODES[self.mode]
+        return 1.0 if self.stability is None or cell.forgets is None else self.stability.cap_of(cell.name)
+
+    def _trained(self, w_hh: Tensor) -> Tensor:
+        """W_hh as the forward pass takes it; the stable set says what of it trains."""
+        if (
+            self.stability is None or not torch.is_grad_enabled() or torch.jit.is_tracing()
+        ):  # a trace is checked without
+            return w_hh
+        return self.stability.trained(w_hh, self.hidden_size)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`. On the way to eval mode, a module that promises a certified set and was trained without a projection

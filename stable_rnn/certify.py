@@ -18,6 +18,7 @@ DEEP = 10_000  # characters of the keys that lead to a layer; only a file made t
 NEXT = """
 NOT certified: such a layer may forget, but it is not proven. What to do next:
   a proof      model = stabilize(model, stability=Certified()); project_() on its layers, project_after_step(optimizer, model) in training
+               stability=Cascade() instead, for models to be trained anew: less accuracy lost, a shorter window
   no proof     stability=ForgetCap(0.9) clamps the forget gates of an LSTM: train on with it, it forgets in practice
   no change    plan=Verified() cuts long sequences and checks every border, whatever the weights are"""
 

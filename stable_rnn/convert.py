@@ -10,14 +10,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .bookkeeping import Bookkeeping
-from .modules import StableLSTM, StableRNN, StableRNNBase
+from .modules import StableGRU, StableLSTM, StableRNN, StableRNNBase
 from .ops.backends import check_name
 from .plans import Plan, Recurrent, check_plan
 from .stability import Stability, check_stability, project_all_
-from .step_cells import StableCellBase, StableLSTMCell, StableRNNCell
+from .stability.weights import mode_of
+from .step_cells import StableCellBase, StableGRUCell, StableLSTMCell, StableRNNCell
 
-_MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.LSTM: StableLSTM}
-_CELLS: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNNCell: StableRNNCell, nn.LSTMCell: StableLSTMCell}
+_MODULES: dict[type[nn.Module], type[Bookkeeping]] = {nn.RNN: StableRNN, nn.GRU: StableGRU, nn.LSTM: StableLSTM}
+_CELLS: dict[type[nn.Module], type[Bookkeeping]] = {
+    nn.RNNCell: StableRNNCell,
+    nn.GRUCell: StableGRUCell,
+    nn.LSTMCell: StableLSTMCell,
+}
 _PLAIN = {form: plain for plain, form in (_MODULES | _CELLS).items()}
 _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 
@@ -30,7 +35,8 @@ def stabilize(
     project: bool = False,
     cells: bool = False,
 ) -> nn.Module:
-    """Turn every `nn.RNN` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableLSTM` and return the model.
+    """Turn every `nn.RNN`, `nn.GRU` and `nn.LSTM` in `model` (itself included) into a `StableRNN`, `StableGRU`, `StableLSTM` and return
+    the model.
 
     The modules become stable where they are, as the same objects: Parameters and what shares them, hooks, buffers, attributes, optimizers,
     wrappers and `torch.compile` around them stay, and whoever else holds such a module sees the change. By default the model computes what
@@ -40,9 +46,9 @@ def stabilize(
     plan       how the modules run
     backend    "auto", or the backend that must run them
     project    move the weights into the set now, all or none
-    cells      also `nn.RNNCell` and `nn.LSTMCell`, which become `StableRNNCell` and `StableLSTMCell`
+    cells      also `nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell`, which become `StableRNNCell`, `StableGRUCell` and `StableLSTMCell`
 
-    Left alone, with a warning that says why: `nn.GRU`, subclasses, modules with a `forward` of their own, TorchScript and quantized
+    Left alone, with a warning that says why: subclasses, modules with a `forward` of their own, TorchScript and quantized
     modules, and computed weights (parametrizations, weight norm, spectral norm, pruning, flattened FSDP parameters). `fully_shard` comes
     after `stabilize`; DistributedDataParallel, DataParallel and `torch.compile` may come before or after.
 
@@ -70,14 +76,15 @@ def stabilize(
         akin = "; ".join(f"{name} is {why}" for name, why in left.items())
         akin = f" that can be swapped: {akin}" if akin else ""
         raise ValueError(
-            f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.LSTM or cell' if cells else 'nn.RNN or nn.LSTM'}{akin}"
+            f"stabilize: {type(model).__name__} holds no {'nn.RNN, nn.GRU, nn.LSTM or cell' if cells else 'nn.RNN, nn.GRU or nn.LSTM'}"
+            f"{akin}"
         )
     for m in targets.values():
-        check_stability(stability, _mode(m))
+        check_stability(stability, mode_of(m), getattr(m, "proj_size", 0))
     for name, why in left.items():
         warnings.warn(f"stabilize: {name} is {why} and is left alone", stacklevel=2)
     for m in targets.values():
-        mode, form = _mode(m), forms[type(m)]
+        mode, form = mode_of(m), forms[type(m)]
         m.__class__ = form
         if isinstance(m, StableCellBase):
             m._adopt(mode, stability, backend)
@@ -95,7 +102,8 @@ def stabilize(
 
 
 def unstabilize(model: nn.Module, allow_change: bool = False) -> nn.Module:
-    """Turn every `StableRNN`, `StableLSTM` and cell in `model` (itself included) back into torch's, in place, and return the model.
+    """Turn every `StableRNN`, `StableGRU`, `StableLSTM` and cell in `model` (itself included) back into torch's, in place, and return
+    the model.
 
     For what knows torch's own classes only: quantization, TorchScript, ONNX, `isinstance(m, nn.LSTM)`. Parameters, hooks, buffers and
     attributes stay the same objects, plans and stable sets are dropped: the model then runs plainly through whole sequences. A model
@@ -130,16 +138,6 @@ def _revert(m: Bookkeeping) -> None:
     m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]  # from here on it is no Bookkeeping
 
 
-def _mode(m: nn.Module) -> str:
-    return (
-        m.mode
-        if isinstance(m, nn.RNNBase)
-        else "RNN_" + m.nonlinearity.upper()
-        if isinstance(m, nn.RNNCell)
-        else "LSTM"
-    )
-
-
 def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) -> str | None:
     """What a recurrent module is that cannot be swapped; None for one that can, and for all others."""
     scripted = isinstance(m, torch.jit.ScriptModule)
@@ -150,8 +148,6 @@ def _obstacle(m: nn.Module, forms: Mapping[type[nn.Module], type[Bookkeeping]]) 
         return f"a quantized {name}, {type(m).__module__}.{name} (stabilize the float model)"
     if isinstance(m, Bookkeeping) or not isinstance(m, (nn.RNNBase, nn.RNNCellBase)):
         return None
-    if type(m) in (nn.GRU, nn.GRUCell):
-        return f"an nn.{name}, which has no stable form here"
     if type(m) in _CELLS and type(m) not in forms:
         return f"an nn.{name} (cells=True makes it a {_CELLS[type(m)].__name__})"
     if type(m) not in forms:

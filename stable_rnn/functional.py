@@ -1,7 +1,7 @@
 """The recurrences of one layer and direction as functions, and the spectral ops: for modules of one's own.
 
-`lstm` and `rnn` take torch's weights and a plan; gradients, `torch.func`, `torch.compile` and `torch.export` go through them as through
-the modules. `spectral_*` and `row_project_` bring matrices into norm balls.
+`lstm`, `gru` and `rnn` take torch's weights and a plan; gradients, `torch.func`, `torch.compile` and `torch.export` go through them as
+through the modules. `spectral_*` and `row_project_` bring matrices into norm balls.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .validate import describe, suits
 
 __all__ = [
     "SpectralState",
+    "gru",
     "lstm",
     "rnn",
     "row_project_",
@@ -61,12 +62,39 @@ def lstm(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, naming the tensor; a clamp outside of (0, 1]; a backend that cannot
     run the problem. TypeError for what is no tensor or plan. RuntimeError for a sequence without steps."""
-    if not 0 < clamp <= 1:
-        raise ValueError(f"lstm: clamp must lie in (0, 1], got {clamp}")
     y, h, c = _run(
         "lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend
     )
     return y, (h, c)
+
+
+def gru(
+    input: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+    plan: Plan = Recurrent(),
+    clamp: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One layer and direction of a GRU (gate order r, z, n) under a plan.
+
+        x_r, x_z, x_n = split(W_ih x_t + b_ih);   q_r, q_z, q_n = split(W_hh h_{t-1} + b_hh)
+        r, z = sigmoid(x_r + q_r), min(sigmoid(x_z + q_z), clamp);   n = tanh(x_n + r q_n);   h_t = (1 - z) n + z h_{t-1}
+
+    input (T, B, I), or (B, T, I) with batch_first; w_ih (3H, I), w_hh (3H, H), b_ih, b_hh (3H,), h0 (B, H), zeros when not given;
+    lengths and reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H). Equivalent to, without
+    lengths and clamp and with `Recurrent()`: one layer of `torch.nn.GRU`."""
+    y, h, _ = _run(
+        "gru", input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, clamp, backend
+    )
+    return y, h
 
 
 def rnn(
@@ -120,6 +148,8 @@ def _run(
         needed = key in ("input", "w_ih", "w_hh")
         if not isinstance(t, Tensor) and (needed or t is not None):
             raise TypeError(f"{name}: {key} must be a Tensor{'' if needed else ' or None'}, got {type(t).__name__}")
+    if not 0 < clamp <= 1:
+        raise ValueError(f"{name}: clamp must lie in (0, 1], got {clamp}")
     check_plan(plan), check_name(backend)
     if x.dim() != 3 or w_ih.dim() != 2 or w_hh.dim() != 2:
         raise ValueError(

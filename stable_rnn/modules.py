@@ -1,4 +1,4 @@
-"""`StableRNN` and `StableLSTM`: `nn.RNN` and `nn.LSTM` with a plan and a stable set of weights."""
+"""`StableRNN`, `StableGRU` and `StableLSTM`: `nn.RNN`, `nn.GRU` and `nn.LSTM` with a plan and a stable set of weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .plans import Plan, Recurrent, Report, Verified, check_plan
 from .stability import Certificate, Certified, Stability, certificate, check_stability
 from .validate import check_state, check_weight, describe, pair
 
-_TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm}
+_TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm, "gru": _VF.gru}
 
 
 class StableRNNBase(Bookkeeping, nn.RNNBase):
-    """What both modules share: the stack of layers, the plan, the stable set."""
+    """What the modules share: the stack of layers, the plan, the stable set."""
 
     stability: Stability | None = None
     plan: Plan
@@ -111,6 +111,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             found.append([getattr(self, name) for name in names])
             for name, w, shape in zip(names, found[-1], shapes):
                 check_weight(name, w, shape, x, cast)
+            found[-1][1] = self._trained(found[-1][1])
         return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +186,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     def _forward(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
     ) -> tuple[Tensor | PackedSequence, tuple]:
-        """Both modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
+        """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
         if self.training:
             watch.trains(self)
         if isinstance(input, PackedSequence):
@@ -272,8 +273,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             bidirectional=self.bidirectional,
             device=device,
         )
-        if self._cell == "lstm":
+        if self.mode == "LSTM":
             return nn.LSTM(self.input_size, self.hidden_size, proj_size=self.proj_size, **options)
+        if self.mode == "GRU":
+            return nn.GRU(self.input_size, self.hidden_size, **options)
         return nn.RNN(self.input_size, self.hidden_size, nonlinearity=self.nonlinearity, **options)
 
     def extra_repr(self) -> str:
@@ -281,12 +284,34 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return ", ".join(extra + ([f"backend={self.backend!r}"] if self.backend != "auto" else []))
 
 
-class StableRNN(StableRNNBase):
+class OneStateBase(StableRNNBase):
+    """What the modules share whose state is h alone."""
+
+    _not_2d_or_3d: str  # torch's error
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx, lengths=lengths)
+        if hx is not None and not isinstance(hx, Tensor):
+            raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
+        if not isinstance(input, PackedSequence):
+            if input.dim() not in (2, 3):
+                raise ValueError(self._not_2d_or_3d.format(input.dim()))
+            if hx is not None and hx.dim() != input.dim():
+                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
+                raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
+        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
+        return y, hidden[0]
+
+
+class StableRNN(OneStateBase):
     """Drop-in replacement of `torch.nn.RNN`: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
 
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
@@ -294,6 +319,8 @@ class StableRNN(StableRNNBase):
     lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
     the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
     """
+
+    _not_2d_or_3d = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
     def __init__(
         self,
@@ -335,21 +362,59 @@ class StableRNN(StableRNNBase):
             **kwargs,
         )
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths=lengths)
-        if hx is not None and not isinstance(hx, Tensor):
-            raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
-        if not isinstance(input, PackedSequence):
-            if input.dim() not in (2, 3):
-                raise ValueError(f"RNN: Expected input to be 2D or 3D, got {input.dim()}D tensor instead")
-            if hx is not None and hx.dim() != input.dim():
-                kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
-                raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
-        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
-        return y, hidden[0]
+
+class StableGRU(OneStateBase):
+    """Drop-in replacement of `torch.nn.GRU` (gate order r, z, n; the reset gate comes after the product):
+
+        r, z = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr), sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn));   h_t = (1 - z) n + z h_{t-1}
+
+    Arguments, parameter names, shapes and errors are those of `nn.GRU`; keyword-only extras:
+
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      update gate z, which keeps h, at f), or None (plain weights)
+    - `plan`, `backend` as for `StableLSTM`
+
+    `forward(input, hx=None, *, lengths=None)` as of `StableRNN`.
+    """
+
+    _not_2d_or_3d = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        plan: Plan = Recurrent(),
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            stability=stability,
+            plan=plan,
+            backend=backend,
+            **kwargs,
+        )
 
 
 class StableLSTM(StableRNNBase):
@@ -357,8 +422,8 @@ class StableLSTM(StableRNNBase):
 
     Arguments, parameter names, shapes and errors are those of `nn.LSTM`; keyword-only extras:
 
-    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `ForgetCap(f)` (the cell clamps its forget gate
-      at f), or None (plain weights)
+    - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
+      forget gate at f), or None (plain weights)
     - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 

@@ -212,7 +212,7 @@ def use_plan(model: _M, plan: Plan) -> Iterator[_M]:
     check_plan(plan)
     found = [m for m in model.modules() if _has_plan(m)]
     if not found:
-        raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN or StableLSTM")
+        raise ValueError(f"use_plan: {type(model).__name__} holds no StableRNN, StableGRU or StableLSTM")
     before = [m.plan for m in found]
     try:
         for m in found:

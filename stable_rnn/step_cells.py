@@ -1,4 +1,4 @@
-"""`StableRNNCell` and `StableLSTMCell`: `nn.RNNCell` and `nn.LSTMCell` with a stable set, and one call into C++ per step on the CPU."""
+"""`StableRNNCell`, `StableGRUCell` and `StableLSTMCell`: torch's cells with a stable set, and one call into C++ per step on the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .validate import cell_pair, check_state, check_weight, describe
 
 
 class StableCellBase(Bookkeeping, nn.RNNCellBase):
-    """What both cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
+    """What the cells share. For certificates and projections a cell is a stack of one layer, under the names of `nn.RNNBase`."""
 
     num_layers, bidirectional, proj_size, batch_first = 1, False, 0, False
     nonlinearity: str  # of the RNN
@@ -77,6 +77,8 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
     def _plain(self, device: str) -> nn.RNNCellBase:
         if self.mode == "LSTM":
             return nn.LSTMCell(self.input_size, self.hidden_size, self.bias, device=device)
+        if self.mode == "GRU":
+            return nn.GRUCell(self.input_size, self.hidden_size, self.bias, device=device)
         return nn.RNNCell(self.input_size, self.hidden_size, self.bias, self.nonlinearity, device=device)
 
     def _step(self, x: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -85,13 +87,14 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             watch.trains(self)
         w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         backend = requested(self.backend)
-        if backend in ("auto", "cpu", "torch") and native.can_step(x, h, c, weights):
+        if backend in ("auto", "cpu", "torch") and native.can_step(self._cell, x, h, c, weights):
             return native.cell_step(self._cell, x, h, c, weights, self._cap)
         kind = autocast_dtype(x)
         self._check_tensors(x, h, c, kind is not None)
         if kind is not None:
-            # the results have the dtypes of torch's cells, whose c, but on GPUs, is added to in its own
-            out = torch.promote_types(kind, c.dtype) if c is not None and x.device.type == "cpu" else kind
+            # the results have the dtypes of torch's cells, whose c, or a GRU's h, is added to in its own, but on GPUs
+            kept = h if MODES[self.mode].carries else c
+            out = torch.promote_types(kind, kept.dtype) if kept is not None and x.device.type == "cpu" else kind
             inner = w_hh.dtype
             with torch.autocast(x.device.type, enabled=False):
                 h_new, c_new = self._step(x.to(inner), h.to(inner), None if c is None else c.to(inner))
@@ -100,6 +103,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             backend = "cpu" if native.can_run(None, x)[0] else "reference"
         bias, hidden_bias = MODES[self.mode].biases(b_ih, b_hh)
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
+        w_hh = self._trained(w_hh)
         _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, p)
         return h, c
 
@@ -138,7 +142,30 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
                 check_state(f"hidden{number}", state, x)
 
 
-class StableRNNCell(StableCellBase):
+class OneStateCellBase(StableCellBase):
+    """What the cells share whose state is h alone."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._leaf(input, hx)
+        name = self.mode.partition("_")[0] + "Cell"  # torch's
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and not isinstance(hx, Tensor):
+            raise AttributeError(
+                f"{name}: hx must be a tensor, got {describe(hx)}"
+            )  # the exception of torch's hx.dim()
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        h = x.new_zeros(x.shape[0], self.hidden_size) if hx is None else hx if batched else hx.unsqueeze(0)
+        self._check(x, h)
+        h, _ = self._step(x, h, None)
+        return h if batched else h.squeeze(0)
+
+
+class StableRNNCell(OneStateCellBase):
     """Drop-in replacement of `torch.nn.RNNCell`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu.
 
     input (B, I) or (I,), hx (B, H) or (H,) or None -> h' of hx's shape. Keyword-only extras `stability`, `backend` as `StableRNN`."""
@@ -162,23 +189,24 @@ class StableRNNCell(StableCellBase):
             "RNN_" + nonlinearity.upper(), input_size, hidden_size, bias, device, dtype, stability, backend
         )
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, Proxy):
-            return self._leaf(input, hx)
-        if input.dim() not in (1, 2):
-            raise ValueError(f"RNNCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        if hx is not None and not isinstance(hx, Tensor):
-            raise AttributeError(
-                f"RNNCell: hx must be a tensor, got {describe(hx)}"
-            )  # the exception of torch's hx.dim()
-        if hx is not None and hx.dim() not in (1, 2):
-            raise ValueError(f"RNNCell: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        batched = input.dim() == 2
-        x = input if batched else input.unsqueeze(0)
-        h = x.new_zeros(x.shape[0], self.hidden_size) if hx is None else hx if batched else hx.unsqueeze(0)
-        self._check(x, h)
-        h, _ = self._step(x, h, None)
-        return h if batched else h.squeeze(0)
+
+class StableGRUCell(OneStateCellBase):
+    """Drop-in replacement of `torch.nn.GRUCell` (gate order r, z, n).
+
+    input (B, I) or (I,), hx (B, H) or (H,) or None -> h' of hx's shape. Keyword-only extras `stability`, `backend` as `StableGRU`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        stability: Stability | None = Certified(),
+        backend: str = "auto",
+    ) -> None:
+        super().__init__("GRU", input_size, hidden_size, bias, device, dtype, stability, backend)
 
 
 class StableLSTMCell(StableCellBase):

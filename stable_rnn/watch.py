@@ -29,6 +29,7 @@ def trains(module: Bookkeeping) -> None:
         or not torch.is_grad_enabled()
         or module.stability is None
         or module.stability.rate is None
+        or module.stability.lasts
     ):
         return
     if module not in _noted and not torch._C._are_functorch_transforms_active():

@@ -10,6 +10,11 @@ from torch import nn
 
 def step(w, xp, h, c, cap):
     """One step of a batch: xp (N, G*H), h (N, P), c (N, H)."""
+    if w.cell == "gru":
+        b = torch.zeros_like(w.bias) if w.bias_hh is None else w.bias_hh
+        (xr, xz, xn), (qr, qz, m) = (xp - b).chunk(3, -1), (h @ w.w_hh.mT + b).chunk(3, -1)
+        z = (xz + qz).sigmoid().clamp(max=cap)
+        return (1 - z) * (xn + (xr + qr).sigmoid() * m).tanh() + z * h, c
     u = xp + h @ w.w_hh.mT
     if w.cell != "lstm":
         return u.tanh() if w.cell == "rnn_tanh" else u.relu(), c
@@ -49,6 +54,47 @@ def worst(levels, k, bound=1.0, cap=1.0, steps=10, rounds=10):
             optimizer.zero_grad()
             (-error).backward()
             optimizer.step()
+    return best
+
+
+def kept_apart(levels, steps, warm=30, rounds=60, bound=1.0, cap=1.0):
+    """For t = 1..steps, how far a run with a past of `warm` steps and one from zero are still apart after t steps, under inputs that
+    gradient ascent finds for that t: (steps,)."""
+    w, best = levels[0][0], torch.zeros(steps, dtype=torch.float64)
+    p = (torch.randn(warm + steps, steps, w.w_ih.shape[1], dtype=torch.float64) * 1.5).requires_grad_()
+    optimizer = torch.optim.Adam([p], lr=0.2)
+    at = torch.arange(steps)
+    for _ in range(rounds):
+        x = bound * p.tanh()
+        runs = []
+        for first in (0, warm):
+            h, c, hs = x.new_zeros(steps, w.w_hh.shape[1]), x.new_zeros(steps, w.hidden), []
+            for t in range(first, warm + steps):
+                h, c = step(w, x[t] @ w.w_ih.mT + w.bias, h, c, cap)
+                hs.append(h)
+            runs.append(torch.stack(hs[-steps:])[at, at])
+        apart = (runs[0] - runs[1]).abs().amax(1)
+        best = torch.maximum(best, apart.detach())
+        optimizer.zero_grad()
+        (-apart.clamp(min=1e-300).log().sum()).backward()
+        optimizer.step()
+    return best
+
+
+def growth(advance, v, box, inputs, rounds=100, starts=32):
+    """The largest V(after)/V(before), V = max |difference| / v (N,), that gradient ascent over pairs of states in a box (N,), close to one
+    another, and their common inputs finds. advance(states (n, N), u (n, inputs)) is one step."""
+    f64 = dict(dtype=torch.float64)
+    params = [torch.randn(starts, size, **f64).requires_grad_() for size in (inputs, len(v), len(v))]
+    optimizer, best = torch.optim.Adam(params, lr=0.1), 0.0
+    u, s, d = params
+    for _ in range(rounds):
+        state, change = box * s.tanh() * 0.999, d.tanh() * v / v.max() * 1e-3 * box.min()
+        ratio = ((advance(state + change, u) - advance(state, u)).abs() / v).amax(1) / (change.abs() / v).amax(1)
+        best = max(best, float(ratio.detach().max()))
+        optimizer.zero_grad()
+        (-ratio.sum()).backward()
+        optimizer.step()
     return best
 
 

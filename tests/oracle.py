@@ -2,10 +2,18 @@
 
 import torch
 
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 
-def cell(name, xp, h, c, w_hh, w_hr, cap, dz=0, dc=0):
-    """One step. `dz`, `dc` shift the pre-activation and the new cell without a gradient."""
-    z = xp + w_hh @ h + dz
+
+def cell(name, xp, h, c, w_hh, w_hr, bias, cap, dz=0, dh=0, dc=0):
+    """One step. `dz`, `dh`, `dc` shift the hidden product, the new h and the new cell without a gradient."""
+    q = w_hh @ h + dz
+    if name == "gru":
+        (x_r, x_z, x_n), (q_r, q_z, q_n) = xp.chunk(3), q.chunk(3)
+        r, keep = torch.sigmoid(x_r + q_r), torch.sigmoid(x_z + q_z).clamp(max=cap)
+        n = torch.tanh(x_n + r * (q_n + bias))
+        return (1 - keep) * n + keep * h + dh, c
+    z = xp + q
     if name == "rnn_tanh":
         return torch.tanh(z), c
     if name == "rnn_relu":
@@ -16,10 +24,10 @@ def cell(name, xp, h, c, w_hh, w_hr, cap, dz=0, dc=0):
     return (h if w_hr is None else w_hr @ h), c
 
 
-def forward(name, xp, w_hh, w_hr, h0, c0, rows, stride, warmup, cap=1.0):
+def forward(name, xp, w_hh, w_hr, bias, h0, c0, rows, stride, warmup, cap=1.0):
     """`rows[b]`: the buffer row of each time of sequence b. Returns y, the cells along it, h_n, c_n, and
     for `backward` the state that each step really started from."""
-    hidden = w_hh.shape[0] // (4 if name == "lstm" else 1)
+    hidden = w_hh.shape[0] // GATES[name]
     y = [h0.new_zeros(h0.shape[1])] * xp.shape[0]
     cells = [h0.new_zeros(hidden)] * xp.shape[0]
     h_n, c_n, before = list(h0), list(c0), {}
@@ -30,7 +38,7 @@ def forward(name, xp, w_hh, w_hr, h0, c0, rows, stride, warmup, cap=1.0):
             for t in range(max(begin, 0), min(first + stride, len(times))):
                 if t >= first:
                     before[times[t]] = h.detach(), c.detach()
-                h, c = cell(name, xp[times[t]], h, c, w_hh, w_hr, cap)
+                h, c = cell(name, xp[times[t]], h, c, w_hh, w_hr, bias, cap)
                 if t >= first:
                     y[times[t]], cells[times[t]] = h, c
             h_n[b], c_n[b] = h, c
@@ -38,14 +46,14 @@ def forward(name, xp, w_hh, w_hr, h0, c0, rows, stride, warmup, cap=1.0):
     return stack(y, h0[:0]), stack(cells, c0[:0]), stack(h_n, h0), stack(c_n, c0), before
 
 
-def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, h0, c0, rows, stride, warmup, cap=1.0):
+def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, bias, h0, c0, rows, stride, warmup, cap=1.0):
     """The adjoint rule on lanes over the saved trajectory (y, cells), each step's own derivative by autograd.
 
     A step is differentiated where it was really taken (`before`), as a function of the saved state one time earlier; at chunk
     borders these two differ by the jump.
-    Returns gradients of xp, w_hh, w_hr (or None), h0, c0."""
-    xp, w_hh, w_hr = (None if x is None else x.detach() for x in (xp, w_hh, w_hr))
-    dxp, dw_hh, dw_hr = torch.zeros_like(xp), torch.zeros_like(w_hh), None if w_hr is None else torch.zeros_like(w_hr)
+    Returns gradients of xp, w_hh, w_hr (or None), bias (or None), h0, c0."""
+    xp, w_hh, w_hr, bias = (None if x is None else x.detach() for x in (xp, w_hh, w_hr, bias))
+    dxp, dw_hh, dw_hr, d_bias = (None if x is None else torch.zeros_like(x) for x in (xp, w_hh, w_hr, bias))
     dh0, dc0 = dh_n.clone(), dc_n.clone()
     for b, times in enumerate(rows):
         for first in range(0, len(times), stride):
@@ -54,14 +62,16 @@ def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, h0, c0, row
             for t in reversed(range(first, end)):
                 h_prev, c_prev = (y[times[t - 1]], cells[times[t - 1]]) if t else (h0[b], c0[b])
                 leaves = [x.detach().clone().requires_grad_() for x in (xp[times[t]], h_prev, c_prev, w_hh)]
-                leaves += [] if w_hr is None else [w_hr.clone().requires_grad_()]
+                leaves += [w.clone().requires_grad_() for w in (w_hr, bias) if w is not None]
                 h_real, c_real = before[times[t]]
-                dz = w_hh @ (h_real - h_prev)
-                forget = (
-                    torch.sigmoid((xp[times[t]] + w_hh @ h_real).chunk(4)[1]).clamp(max=cap) if name == "lstm" else 0
-                )
-                project = None if w_hr is None else leaves[4]
-                h, c = cell(name, *leaves[:4], project, cap, dz, forget * (c_real - c_prev))
+                dz, dh_new, dc_new = w_hh @ (h_real - h_prev), 0, 0
+                if name in ("lstm", "gru"):
+                    forget = torch.sigmoid((xp[times[t]] + w_hh @ h_real).chunk(GATES[name])[1]).clamp(max=cap)
+                    dh_new, dc_new = (
+                        (0, forget * (c_real - c_prev)) if name == "lstm" else (forget * (h_real - h_prev), 0)
+                    )
+                others = [None if w is None else leaves[-1] for w in (w_hr, bias)]  # no cell has both
+                h, c = cell(name, *leaves[:4], *others, cap, dz, dh_new, dc_new)
                 outputs = [(h, dh + dy[times[t]])] + ([(c, dc)] if name == "lstm" else [])
                 grads = torch.autograd.grad(
                     [o for o, _ in outputs], leaves, [g for _, g in outputs], materialize_grads=True
@@ -72,6 +82,8 @@ def backward(name, dy, dh_n, dc_n, xp, y, cells, before, w_hh, w_hr, h0, c0, row
                     dw_hh += grads[3]
                     if w_hr is not None:
                         dw_hr += grads[4]
+                    if bias is not None:
+                        d_bias += grads[4]
             if first == 0:
                 dh0[b], dc0[b] = dh, dc
-    return dxp, dw_hh, dw_hr, dh0, dc0
+    return dxp, dw_hh, dw_hr, d_bias, dh0, dc0

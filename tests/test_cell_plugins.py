@@ -12,7 +12,8 @@ from stable_rnn.stability.cells import STABILITY
 
 ROOT = Path(stable_rnn.__file__).parent
 OWN = {f"{cell.family}.py" for cell in CELLS.values()}
-NAMES = {*CELLS, *(cell.mode for cell in CELLS.values())} - {"LSTM"}  # torch's cells have no mode: `weights.py` says it
+NAMES = {*CELLS, *(cell.mode for cell in CELLS.values())}
+NAMES -= {"LSTM", "GRU"}  # torch's cells have no mode: `weights.py` says it
 
 
 def trees(folder):

@@ -1,4 +1,4 @@
-"""StableRNNCell and StableLSTMCell are torch's cells; step by step they give what a full pass gives."""
+"""StableRNNCell, StableGRUCell and StableLSTMCell are torch's cells; step by step they give what a full pass gives."""
 
 import itertools
 
@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from stable_rnn import ForgetCap, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, _native
+from stable_rnn import (
+    ForgetCap,
+    StableGRU,
+    StableGRUCell,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    _native,
+)
+from stable_rnn.cells import CELLS
 from stable_rnn.ops.recurrence.function import layer
 from stable_rnn.ops.recurrence.problem import Problem
 
@@ -14,6 +24,7 @@ KINDS = [
     ("tanh", nn.RNNCell, StableRNNCell, dict(nonlinearity="tanh")),
     ("relu", nn.RNNCell, StableRNNCell, dict(nonlinearity="relu")),
     ("lstm", nn.LSTMCell, StableLSTMCell, {}),
+    ("gru", nn.GRUCell, StableGRUCell, {}),
 ]
 IDS = [k[0] for k in KINDS]
 compiled = pytest.mark.skipif(not _native.lib, reason="compiled module not built")
@@ -85,11 +96,11 @@ def test_same_errors_as_torch(kind):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "lstm"])
+@pytest.mark.parametrize("cell", CELLS)
 def test_steps_are_bitwise_the_full_pass(cell, dtype):
     """Given the same xp: one step at a time, many sequences at once or one, chunked calls of any length."""
     for hidden in (1, 31, 64, 200):
-        gates = 4 if cell == "lstm" else 1
+        gates = CELLS[cell].gates
         steps, batch = 12, 3
         xp, w = (
             torch.randn(steps * batch, gates * hidden).to(dtype),
@@ -97,9 +108,10 @@ def test_steps_are_bitwise_the_full_pass(cell, dtype):
         )
         h0 = torch.randn(batch, hidden).to(dtype)
         c0 = torch.randn(batch, hidden).to(dtype) if cell == "lstm" else None
+        own = torch.randn(hidden).to(dtype) if cell == "gru" else None
 
-        def full(x, t, h, c, w=w):
-            return layer(x, None, None, w, None, None, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
+        def full(x, t, h, c, w=w, own=own):
+            return layer(x, None, None, w, None, own, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
 
         y, h_n, c_n, _ = full(xp, steps, h0, c0)
         if dtype == torch.bfloat16:
@@ -132,7 +144,7 @@ def test_the_one_call_step_is_the_recurrence_step(kind, dtype):
         )
 
 
-@pytest.mark.parametrize("cls", [StableRNN, StableLSTM])
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_streaming_a_stack_equals_the_full_pass(cls):
     """Several layers, one step or a few at a time, carrying the state."""
     m = cls(5, 7, num_layers=3).eval()
@@ -150,25 +162,26 @@ def test_streaming_a_stack_equals_the_full_pass(cls):
                 torch.testing.assert_close(a, b)
 
 
-def test_streaming_cells_equal_the_stack():
-    m = StableLSTM(5, 7, num_layers=2, stability=ForgetCap(0.6)).eval()
-    cells = [StableLSTMCell(5, 7, stability=ForgetCap(0.6)), StableLSTMCell(7, 7, stability=ForgetCap(0.6))]
-    for i, cell in enumerate(cells):
-        cell.load_state_dict({k.removesuffix(f"_l{i}"): v for k, v in m.state_dict().items() if k.endswith(f"_l{i}")})
+@pytest.mark.parametrize("cls, cell", [(StableLSTM, StableLSTMCell), (StableGRU, StableGRUCell)])
+def test_streaming_cells_equal_the_stack(cls, cell):
+    m = cls(5, 7, num_layers=2, stability=ForgetCap(0.6)).eval()
+    cells = [cell(5, 7, stability=ForgetCap(0.6)), cell(7, 7, stability=ForgetCap(0.6))]
+    for i, one in enumerate(cells):
+        one.load_state_dict({k.removesuffix(f"_l{i}"): v for k, v in m.state_dict().items() if k.endswith(f"_l{i}")})
     x = torch.randn(30, 1, 5)
     with torch.no_grad():
         expected = m(x)[0]
         states = [None, None]
         for t in range(30):
             y = x[t]
-            for i, cell in enumerate(cells):
-                y, c = cell(y, states[i])
-                states[i] = (y, c)
+            for i, one in enumerate(cells):
+                states[i] = one(y, states[i])
+                y = outputs(states[i])[0]
             assert float((y - expected[t]).abs().max()) <= 40 * torch.finfo(torch.float32).eps
 
 
 def test_stability_of_cells():
-    for cell in (StableRNNCell(5, 7), StableLSTMCell(5, 7)):
+    for cell in (StableRNNCell(5, 7), StableLSTMCell(5, 7), StableGRUCell(5, 7)):
         assert cell.certificate().stable
         with torch.no_grad():
             cell.weight_hh.mul_(100)

@@ -15,6 +15,7 @@ from stable_rnn import (
     Certified,
     Chunked,
     ForgetCap,
+    StableGRU,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -128,12 +129,13 @@ def test_cells_and_plain_modules_agree_with_the_stable_ones():
 
 def test_state_dicts():
     lstm, rnn = StableLSTM(3, 5, 2, bidirectional=True, proj_size=2), nn.RNN(3, 4)
-    model = nn.ModuleDict(
-        {"enc": lstm, "dec": rnn, "gru": nn.GRU(3, 4), "cell": nn.LSTMCell(2, 3), "lin": nn.Linear(2, 2)}
-    )
-    with pytest.warns(UserWarning, match="gru looks like a GRU"):
-        found = certificate_from_state_dict(model.state_dict())
-    assert set(found) == {"enc", "dec", "cell"}
+    gru = StableGRU(3, 4, 2)
+    model = nn.ModuleDict({"enc": lstm, "dec": rnn, "gru": gru, "cell": nn.LSTMCell(2, 3), "lin": nn.Linear(2, 2)})
+    two = {"two.weight_ih_l0": torch.zeros(8, 2), "two.weight_hh_l0": torch.zeros(8, 4)}
+    with pytest.warns(UserWarning, match="two has a weight_hh_l0 of the shape .8, 4., of no RNN, LSTM or GRU"):
+        found = certificate_from_state_dict(model.state_dict() | two)
+    assert set(found) == {"enc", "dec", "gru", "cell"}
+    assert found["gru"].rate == pytest.approx(gru.certificate().rate) and found["gru"].stable
     assert [layer.name for layer in found["enc"].layers] == ["l0", "l0_reverse", "l1", "l1_reverse"]
     assert found["enc"].rate == pytest.approx(lstm.certificate().rate, rel=1e-2)
     assert found["dec"].rate == certificate(rnn).rate and "tanh cells" in str(found["dec"])
@@ -273,9 +275,7 @@ def test_errors():
         lstm.certificate(torch.rand(0, 1, 3))
     with pytest.raises(TypeError, match="got list"):
         lstm.certificate([1.0])
-    with pytest.raises(TypeError, match="GRU"):
-        certificate(nn.GRU(3, 4))
-    with pytest.raises(TypeError, match="Linear"):
+    with pytest.raises(TypeError, match="needs an RNN, LSTM or GRU .*Linear"):
         certificate(nn.Linear(3, 4))
 
 

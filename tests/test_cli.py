@@ -218,6 +218,11 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
+def two_gates():
+    """Of no cell that there is."""
+    return {"weight_ih_l0": torch.zeros(8, 2), "weight_hh_l0": torch.zeros(8, 4)}
+
+
 @pytest.mark.parametrize(
     "make, reason",
     [
@@ -246,8 +251,7 @@ def without(state, name):
             "inputs of size 5, the layer below gives 4",
         ),
         (lambda: nn.LSTM(2, 4, 2).state_dict() | nn.RNN(2, 4).state_dict(), "layers of several kinds (lstm, rnn_tanh)"),
-        (lambda: nn.GRU(2, 4).state_dict(), "looks like a GRU"),
-        (lambda: {"weight_ih_l0": torch.zeros(8, 2), "weight_hh_l0": torch.zeros(8, 4)}, "(8, 4), of no RNN or LSTM"),
+        (two_gates, "(8, 4), of no RNN, LSTM or GRU"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -263,7 +267,7 @@ def test_certify_says_what_it_skips_and_why(capsys, tmp_path, make, reason):
 
 
 def test_certify_of_zero_weights(capsys, tmp_path):
-    for name, module in (("lstm.pt", nn.LSTM(2, 4)), ("rnn.pt", nn.RNN(2, 4, 2))):
+    for name, module in (("lstm.pt", nn.LSTM(2, 4)), ("rnn.pt", nn.RNN(2, 4, 2)), ("gru.pt", nn.GRU(2, 4))):
         state = {key: torch.zeros_like(value) for key, value in module.state_dict().items()}
         assert main(["certify", str(save(tmp_path / name, state))]) == 0
         out = capsys.readouterr().out
@@ -301,7 +305,7 @@ def evil(state):
     [
         (lambda: evil(nn.LSTM(2, 4).state_dict()), 0),
         (lambda: {EVIL: nn.LSTM(2, 4).state_dict()}, 0),
-        (lambda: evil(nn.GRU(2, 4).state_dict()), 2),
+        (lambda: evil(two_gates()), 2),
         (lambda: evil({key: value.long() for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
         (lambda: evil({key: value * math.nan for key, value in nn.RNN(2, 4).state_dict().items()}), 2),
         (lambda: evil(nn.RNN(2, 4).state_dict() | {"bias_hh_l0": torch.zeros(3)}), 2),
@@ -371,7 +375,7 @@ def test_files_names_and_variables_are_only_shown(capsys, tmp_path, monkeypatch)
 def test_long_names_are_cut_and_others_are_whole(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for size, most in ((190, 3000), (10**6, 3000)):
-        for state in (nn.LSTM(2, 4).state_dict(), nn.GRU(2, 4).state_dict()):
+        for state in (nn.LSTM(2, 4).state_dict(), two_gates()):
             name = "x" + "y" * (size - 2) + "z"
             main(["certify", str(save(tmp_path / "long.pt", {f"{name}.{key}": value for key, value in state.items()}))])
             said = "".join(capsys.readouterr())

@@ -31,6 +31,23 @@ def test_lstm_is_nn_lstm(batch_first, proj_size):
         close(ours, y.chunk(2, 2)[d]), close(h_n, h[d]), close(c_n, c[d])
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gru_is_nn_gru_and_so_are_its_gradients(batch_first):
+    plain = nn.GRU(I, H, bidirectional=True, batch_first=batch_first).double()
+    x = torch.randn(B, T, I, dtype=torch.float64) if batch_first else torch.randn(T, B, I, dtype=torch.float64)
+    h0 = torch.randn(2, B, H, dtype=torch.float64)
+    y, h = plain(x, h0)
+    for d, way in enumerate(("", "_reverse")):
+        ours, h_n = F.gru(x, *weights(plain, way), h0[d], reverse=d == 1, batch_first=batch_first)
+        theirs = y.chunk(2, 2)[d]
+        close(ours, theirs), close(h_n, h[d])
+        found, want = (
+            torch.autograd.grad(t.pow(2).sum(), weights(plain, way), retain_graph=True) for t in (ours, theirs)
+        )
+        for a, b in zip(found, want, strict=True):
+            close(a, b)
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 def test_rnn_is_nn_rnn_and_so_are_its_gradients(nonlinearity):
     plain = nn.RNN(I, H, nonlinearity=nonlinearity).double()
@@ -64,6 +81,11 @@ def test_one_bias_is_enough_and_autocast_is_followed():
     w_ih, w_hh, b_ih, b_hh = weights(module)
     x = torch.randn(T, B, I)
     assert torch.equal(F.lstm(x, w_ih, w_hh, b_ih + b_hh)[0], F.lstm(x, w_ih, w_hh, None, b_ih + b_hh)[0])
+    gru, none = nn.GRU(I, H), torch.zeros(3 * H)
+    w, v, b_ih, b_hh = weights(gru)
+    assert torch.equal(F.gru(x, w, v, b_ih)[0], F.gru(x, w, v, b_ih, none)[0])
+    assert torch.equal(F.gru(x, w, v, None, b_hh)[0], F.gru(x, w, v, none, b_hh)[0])
+    w_ih, w_hh, b_ih, b_hh = weights(module)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert F.lstm(x, w_ih, w_hh, b_ih, b_hh)[0].dtype == torch.bfloat16
 
@@ -118,7 +140,7 @@ def test_old_names_and_spellings_still_work_and_say_where_they_went():
     import stable_rnn
     from stable_rnn import stability
 
-    assert len(stable_rnn.__all__) <= 16
+    assert len(stable_rnn.__all__) <= 19
     with pytest.warns(DeprecationWarning, match="stable_rnn.functional.spectral_project_"):
         assert stable_rnn.spectral_project_ is F.spectral_project_
     with pytest.warns(DeprecationWarning, match="stable_rnn.stability.Certificate"):

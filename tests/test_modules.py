@@ -1,4 +1,4 @@
-"""StableRNN and StableLSTM are nn.RNN and nn.LSTM: every option, outputs, gradients, errors."""
+"""StableRNN, StableGRU and StableLSTM are nn.RNN, nn.GRU and nn.LSTM: every option, outputs, gradients, errors."""
 
 import copy
 import io
@@ -16,6 +16,7 @@ from stable_rnn import (
     Chunked,
     ForgetCap,
     Recurrent,
+    StableGRU,
     StableLSTM,
     StableRNN,
     Verified,
@@ -29,6 +30,7 @@ KINDS = [
     ("rnn_tanh", nn.RNN, StableRNN, dict(nonlinearity="tanh")),
     ("rnn_relu", nn.RNN, StableRNN, dict(nonlinearity="relu")),
     ("lstm", nn.LSTM, StableLSTM, {}),
+    ("gru", nn.GRU, StableGRU, {}),
 ]
 IDS = [k[0] for k in KINDS]
 OPTIONS = [
@@ -251,6 +253,30 @@ def test_report_of_both_passes():
     assert StableLSTM(4, 6).last_report is None
 
 
+@pytest.mark.parametrize("batch, steps, hidden", [(1, 40, 33), (3, 20, 64)])
+@pytest.mark.parametrize("kind", KINDS, ids=IDS)
+def test_compiled_kernels_equal_torch_to_rounding(kind, batch, steps, hidden):
+    """On the backend that `auto` takes here, forward and backward: at most twice torch's own error, and a few roundings."""
+    theirs, ours = (
+        kind[1](9, hidden, num_layers=2, **kind[3]),
+        kind[2](9, hidden, num_layers=2, stability=None, **kind[3]),
+    )
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(steps, batch, 9)
+
+    def results(m, dtype):
+        m = copy.deepcopy(m).to(dtype)
+        given = x.to(dtype).requires_grad_()
+        outputs = flat(m(given))
+        loss = sum((o * torch.linspace(-1, 1, o.numel()).view(o.shape).to(dtype)).sum() for o in outputs)
+        return outputs + list(torch.autograd.grad(loss, [given, *m.parameters()]))
+
+    exact, plain, found = results(theirs, torch.float64), results(theirs, torch.float32), results(ours, torch.float32)
+    for want, eager, value in zip(exact, plain, found, strict=True):
+        limit = 2 * (eager - want).abs().max() + 4 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert (value - want).abs().max() <= limit
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
 def test_no_sequence_at_all(kind):
     a, b = pair(kind, dtype=torch.float32)
@@ -391,10 +417,11 @@ def test_weights_are_not_cached():
         assert not torch.equal(m(x)[0], before)
 
 
-def test_clamp():
-    """With the clamp no forget gate passes f; where none would, nothing changes."""
-    plain = StableLSTM(4, 6, stability=None, dtype=torch.float64)
-    capped = StableLSTM(4, 6, stability=ForgetCap(0.5), dtype=torch.float64)
+@pytest.mark.parametrize("cls", [StableLSTM, StableGRU])
+def test_clamp(cls):
+    """With the clamp no gate that forgets passes f; where none would, nothing changes."""
+    plain = cls(4, 6, stability=None, dtype=torch.float64)
+    capped = cls(4, 6, stability=ForgetCap(0.5), dtype=torch.float64)
     capped.load_state_dict(plain.state_dict())
     x = torch.randn(9, 2, 4, dtype=torch.float64)
     assert not torch.equal(capped(x)[0], plain(x)[0])
@@ -428,13 +455,12 @@ def test_stabilize():
 
     net = Net()
     before = dict(net.named_parameters())
-    with pytest.warns(UserWarning, match="GRU"):
-        assert stabilize(net, stability=Certified(), plan=Windowed(7)) is net
+    assert stabilize(net, stability=Certified(), plan=Windowed(7)) is net
     assert (
         type(net.body[1]) is StableLSTM
         and type(net.other) is StableRNN
         and net.same is net.other
-        and type(net.gru) is nn.GRU
+        and type(net.gru) is StableGRU
     )
     assert all(p is before[name] for name, p in net.named_parameters())
     assert net.body[1].plan == Windowed(7) and net.body[1].stability == Certified() and net.body[1].batch_first
@@ -512,7 +538,7 @@ def test_stabilize_leaves_computed_weights_alone(change):
         stabilize(net)
     assert net[0] is left and type(net[2]) is StableRNN
     torch.testing.assert_close(left(x)[0], expected)
-    with pytest.raises(ValueError, match="no nn.RNN or nn.LSTM that can be swapped: 0 is .*LSTM"):
+    with pytest.raises(ValueError, match="no nn.RNN, nn.GRU or nn.LSTM that can be swapped: 0 is .*LSTM"):
         stabilize(nn.Sequential(left))
 
 
@@ -549,6 +575,6 @@ def test_passes_without_end():
 
 def test_lengths_are_named():
     """A third positional argument is no lengths: nn.LSTM takes two, and clients hand on what they have by position."""
-    for module in (StableRNN(3, 4), StableLSTM(3, 4)):
+    for module in (StableRNN(3, 4), StableGRU(3, 4), StableLSTM(3, 4)):
         with pytest.raises(TypeError, match="positional"):
             module(torch.zeros(5, 2, 3), None, torch.tensor([5, 2]))

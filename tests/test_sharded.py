@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from stable_rnn import Certified, StableLSTM, StableRNN, certificate, project_after_step
+from stable_rnn import Cascade, Certified, StableLSTM, StableRNN, certificate, project_after_step
 from stable_rnn.functional import spectral_norm_bound
 from stable_rnn.stability import certificate_from_state_dict
 
@@ -95,6 +95,7 @@ MODULES = {
     "stack": lambda: grown(StableLSTM(5, 7, 2, bidirectional=True, proj_size=3, stability=Certified(0.9, "inf"))),
     "rnn": lambda: grown(StableRNN(3, 5, stability=Certified(0.8))),  # 5 rows: no two ranks have as many
     "small": lambda: grown(StableRNN(3, 1)),  # 1 row: some ranks have none
+    "cascade": lambda: grown(StableLSTM(5, 7, 2, bidirectional=True, stability=Cascade(3))),
     "tied": lambda: _tied(grown(StableLSTM(4, 4, 2))),
 }
 
@@ -222,14 +223,15 @@ def _training(rank):
     from torch.nn.parallel import DistributedDataParallel
 
     found = {}
-    for kind in ("fsdp", "root", "ddp"):
+    for kind in ("fsdp", "root", "ddp", "cascade"):
         torch.manual_seed(0)
-        model = nn.Sequential(StableLSTM(5, 6))
+        model = nn.Sequential(StableLSTM(5, 6, stability=Cascade(3) if kind == "cascade" else Certified()))
         if kind == "fsdp":
             shard(model[0], 2)
         model = DistributedDataParallel(model) if kind == "ddp" else shard(model, 2)
         optimizer = torch.optim.Adam(model.parameters(), 0.2)
-        project_after_step(optimizer, model)
+        if kind != "cascade":  # its gradients keep it inside
+            project_after_step(optimizer, model)
         lstm = model.module[0] if kind == "ddp" else model[0]
         torch.manual_seed(rank)
         for _ in range(6):

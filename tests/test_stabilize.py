@@ -9,7 +9,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from stable_rnn import Certified, StableLSTM, StableLSTMCell, StableRNN, StableRNNCell, Windowed, stabilize, unstabilize
+from stable_rnn import (
+    Certified,
+    StableGRU,
+    StableGRUCell,
+    StableLSTM,
+    StableLSTMCell,
+    StableRNN,
+    StableRNNCell,
+    Windowed,
+    stabilize,
+    unstabilize,
+)
 
 X = torch.randn(9, 3, 6, generator=torch.Generator().manual_seed(0))
 
@@ -111,6 +122,8 @@ def test_a_weight_shared_between_modules():
         (nn.RNN, StableRNN, dict(nonlinearity="relu")),
         (nn.LSTMCell, StableLSTMCell, {}),
         (nn.RNNCell, StableRNNCell, dict(nonlinearity="relu")),
+        (nn.GRU, StableGRU, {}),
+        (nn.GRUCell, StableGRUCell, {}),
     ],
 )
 def test_nothing_is_missing_and_nothing_is_left(plain, ours, options):
@@ -294,10 +307,9 @@ def with_a_forward(m):
     "make,text",
     [
         (lambda: LSTM(6, 6), r"test_stabilize\.LSTM, a subclass of nn\.LSTM"),
-        (lambda: nn.GRU(6, 6), "an nn.GRU, which has no stable form"),
         (lambda: nn.LSTMCell(6, 6), r"an nn.LSTMCell \(cells=True makes it a StableLSTMCell\)"),
         (lambda: nn.RNNCell(6, 6), r"an nn.RNNCell \(cells=True makes it a StableRNNCell\)"),
-        (lambda: nn.GRUCell(6, 6), "an nn.GRUCell, which has no stable form"),
+        (lambda: nn.GRUCell(6, 6), r"an nn.GRUCell \(cells=True makes it a StableGRUCell\)"),
         (lambda: with_a_forward(nn.LSTM(6, 6)), r"an nn.LSTM with a forward of its own.*del module\.forward"),
         (
             lambda: with_a_name(nn.LSTM(6, 6), "plan"),
@@ -322,7 +334,7 @@ def test_left_alone_by_name(make, text):
     with pytest.warns(UserWarning, match=f"stabilize: 1 is {text}.* left alone"):
         stabilize(net)
     assert type(net[0]) is StableLSTM and net[1] is left and type(left) is kind
-    with pytest.raises(ValueError, match=f"holds no nn.RNN or nn.LSTM that can be swapped: lstm is {text}"):
+    with pytest.raises(ValueError, match=f"holds no nn.RNN, nn.GRU or nn.LSTM that can be swapped: lstm is {text}"):
         stabilize(Plain(lambda m: left))
     net = nn.Sequential(nn.LSTM(6, 6), left)
     with warnings.catch_warnings(), pytest.raises(UserWarning):
@@ -342,16 +354,18 @@ def test_a_model_that_is_a_script():
 
 
 def test_cells():
-    net = nn.ModuleDict({"a": nn.LSTMCell(6, 6), "b": nn.RNNCell(6, 6, nonlinearity="relu"), "c": nn.LSTM(6, 6)})
-    expected = [net["a"](X[0])[0], net["b"](X[0]), net["c"](X)[0]]
+    net = nn.ModuleDict({"a": nn.LSTMCell(6, 6), "b": nn.RNNCell(6, 6, nonlinearity="relu"), "c": nn.GRUCell(6, 6)})
+    net["d"] = nn.LSTM(6, 6)
+    run = lambda: [net["a"](X[0])[0], net["b"](X[0]), net["c"](X[0]), net["d"](X)[0]]  # noqa: E731
+    expected = run()
     stabilize(net, stability=Certified(), cells=True)
-    assert [type(m) for m in net.values()] == [StableLSTMCell, StableRNNCell, StableLSTM]
-    for made, right in zip([net["a"](X[0])[0], net["b"](X[0]), net["c"](X)[0]], expected, strict=True):
+    assert [type(m) for m in net.values()] == [StableLSTMCell, StableRNNCell, StableGRUCell, StableLSTM]
+    for made, right in zip(run(), expected, strict=True):
         torch.testing.assert_close(made, right)
-    for name in "ab":
+    for name in "abc":
         net[name].project_()
         assert net[name].certificate().rate <= 0.99
-    with pytest.raises(ValueError, match="holds no nn.RNN, nn.LSTM or cell"):
+    with pytest.raises(ValueError, match="holds no nn.RNN, nn.GRU, nn.LSTM or cell"):
         stabilize(nn.Linear(1, 1), cells=True)
 
 
@@ -362,7 +376,9 @@ def test_projection_needs_a_set():
     assert type(net.lstm) is nn.LSTM
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(6, 6, 2, bidirectional=True, proj_size=3), lambda: nn.RNN(6, 6)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(6, 6, 2, bidirectional=True, proj_size=3), lambda: nn.RNN(6, 6), lambda: nn.GRU(6, 6, 2)]
+)
 def test_the_default_changes_nothing(make):
     m = make()
     plain, weights = copy.deepcopy(m), {name: w.clone() for name, w in m.state_dict().items()}

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stable_rnn import Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
+from stable_rnn import Chunked, Recurrent, Verified, Windowed, use_plan
+from stable_rnn.cells import MODES
 from stable_rnn.plans import Plan
 
 from ..timing import race
@@ -62,40 +63,34 @@ def finite(value: float) -> float | None:
 
 def step(body: nn.Module, xp: Tensor, state: tuple[Tensor, ...], tangent: tuple[Tensor, ...]) -> tuple[tuple, tuple]:
     """One step of state (h,) or (h, c) of (B, H), and of its tangents (B, M, H); xp (B, G*H) is the input projection."""
-    w = body.weight_hh_l0.mT
-    a, da = xp + state[0] @ w, tangent[0] @ w
-    if not isinstance(body, StableLSTM):
-        h = a.tanh()
-        return (h,), ((1 - h * h)[:, None] * da,)
-    cap = 1.0 if body.stability is None else body.stability.cap
-    i, f, g, o = a.chunk(4, -1)
-    di, df, dg, do = da.chunk(4, -1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    slope = torch.where(f < cap, f * (1 - f), 0.0)  # a clamped gate does not move
-    f = f.clamp(max=cap)
-    c = f * state[1] + i * g
-    dc = (
-        f[:, None] * tangent[1]
-        + (state[1] * slope)[:, None] * df
-        + (g * i * (1 - i))[:, None] * di
-        + (i * (1 - g * g))[:, None] * dg
-    )
-    t = c.tanh()
-    dh = (t * o * (1 - o))[:, None] * do + (o * (1 - t * t))[:, None] * dc
-    return (o * t, c), (dh, dc)
+    cell, w, own = MODES[body.mode], body.weight_hh_l0.mT, None
+    if cell.hidden_bias is not None:  # a bias beside the hidden product
+        own = torch.zeros_like(xp[0])
+        own.view(cell.gates, -1)[cell.hidden_bias] = body.bias_hh_l0.chunk(cell.gates)[cell.hidden_bias]
+    many = tangent[0].shape[1]
+
+    def after(*state: Tensor) -> tuple[Tensor, ...]:
+        h, c = (*state, state[0])[:2]
+        q = h @ w if own is None else h @ w + own
+        return cell.step(xp.repeat_interleave(len(h) // len(xp), 0), q, h, c, body._cap)[: len(state)]
+
+    wide = tuple(s.repeat_interleave(many, 0) for s in state)
+    moved, tangents = torch.func.jvp(after, wide, tuple(d.flatten(0, 1) for d in tangent))
+    return tuple(s.unflatten(0, (-1, many))[:, 0] for s in moved), tuple(d.unflatten(0, (-1, many)) for d in tangents)
 
 
 @torch.no_grad()
 def forgetting(model: Model, rows: Rows) -> dict:
-    """On data: exp of the largest Lyapunov exponent, from the growth of a tangent renormalized at each step (QR of one column) over the
-    longest rows; and the largest 2-norm of a product of k Jacobians, to the power 1/k, over some states that occur.
+    """On data, forward direction: exp of the largest Lyapunov exponent, from the growth of a tangent renormalized at each step (QR of
+    one column) over the longest rows; and the largest 2-norm of a product of k Jacobians, to the power 1/k, over some states that occur.
 
     One number is an average, the other the worst case seen: a lower bound of what a certificate in the 2-norm of (h, c) could say."""
     rows = [(x[:LYAPUNOV_STEPS], y) for x, y in sorted(rows, key=lambda row: -len(row[0]))[:LYAPUNOV_ROWS]]
     ((x, _, lengths, real),) = batches([(x, y[: len(x)]) for x, y in rows], len(rows))
     body, steps = model.body, int(lengths.max())
-    xp = nn.functional.linear(model.inputs(x), body.weight_ih_l0, body.bias_ih_l0 + body.bias_hh_l0)  # (T, B, G*H)
-    parts, draw = 2 if isinstance(body, StableLSTM) else 1, torch.Generator().manual_seed(0)
+    bias, _ = MODES[body.mode].biases(body.bias_ih_l0, body.bias_hh_l0)
+    xp = nn.functional.linear(model.inputs(x), body.weight_ih_l0, bias)  # (T, B, G*H)
+    parts, draw = 1 + MODES[body.mode].has_cell, torch.Generator().manual_seed(0)
     state = (xp.new_zeros(len(rows), body.hidden_size),) * parts
     tangent = tuple(torch.randn(len(rows), 1, body.hidden_size, generator=draw) for _ in range(parts))
     growth, counted, states = 0.0, 0, []

@@ -34,7 +34,8 @@ CONFIGS = [
     "wavenet",
     "transformer",
 ]
-CELLS = {"rnn": StableRNN, "lstm": StableLSTM}
+CELLS = {"rnn": StableRNN, "lstm": StableLSTM}  # NAME-both: with a second direction
+BOTH = "-both"
 SETS = {
     name.lower(): kind
     for name, kind in vars(stable_rnn).items()
@@ -50,7 +51,15 @@ class Config:
 
     @property
     def recurrent(self) -> bool:
-        return self.body in CELLS
+        return self.cell in CELLS
+
+    @property
+    def cell(self) -> str:
+        return self.body.removesuffix(BOTH)
+
+    @property
+    def directions(self) -> int:
+        return 1 + (self.recurrent and self.body.endswith(BOTH))
 
     @property
     def slug(self) -> str:
@@ -61,15 +70,17 @@ def parse(name: str) -> Config:
     """`lstm/certified:rate=.95,cap=true` to a Config; `UserError` for what is none."""
     body, slash, text = name.strip().lower().partition("/")
     try:
-        if body not in CELLS and (slash or body not in BODIES):
+        if not Config(name, body).recurrent and (slash or body not in BODIES):
             raise ValueError("no such model")
         stability = stable_set(text) if slash and text != "none" else None
+        found = Config(name.strip().lower(), body, stability)
         if stability is not None:
-            stability.check("lstm" if body == "lstm" else "rnn_tanh")
-        return Config(name.strip().lower(), body, stability)
+            stability.check({"rnn": "rnn_tanh"}.get(found.cell, found.cell))
+        return found
     except (ValueError, TypeError, SyntaxError) as error:
         allowed = (
-            f"{', '.join(BODIES)}, or {' or '.join(CELLS)} with /SET[:options], SET one of {', '.join(SETS)} or none"
+            f"{', '.join(BODIES)}, or {' or '.join(CELLS)} (with {BOTH} for both directions) with /SET[:options], "
+            f"SET one of {', '.join(SETS)} or none"
         )
         raise UserError(f"--config {name}: {error}; allowed are {allowed}") from error
 
@@ -105,12 +116,13 @@ class Model(nn.Module):
         size = task.embedding or inputs
         self.embedding = nn.Embedding(inputs, size) if task.embedding else None
         if config.recurrent:
-            self.body = CELLS[config.body](size, width, stability=config.stability)
+            both = config.directions == 2
+            self.body = CELLS[config.cell](size, width, bidirectional=both, stability=config.stability)
         else:
             self.body = BODIES[config.body](size, width, task.context, dropout)
         self.dropout = nn.Dropout(dropout)
         tied = task.metric in ("bits/char", "perplexity")
-        self.readout = nn.Linear(width, size if tied else outputs)
+        self.readout = nn.Linear(width * config.directions, size if tied else outputs)
         self.bias = nn.Parameter(torch.zeros(outputs)) if tied else None
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -118,7 +130,7 @@ class Model(nn.Module):
 
     def states(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = self.dropout(self.inputs(x))
-        return self.body(x, lengths=lengths)[0] if isinstance(self.body, (StableRNN, StableLSTM)) else self.body(x)
+        return self.body(x, lengths=lengths)[0] if isinstance(self.body, tuple(CELLS.values())) else self.body(x)
 
     def read(self, states: Tensor) -> Tensor:
         logits = self.readout(self.dropout(states))

@@ -25,7 +25,7 @@ struct BackwardWarp {
   static constexpr int cells = 4 * octets / warps,
                        lanes = 8 * octets / warps;   // of a thread, and of a warp, once the sums have moved
   static constexpr int pitch_of_sums = 9, sums_of_octet = 16 * pitch_of_sums;
-  static constexpr int gate_bytes = group_units * A::shape.element, row_bytes = gates * gate_bytes;
+  static constexpr int gate_bytes = group_units * A::shape.element;   // of a lane in the outbox
 
   const BackwardParams& p;
   const Geometry& geometry;
@@ -155,7 +155,6 @@ struct BackwardWarp {
 
   // From the carry of stage s to dz. What others need goes to the outbox.
   __device__ __forceinline__ void advance(int s) {
-    char* mine = outbox() + thread_index() % 32 / 16 * row_bytes + thread_index() % 16 * A::shape.element;
     each([&](int j, int) {
       const Cell cell(p.cell, cap);
       State<Real> d{whole(j), 0.f}, after{0.f, 0.f}, before{0.f, 0.f};
@@ -172,7 +171,9 @@ struct BackwardWarp {
       for (int q = 0; q < gates; ++q) {
         dz[j][q] = number(adjoint.z[q]);
         const float d_sum = number(cell.hidden(q, adjoint.z[q], kept));
-        put_element<A>(mine + 2 * j * row_bytes + q * gate_bytes, unit < H ? d_sum : 0.f);   // never NaN
+        const int at = Team::in_outbox<lanes>(thread_index() % 32 / 16 + 2 * j,
+                                              q * gate_bytes + thread_index() % 16 * A::shape.element);
+        put_element<A>(outbox() + at, unit < H ? d_sum : 0.f);   // never NaN
       }
     });
   }
@@ -182,9 +183,8 @@ struct BackwardWarp {
     constexpr int quads = gate_bytes / 16;
     team.template send<lanes, gates * quads>(outbox(), [&](int row, int quad) {
       const int column = (unit - thread_index() % 16) * A::shape.element + quad % quads * 16;
-      return column < geometry.segment
-                 ? (first_lane() + row) * geometry.pitch + quad / quads * geometry.segment + column
-                 : -1;
+      const int at = (first_lane() + row) * geometry.pitch + quad / quads * geometry.segment;
+      return column < geometry.segment ? at + A::place_of(first_lane() + row, column) : -1;
     });
   }
 

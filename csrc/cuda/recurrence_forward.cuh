@@ -118,7 +118,6 @@ struct ForwardWarp {
 
   // From the sums of step s to the new states. What others need goes to the outbox; h, c and what is saved stay here.
   __device__ __forceinline__ void advance(int s) {
-    char* mine = outbox() + 2 * t() * row_bytes + g() * A::shape.element;
     each([&](int n, int e, int lane, int unit) {
       Real z[gates], xp[gates], bias(0.f);
 #pragma unroll
@@ -141,8 +140,8 @@ struct ForwardWarp {
       if constexpr (Cell::has_cell) c[n][e] = number(step.c);
       const float value = number(step.h);
       h[n][e] = Storage(value);
-      put_element<A>(mine + (8 * n + e % 2) * row_bytes + e / 2 * 8 * A::shape.element,
-                     unit < H ? value : 0.f);   // zero, never NaN
+      const int at = Team::in_outbox<8 * octets>(2 * t() + 8 * n + e % 2, (g() + e / 2 * 8) * A::shape.element);
+      put_element<A>(outbox() + at, unit < H ? value : 0.f);   // zero, never NaN
     });
   }
 
@@ -150,7 +149,7 @@ struct ForwardWarp {
     warp_sync();
     team.template send<8 * octets, row_bytes / 16>(outbox(), [&](int row, int quad) {
       const int column = (unit - g()) * A::shape.element + 16 * quad;
-      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + column : -1;
+      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + A::place_of(row, column) : -1;
     });
   }
 
@@ -208,7 +207,7 @@ __device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLan
     const Run& run = tile.runs[n];
     for (int k = thread_index() % 32; k < H; k += 32) {
       const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, H, k) : 0.f;
-      put_element<A>(state + n * pitch + k * A::shape.element, h);
+      put_element<A>(state + n * pitch + A::place_of(n, k * A::shape.element), h);
       if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units)
         p.h_start[run.id * H + k] = h;
     }

@@ -23,7 +23,8 @@ struct alignas(16) Quad {
 struct ProductShape {
   int element;   // of weights and states
   int chunk;
-  int pitch_unit;   // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks
+  int pitch_unit;   // lanes lie an odd multiple of this apart in shared memory, so that the reads of a warp spread over the banks;
+                    // see also place_of(), for its writes
   int fragments;   // Quads of weights that a warp reads at once; two such reads are 16 rows of a chunk
 };
 
@@ -37,7 +38,14 @@ struct TensorProduct {
     Quad lane;
   };
   static __device__ __forceinline__ int fragment(int lane) { return lane; }
-  static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane / 4 * pitch + lane % 4 * 16; }
+  // Where a column of a lane's state lies. The Quads of a chunk change places from lane to lane: what eight lanes write of one column
+  // spreads over all banks, and so does what two lanes read of one chunk.
+  static constexpr STABLE_RNN_HD int place_of(int lane, int column) {
+    return column ^ ((lane & 2) << 4 | (lane & 4) << 2);
+  }
+  static __device__ __forceinline__ int first_state(int lane, int pitch) {
+    return lane / 4 * pitch + place_of(lane / 4, lane % 4 * 16);
+  }
   static __device__ __forceinline__ States states(const char* at, int) { return {*reinterpret_cast<const Quad*>(at)}; }
 
   static __device__ __forceinline__ void multiply(float (&sums)[4], const Quad (&weights)[2], const States& s) {
@@ -52,11 +60,19 @@ struct TensorProduct {
   static __device__ __forceinline__ int word_of(int j, int f, int w) { return f % 4 * 4 + 2 * j + w / 2; }
 };
 
+constexpr bool places_spread() {   // those of eight lanes, over the eight Quads of all banks
+  unsigned seen = 0;
+  for (int lane = 0; lane < 8; ++lane) seen |= 1u << (lane * 64 + TensorProduct<Tf32Tag>::place_of(lane, 0)) / 16 % 8;
+  return seen == 0xff;
+}
+static_assert(places_spread(), "eight lanes' Quads of one column meet in the same banks");
+
 struct ScalarProduct {
   struct States {
     Quad lanes[2];
   };
   static __device__ __forceinline__ int fragment(int lane) { return lane / 4; }
+  static constexpr STABLE_RNN_HD int place_of(int, int column) { return column; }
   static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane % 4 * 2 * pitch; }
   static __device__ __forceinline__ States states(const char* at, int pitch) {
     return {{*reinterpret_cast<const Quad*>(at), *reinterpret_cast<const Quad*>(at + pitch)}};

@@ -87,7 +87,7 @@ class BlockWeights {
     Quad* here = reinterpret_cast<Quad*>(shared_memory());
     for (int i = thread_index(); i < g.weights / 16; i += thread_count()) copy_async<16>(here + i, block() + i);
     copy_commit();
-    copy_wait<0>();   // seen by all after the team's begin()
+    copy_wait<0>();   // seen by all after the next barrier
   }
   // This thread's first Quad.
   __device__ __forceinline__ const Quad* shared() const {

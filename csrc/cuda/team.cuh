@@ -29,12 +29,18 @@ class Team {
   __device__ __forceinline__ void begin() {
     Quad* state = reinterpret_cast<Quad*>(shared_memory() + g_.state);
     for (int i = thread_index(); i < g_.buffers * tile_bytes() / 16; i += thread_count()) state[i] = Quad{};
-    if (g_.cluster > 1) cluster_sync();
-    else block_sync();
+    if (g_.cluster > 1) cluster_sync();   // else the first TileLanes::load has the barrier
   }
 
   __device__ __forceinline__ char* state() const {
     return shared_memory() + g_.state + (through_l2() ? 0 : (steps_ & 1) * tile_bytes());
+  }
+
+  // Where a column of a row lies in an outbox: [quads][rows], so that threads side by side send what different lanes have of one column,
+  // which spreads over the banks (see place_of() of the products).
+  template <int rows>
+  static __device__ __forceinline__ int in_outbox(int row, int column) {
+    return (column / 16 * rows + row) * 16 + column % 16;
   }
 
   // One warp: `rows` rows of `quads` Quads from its outbox to place(row, quad), an offset in the state, or negative: nowhere.
@@ -43,7 +49,7 @@ class Team {
     const int peers = through_l2() ? 1 : g_.blocks;
     char* next = shared_memory() + g_.state + (~steps_ & 1) * tile_bytes();
     for (int i = thread_index() % 32; i < rows * quads * peers; i += 32) {
-      const int which = i % (rows * quads), at = place(which / quads, which % quads);
+      const int which = i % (rows * quads), at = place(which % rows, which / rows);
       if (at < 0) continue;
       const Quad value = reinterpret_cast<const Quad*>(outbox)[which];
       if (through_l2()) {

@@ -38,15 +38,17 @@ struct TileLanes {
   Span* spans;
   Run* runs;
   int n;
+  bool cluster;   // the team is one
 
   explicit __device__ __forceinline__ TileLanes(const Geometry& g)
       : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)),
-        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes) {}
+        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes), cluster(g.cluster > 1) {}
 
   // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
   __device__ __forceinline__ Extent load(const Lanes& lanes, int64_t first, int64_t entries, bool from_init) const {
-    block_sync();   // a cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with
+    // A cluster's barrier opens once all have arrived: some warps may still write what the tile before ended with.
+    if (cluster) block_sync();
     for (int i = thread_index(); i < n; i += thread_count()) {
       Run run{};
       if (first + i < entries)

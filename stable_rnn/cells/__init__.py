@@ -2,11 +2,12 @@
 
 import importlib
 
+from .gru import Gru
 from .lstm import Lstm
 from .rnn import Relu, Tanh
-from .spec import Cell, State
+from .spec import NOTHING, Cell, State
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (Tanh(), Relu(), Lstm())}
+CELLS: dict[str, Cell] = {cell.name: cell for cell in (Tanh(), Relu(), Lstm(), Gru())}
 MODES: dict[str, Cell] = {cell.mode: cell for cell in CELLS.values()}
 
 
@@ -21,4 +22,4 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module("stable_rnn.step_cells"), name)
 
 
-__all__ = ["CELLS", "MODES", "Cell", "State", "of_code"]
+__all__ = ["CELLS", "MODES", "NOTHING", "Cell", "State", "of_code"]

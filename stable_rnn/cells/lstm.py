@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Cell, State
+from .spec import NOTHING, Cell, State
 
 
 class Lstm(Cell):
@@ -33,7 +33,7 @@ class Lstm(Cell):
         if clamp < 1:
             df = torch.where(f < clamp, df, 0.0)
         dz = torch.cat([dc * g * i * (1 - i), df, dc * i * (1 - g * g), dh * tanh_c * o * (1 - o)], 1)
-        return dz, State(None, dc * f)
+        return dz, State(NOTHING.h, dc * f)
 
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         return saved.chunk(4, 1)[3].to(c.dtype) * torch.tanh(c)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import Cell, State
+from .spec import NOTHING, Cell, State
 
 
 class Tanh(Cell):
@@ -19,7 +19,7 @@ class Tanh(Cell):
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
     ) -> tuple[Tensor, State]:
-        return dh * (1 - after.h * after.h), State(None, None)
+        return dh * (1 - after.h * after.h), NOTHING
 
 
 class Relu(Tanh):
@@ -31,4 +31,4 @@ class Relu(Tanh):
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
     ) -> tuple[Tensor, State]:
-        return torch.where(after.h > 0, dh, 0.0), State(None, None)
+        return torch.where(after.h > 0, dh, 0.0), NOTHING

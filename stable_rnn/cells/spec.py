@@ -17,10 +17,13 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """h (n, H) and c (n, H) of one time; None where the cell, or who asks it, has none."""
+    """h (n, H) and c (n, H) of one time; what a cell does not read, or has not, is empty, of shape (0,)."""
 
-    h: Tensor | None
-    c: Tensor | None
+    h: Tensor
+    c: Tensor
+
+
+NOTHING = State(torch.empty(0), torch.empty(0))
 
 
 class Cell:
@@ -55,13 +58,12 @@ class Cell:
 
     def biases(self, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """torch's two biases (G*H,) as that of x (G*H,) and that of the hidden product alone (H,)."""
-        if b_ih is None or b_hh is None:
-            return (b_hh if b_ih is None else b_ih), None
-        if self.hidden_bias is None:
-            return b_ih + b_hh, None
-        parts = list(b_hh.chunk(self.gates))
-        own, parts[self.hidden_bias] = parts[self.hidden_bias], torch.zeros_like(parts[self.hidden_bias])
-        return b_ih + torch.cat(parts), own
+        own = None
+        if self.hidden_bias is not None and b_hh is not None:
+            parts = list(b_hh.chunk(self.gates))
+            own, parts[self.hidden_bias] = parts[self.hidden_bias], torch.zeros_like(parts[self.hidden_bias])
+            b_hh = torch.cat(parts)
+        return (b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh), own
 
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         """h before its projection, of cells that have one, from what is saved."""

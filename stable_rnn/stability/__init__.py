@@ -2,10 +2,11 @@
 
 from .certificate import Certificate, LayerCertificate, certificate, certificate_from_state_dict
 from .projection import project_
-from .sets import Certified, ForgetCap, Stability, check_stability
+from .sets import Cascade, Certified, ForgetCap, Stability, check_stability
 from .together import project_all_
 
 __all__ = [
+    "Cascade",
     "Certificate",
     "Certified",
     "ForgetCap",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bounds import Drive
+from .comparison import Comparison
 from .contraction import Contraction
 from .limits import Limits
 from .weights import LayerWeights, Names
@@ -23,19 +25,22 @@ class Reach(NamedTuple):
     h       (P,) >= |h|, and h2 >= ||h||_2
     cell    largest |c|, 0 without one
     forget  largest forget gate there can be, None without one
+    depth   the groups of a cascade, None for other layers
     """
 
-    contractions: list[Contraction]
+    contractions: Sequence[Contraction | Comparison]
     h: Tensor
     h2: float
     cell: float
     forget: float | None
+    depth: int | None = None
 
 
 class CellStability:
     """One cell. To add one: a subclass in the file of its family (`Cell.family`), which lists it in `CELLS`."""
 
     apart = 2.0  # two reachable states differ by at most this times their bound
+    cascade_forget = 1.0  # what `Cascade` clamps the forget gate at, unless it is told
     assumed = ""  # what the certificate of a state dict takes for granted, since names and shapes don't tell, beside the clamp
 
     def reach(

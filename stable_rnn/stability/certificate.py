@@ -16,12 +16,14 @@ from ..cells import CELLS
 from ..layout import check_lengths
 from .bounds import length
 from .cells import STABILITY
-from .contraction import Contraction, power, series
+from .comparison import Comparison
+from .contraction import Contraction, Errors
 from .layer import LayerCertificate, layer_certificate
 from .rounding import local_error
 from .weights import LayerWeights, clamp_text, on_cpu, read_module, read_state_dict, saved_clamp
 
 MAX_WINDOW = 2**40
+POOR = 1e5  # amplification of a cascade from which on its text says so: float32 keeps two digits then
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Certificate:
         not by proof (stability/README.md). Never more than the trivial bound (outputs of tanh and LSTM layers are bounded); infinite
         where nothing is known. Raises TypeError or ValueError unless k is an int >= 1 and dtype a floating dtype."""
         k = to_int("truncation_error: k", k, 1)
-        error = self._through(lambda layer, c, eps: c.after(k, eps))
+        error = self._through(lambda layer, c, eps: c.truncated(k, eps))
         return (
             error
             if dtype is None
-            else min(error + self.rounding_error(dtype), self._through(lambda layer, c, eps: math.inf))
+            else min(error + self.rounding_error(dtype), self._through(lambda layer, c, eps: (math.inf, math.inf)))
         )
 
     def window(self, eps: float, dtype: torch.dtype | None = None) -> int:
@@ -84,11 +86,7 @@ class Certificate:
             found = []
             for layer in level:
                 dc, dh = local_error(layer, dtype)
-                each = (
-                    c.carried(worst) + math.hypot(c.spread[0] * dc, c.spread[1] * dh) * series(c.rate)
-                    for c in layer.contractions
-                )
-                found.append(min(v * c.out[0] for v, c in zip(each, layer.contractions)))
+                found.append(min(c.rounded(dc, dh, worst)[0] for c in layer.contractions))
             worst = max(found)
         return 2 * worst
 
@@ -96,14 +94,13 @@ class Certificate:
         """Bound on the largest absolute output error of a run whose states jump at most once in `chunk` steps, by at most `jump` in
         every entry, relative to max(1, |state|): what the plan `Verified` leaves. Infinite if unstable."""
 
-        def built_up(layer: LayerCertificate, c: Contraction, eps: float) -> float:
-            v = math.hypot(c.units[0] * jump * max(1.0, layer.cell_bound), c.units[1] * jump * max(1.0, layer.bound))
-            return v * series(power(c.rate, chunk)) + c.carried(eps)
+        def built_up(layer: LayerCertificate, c: Contraction | Comparison, eps: float) -> Errors:
+            return c.jumped(jump * max(1.0, layer.cell_bound), jump * max(1.0, layer.bound), chunk, eps)
 
         return self._through(built_up) * (1 + 2.0**-40)
 
-    def _through(self, bound: Callable[[LayerCertificate, Contraction, float], float]) -> float:
-        """The output error of the stack, from `bound(layer, contraction, input error)` of V in each layer and direction."""
+    def _through(self, bound: Callable[[LayerCertificate, Contraction | Comparison, float], Errors]) -> float:
+        """The output error of the stack, from `bound(layer, contraction, input error)` in each layer and direction."""
         eps2 = eps = 0.0  # of the inputs of a level, in the 2-norm and as the largest entry
         for level in self.levels:
             squares, largest = 0.0, 0.0
@@ -111,8 +108,8 @@ class Certificate:
                 e, e2 = layer.apart * layer.bound, layer.apart * layer.bound2
                 for c in layer.contractions:
                     of_inputs = eps2 if c.norm == "2" else eps
-                    v = bound(layer, c, of_inputs)
-                    e, e2 = min(e, _times(v, c.out[0])), min(e2, _times(v, c.out[1]))
+                    found, found2 = bound(layer, c, of_inputs)
+                    e, e2 = min(e, found), min(e2, found2)
                 e, largest = min(e, e2), max(largest, e, min(e, e2))
                 squares += e2 * e2
             eps, eps2 = largest, math.sqrt(squares) * (1 + 2.0**-50)
@@ -132,23 +129,26 @@ class Certificate:
         lines = [
             f"{'stable' if self.stable else 'NOT certified stable'}: rate {_figure(self.rate)} per step in the {_kind(self.norm)}"
         ]
-        if len(self.layers) > 1 or self.layers[0].forget is not None:
+        if len(self.layers) > 1 or self.layers[0].forget is not None or self.layers[0].depth is not None:
             for layer in self.layers:
                 forget = "" if layer.forget is None else f", forget gate <= {layer.forget:.4g}"
                 rate = f"rate {_figure(layer.rate)} ({_kind(layer.norm)})"
-                lines.append(f"  {layer.name or 'cell'}: {rate}{forget}, |h| <= {layer.bound:.3g}")
+                depth = "" if layer.depth is None else f", a cascade of {layer.depth} group{'s' * (layer.depth > 1)}"
+                lines.append(f"  {layer.name or 'cell'}: {rate}{forget}, |h| <= {layer.bound:.3g}{depth}")
         for eps in (1e-3, 1e-6):
             try:
                 lines.append(f"window for an error of {eps:g}: {self.window(eps)} steps")
             except ValueError as error:
                 lines.append(str(error))
                 break
+        amplified = max((layer.amplified for layer in self.layers if layer.depth is not None), default=0.0)
+        if amplified > POOR:
+            lines.append(
+                "poor sensitivity: of small errors at every step (rounding, jumps under Verified) it is only proven that they add up to no "
+                f"more than {amplified:.1g} times their size; the windows don't depend on that"
+            )
         lines.append(f"assumes {self.inputs}, a zero initial state, eval mode, exact arithmetic")
         return "\n".join(lines)
-
-
-def _times(v: float, factor: float) -> float:
-    return v * factor * (1 + 2.0**-45) if v else 0.0
 
 
 def _figure(rate: float) -> str:
@@ -191,8 +191,9 @@ def certificate(
         raise ValueError("certificate: lengths need an input to belong to")
     data = None if input is None else _rows(input, lengths, width, getattr(module, "batch_first", False))
     if stability is not None:
-        bound = stability.input_limit(levels[0][0].cell) if input_bound is None else input_bound
-        return certify(levels, _checked_bound(bound), data, stability.cap, stability.target)
+        cell = levels[0][0].cell
+        bound = stability.input_limit(cell) if input_bound is None else input_bound
+        return certify(levels, _checked_bound(bound), data, stability.cap_of(cell), stability.target)
     return certify(levels, _checked_bound(1.0 if input_bound is None else input_bound), data)
 
 

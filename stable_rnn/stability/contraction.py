@@ -15,6 +15,9 @@ STEPS = 60  # of power iterations; they only propose weights of a norm, which is
 FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
 
 
+Errors = tuple[float, float]  # bounds of a difference of h: of its largest entry, and of its 2-norm
+
+
 @dataclass(frozen=True)
 class Contraction:
     """For two states of one layer under the same inputs V(after) <= rate * V(before), rigorously.
@@ -43,6 +46,31 @@ class Contraction:
     def carried(self, eps: float) -> float:
         """Bound of V that input differences of at most eps build up from no difference, in any number of steps."""
         return piled_up(self.gain * eps, self.rate) if self.gain and eps else 0.0
+
+    def truncated(self, k: int, eps: float) -> Errors:
+        """After k steps, or more, from `start`."""
+        return self._errors(self.after(k, eps))
+
+    def rounded(self, dc: float, dh: float, eps: float) -> Errors:
+        """At any time, from no difference, where rounding adds up to dc to a difference of c and dh to one of h at each step."""
+        v = self.carried(eps) + math.hypot(self.spread[0] * dc, self.spread[1] * dh) * series(self.rate)
+        return v * self.out[0], v * self.out[1]
+
+    def jumped(self, dc: float, dh: float, chunk: int, eps: float) -> Errors:
+        """At any time, from no difference, where a step in `chunk` adds as much to every unit."""
+        v = math.hypot(self.units[0] * dc, self.units[1] * dh)
+        return self._errors(v * series(power(self.rate, chunk)) + self.carried(eps))
+
+    def amplified(self) -> float:
+        """Bound of what a push of 1 in every number of the state, at every step, builds up in h."""
+        return math.hypot(*self.units) * series(self.rate) * self.out[0]
+
+    def _errors(self, v: float) -> Errors:
+        return _times(v, self.out[0]), _times(v, self.out[1])
+
+
+def _times(v: float, factor: float) -> float:
+    return v * factor * (1 + 2.0**-45) if v else 0.0
 
 
 def series(rate: float) -> float:
@@ -85,3 +113,27 @@ def perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR
         v = after / rate + v  # with v itself, so that a cycle converges too
         v = v / v.max()
     return v + floor * start / start.max()
+
+
+def crossing(w_hh: Tensor, scales: Callable[[float], Tensor], low: float) -> float:
+    """About the rate > low where ||D(rate) W_hh||_2 = rate for row scales D that fall, by power iteration and bisection in float32. Proves
+    nothing."""
+    w32 = w_hh.float()
+    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
+
+    def norm(rate: float) -> float:
+        nonlocal x
+        a = scales(rate).float()[:, None] * w32
+        for _ in range(8):
+            y = a.mT @ (a @ x)
+            size = float(torch.linalg.vector_norm(y))
+            if not 0 < size < math.inf:
+                return size
+            x = y / size
+        return math.sqrt(size)
+
+    high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if norm(middle) <= middle else (middle, high)
+    return high * (1 + 1e-4)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .bounds import drive_of_bound, drive_of_data
 from .cells import STABILITY
+from .comparison import Comparison
 from .contraction import Contraction, norm2
 from .weights import LayerWeights
 
@@ -19,6 +20,7 @@ class LayerCertificate:
     name     "l0", "l0_reverse", ... as in the weights' names ("" for a cell)
     rate     V(after) <= rate * V(before) for two states under the same inputs, in a norm V of the kind `norm`, "2" or "inf"
     forget   largest forget gate there can be (LSTM), else None
+    depth    the groups of a cascade, as the weights have them; None for other layers
     bound    largest |h| there can be;  bound2 the largest ||h||_2
     """
 
@@ -29,14 +31,20 @@ class LayerCertificate:
     forget: float | None
     bound: float
     bound2: float
-    contractions: tuple[Contraction, ...] = field(repr=False)
+    contractions: tuple[Contraction | Comparison, ...] = field(repr=False)
     sizes: tuple[int, int] = field(repr=False)  # of the input and of h
     cell_bound: float = field(repr=False)  # largest |c|
+    depth: int | None = None
 
     @property
     def apart(self) -> float:
         """Two reachable states differ by at most this times their bound."""
         return STABILITY[self.cell].apart
+
+    @property
+    def amplified(self) -> float:
+        """Bound of what a push of 1 in every number of the state, at every step, builds up in h."""
+        return min(c.amplified() for c in self.contractions)
 
 
 def layer_certificate(
@@ -66,5 +74,6 @@ def layer_certificate(
         tuple(reach.contractions),
         sizes,
         reach.cell,
+        reach.depth,
     )
     return layer, reach.h

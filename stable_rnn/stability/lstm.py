@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from ..ops.spectral import row_project_
 from .bounds import GATE, ROUNDS, Drive, length, times, up
 from .cell import Ball, CellStability, Reach
-from .contraction import Contraction, norm2, perron, upwards
+from .comparison import Comparison, depth, rates, settled
+from .contraction import Contraction, crossing, norm2, perron, upwards
 from .limits import Limits
 from .rows import lower_forget
 from .weights import KINDS, LayerWeights, Names
@@ -23,6 +25,8 @@ INPUT_ANGLE = math.pi / 6  # max-norm set: how the gates i and g share their roo
 
 
 class Lstm(CellStability):
+    cascade_forget = 0.8
+
     def reach(
         self,
         w: LayerWeights,
@@ -34,9 +38,12 @@ class Lstm(CellStability):
         target: tuple[float, float] | None,
     ) -> Reach:
         b = lstm_bounds(w, drive, cap)
-        return Reach(
-            lstm_contractions(w, b, norms, upper, target), b.h, length(b.h), float(b.c.max()), float(b.f.max())
-        )
+        forget, groups = float(b.f.max()), depth(w)
+        found: list[Contraction | Comparison] = [*lstm_contractions(w, b, norms, upper, target, groups)]
+        if groups is not None and forget < 1 and "inf" in norms:
+            box = 2 * torch.cat([b.c, b.h])
+            found.append(Comparison(partial(_lstm_both, w, b), box, w.hidden, min(rates(forget))))
+        return Reach(found, b.h, length(b.h), float(b.c.max()), forget, groups)
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)
@@ -131,14 +138,20 @@ def _slope(low: Tensor, high: Tensor) -> Tensor:
 
 
 def lstm_contractions(
-    w: LayerWeights, b: LstmBounds, norms: tuple[str, ...], upper: bool, target: tuple[float, float] | None
+    w: LayerWeights,
+    b: LstmBounds,
+    norms: tuple[str, ...],
+    upper: bool,
+    target: tuple[float, float] | None,
+    groups: int | None = None,
 ) -> list[Contraction]:
-    """In the 2-norm one, in the max-norm two. `upper`: inputs may differ, so gains matter. `target`: a rate and a share worth trying."""
+    """In the 2-norm one, in the max-norm two, or more in a cascade of so many groups. `upper`: inputs may differ, so gains matter.
+    `target`: a rate and a share worth trying."""
     if not (b.f < 1).all():  # the sigmoid rounds to 1: nothing can be said
         nothing = (math.inf, math.inf)
         return [Contraction("2", math.inf, math.inf, math.inf, nothing, nothing, nothing)]
     found = [_lstm_two(w, b, upper, target)] if "2" in norms else []
-    return [*found, *_lstm_inf(w, b)] if "inf" in norms else found
+    return [*found, *_lstm_inf(w, b, groups)] if "inf" in norms else found
 
 
 def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float = 1.0) -> Tensor:
@@ -186,6 +199,10 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     return min(found, key=lambda c: c.rate)
 
 
+def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
+    return crossing(w_hh, lambda rate: gate_scales(b, rate, share, kappa), float(b.f.max()) * (1 + 1e-4))
+
+
 def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kappa: float, upper: bool) -> Contraction:
     """With the weights V^2 = sum_j weight_j dc_j^2 + ||dh||^2 that belong to `rate`; what is proven for them may be a little more."""
     scales = gate_scales(b, rate, share, kappa)
@@ -200,32 +217,9 @@ def lstm_two_at(w: LayerWeights, b: LstmBounds, rate: float, share: Tensor, kapp
     return Contraction("2", max(rate, proven), gain, start, (1.0, 1.0), units, (float(weight.max().sqrt()), 1.0))
 
 
-def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:
-    """About the rate where ||D(rate) W_hh||_2 = rate, by power iteration and bisection in float32. Proves nothing."""
-    w32 = w_hh.float()
-    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
-
-    def norm(rate: float) -> float:
-        nonlocal x
-        a = gate_scales(b, rate, share, kappa).float()[:, None] * w32
-        for _ in range(8):
-            y = a.mT @ (a @ x)
-            size = float(torch.linalg.vector_norm(y))
-            if not 0 < size < math.inf:
-                return size
-            x = y / size
-        return math.sqrt(size)
-
-    low = float(b.f.max()) * (1 + 1e-4)
-    high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
-    for _ in range(14):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if norm(middle) <= middle else (middle, high)
-    return high * (1 + 1e-4)
-
-
-def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
-    """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all."""
+def _lstm_inf(w: LayerWeights, b: LstmBounds, groups: int | None) -> Iterator[Contraction]:
+    """V = max over units of |dc_j| / v_j and |dh_j| / v_j: with one weight for all cells, then near the best weights of all; in a cascade
+    also with weights that grow from group to group."""
     after = lstm_step(w, b)
 
     def step(v: Tensor) -> Tensor:
@@ -237,13 +231,34 @@ def _lstm_inf(w: LayerWeights, b: LstmBounds) -> Iterator[Contraction]:
     rows, rows_in = (times(m, torch.ones_like(m[0])) for m in (w.abs_hh, w.abs_ih))
     two = perron(even, torch.ones(2, dtype=torch.float64), floor=0.0).clamp(min=1e-9)
     plain = torch.cat([two[0].expand_as(b.o), two[1].expand_as(b.h)])
-    for v in (plain, perron(step, plain)):
+    growing = () if groups is None else (_growing(w, b, rate, groups) for rate in rates(float(b.f.max())))
+    for v in (plain, perron(step, plain), *growing):
+        if v is None:
+            continue
         vc, vh = v[: w.hidden], v[w.hidden :]
         rate = upwards(float((step(v) / v).max()))
         gain = upwards(float((torch.cat(after(torch.zeros_like(vc), rows_in)) / v).max()))
         start = upwards(float((torch.cat([b.c, b.h]) / v).max()))
         per_unit = upwards(float((1 / vc).max())), upwards(float((1 / vh).max()))
         yield Contraction("inf", rate, gain, start, (float(vh.max()), length(vh)), per_unit, per_unit)
+
+
+def _growing(w: LayerWeights, b: LstmBounds, rate: float, groups: int) -> Tensor | None:
+    """v (2H,) with lstm_step(v) <= rate v, in a cascade of so many groups: each unit's weight from those that it reads."""
+    xi, xo = b.si * b.z, b.so * b.t
+
+    def needed(v: Tensor) -> Tensor:
+        di, df, dz, do = times(w.abs_hh, v[w.hidden :]).chunk(4)
+        vc = ((b.c * b.sf * df + xi * di + b.i * dz) / (rate - b.f)).clamp(min=1.0)
+        return torch.cat([vc, b.o * vc + xo * do / rate])
+
+    return settled(needed, 2 * w.hidden, groups)
+
+
+def _lstm_both(w: LayerWeights, b: LstmBounds, a: Tensor, eps: float) -> Tensor:
+    """`lstm_step` of both, a (2H,), with inputs that differ by at most eps in each entry."""
+    drive = up(times(w.abs_hh, a[w.hidden :]) + times(w.abs_ih, torch.full_like(w.w_ih[0], eps)), 2)
+    return torch.cat(lstm_step(w, b)(a[: w.hidden], drive))
 
 
 def lstm_step(w: LayerWeights, b: LstmBounds) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -66,16 +66,12 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
     """
     module, cell = recurrent(module)
     STABILITY[cell].check(stability)
-    if CELLS[cell].forgets is not None and stability.cap < getattr(getattr(module, "stability", None), "cap", 1.0):
-        raise ValueError(
-            f"project_: {stability} needs a cell that clamps its forget gate at {stability.cap}; {type(module).__name__} "
-            "here doesn't"
-        )
+    check_clamp(module, cell, stability.cap, stability)
     names = projected_names(module, stability)
     if not module.hidden_size:  # torch has cells without units
         return
     levels, held = layer_names(module), named_weights(module)
-    weights = _checked_weights(held)
+    weights = checked_weights(held)
     if certify:
         copies = {id(w): w.clone() for w in weights.values()}
         _certified({name: copies[id(w)] for name, w in weights.items()}, levels, stability, cell)
@@ -84,6 +80,20 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
                 w.copy_(copies[id(w)])
     else:
         _step(weights, levels, stability, cell, _warm.setdefault(module, _Warm()))
+    store_sharded(held, names, weights)
+
+
+def check_clamp(module: nn.Module, cell: str, cap: float, stability: object) -> None:
+    """ValueError if the module doesn't clamp its forget gate at `cap`, which `stability` needs, or below."""
+    own = getattr(module, "stability", None)
+    if CELLS[cell].forgets is not None and cap < (1.0 if own is None else own.cap_of(cell)):
+        raise ValueError(
+            f"project_: {stability} needs a cell that clamps its forget gate at {cap}; {type(module).__name__} here doesn't"
+        )
+
+
+def store_sharded(held: dict[str, Tensor], names: list[str], weights: dict[str, Tensor]) -> None:
+    """What was written to the whole of a sharded weight, into its parts; plain weights were written themselves."""
     for w, name in {held[name]: name for name in names}.items():
         if is_sharded(w):
             store(w, weights[name])
@@ -91,8 +101,12 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
 
 def projected_names(module: nn.Module, stability: Limits) -> list[str]:
     """The names of the weights that `project_` may write. ValueError if one of them cannot be written, as `project_` says."""
-    module, cell = recurrent(module)
-    kinds = STABILITY[cell].written(stability)
+    return writable_names(module, STABILITY[recurrent(module)[1]].written(stability))
+
+
+def writable_names(module: nn.Module, kinds: tuple[str, ...]) -> list[str]:
+    """The names of a module's weights of these kinds. ValueError if one of them cannot be written."""
+    module, _ = recurrent(module)
     wanted = [names[kind] for level in layer_names(module) for names in level for kind in kinds]
     found = {name: w for name in wanted if (w := getattr(module, name, None)) is not None}
     for name in found:
@@ -117,7 +131,7 @@ def identity(w: Tensor) -> Hashable:
     return w.device, w.data_ptr(), w.dtype, w.shape, w.stride()
 
 
-def _checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
+def checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
     """All weights and biases by name, whole and detached; names of one weight have one tensor. One look at their sums tells whether all
     values are finite, or may not be."""
     for name, w in held.items():

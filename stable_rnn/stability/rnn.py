@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..ops.spectral import row_project_
-from .bounds import GATE, ROUNDS, Drive, length, times
+from .bounds import GATE, ROUNDS, Drive, length, times, up
 from .cell import Ball, CellStability, Reach
+from .comparison import Comparison, depth, rates, settled
 from .contraction import Contraction, norm2, perron, piled_up, upwards
 from .limits import Limits
 from .nearest import computable
@@ -34,10 +36,18 @@ class Tanh(CellStability):
         upper: bool,
         target: tuple[float, float] | None,
     ) -> Reach:
-        b = rnn_bounds(w, drive)
-        found = rnn_contractions(w, b, norms, gain, target)
+        groups = depth(w)
+        b = rnn_bounds(w, drive, groups)
+        found = rnn_contractions(w, b, norms, gain, target, groups)
         h = self.bound(b, found)
-        return Reach(found, h, min(length(h), *(c.start * c.out[1] for c in found)), 0.0, None)
+        h2 = min(length(h), *(c.start * c.out[1] for c in found))
+        if groups is None or "inf" not in norms:
+            return Reach(found, h, h2, 0.0, None, groups)
+        return Reach([*found, self.compared(w, h, found)], h, h2, 0.0, None, groups)
+
+    def compared(self, w: LayerWeights, h: Tensor, found: list[Contraction]) -> Comparison:
+        box = self.apart * h
+        return Comparison(partial(_rnn_step, w), box, w.hidden, min([*rates(0.0), *(c.rate for c in found)]))
 
     def bound(self, b: RnnBounds, found: list[Contraction]) -> Tensor:
         return b.h
@@ -67,7 +77,7 @@ class Relu(Tanh):
 
     def bound(self, b: RnnBounds, found: list[Contraction]) -> Tensor:
         """`start` of each contraction is what its inputs can build up from zero."""
-        return torch.full_like(b.h, min(c.start * c.out[0] for c in found))
+        return torch.minimum(b.h, torch.full_like(b.h, min(c.start * c.out[0] for c in found)))
 
 
 CELLS = {"rnn_tanh": Tanh(), "rnn_relu": Relu()}
@@ -82,21 +92,30 @@ class RnnBounds:
     h: Tensor
 
 
-def rnn_bounds(w: LayerWeights, drive: Drive) -> RnnBounds:
-    """Of a tanh layer from |h| <= tanh(drive + |W_hh| |h|), started at 1; of a relu layer the state's bound needs its rate."""
+def rnn_bounds(w: LayerWeights, drive: Drive, groups: int | None = None) -> RnnBounds:
+    """Of a tanh layer from |h| <= tanh(drive + |W_hh| |h|), started at 1; of a relu layer the state's bound needs its rate, or the groups
+    of its cascade."""
     largest = torch.maximum(-drive.low, drive.high)
     h = torch.full_like(largest, 1.0 if w.cell == "rnn_tanh" else math.inf)
     if w.cell == "rnn_tanh":
         for _ in range(ROUNDS):
             h = torch.minimum(h, torch.tanh(largest + times(w.abs_hh, h)) * GATE)
+    elif groups is not None:
+        for _ in range(groups):
+            h = up(largest + times(w.abs_hh, h), 2)
     return RnnBounds(largest, drive.norm, h)
 
 
 def rnn_contractions(
-    w: LayerWeights, b: RnnBounds, norms: tuple[str, ...], gain: float, target: tuple[float, float] | None
+    w: LayerWeights,
+    b: RnnBounds,
+    norms: tuple[str, ...],
+    gain: float,
+    target: tuple[float, float] | None,
+    groups: int | None = None,
 ) -> list[Contraction]:
     """In the 2-norm ||W_hh||_2, and for "radius" near its numerical radius; in the max-norm absolute row sums, plain and with weights v
-    near the Perron vector of |W_hh|.
+    near the Perron vector of |W_hh|, or, in a cascade of so many groups, that grow from one to the next.
 
     gain >= ||W_ih||_2. `target`: a rate (and a share) worth trying."""
     found = []
@@ -108,13 +127,26 @@ def rnn_contractions(
         found += _rnn_radius(w, b, gain, norm2(w.w_hh), target)
     if "inf" in norms:
         ones, drive = torch.ones_like(b.drive), times(w.abs_ih, torch.ones_like(w.w_ih[0]))
-        for v in (ones, perron(lambda v: times(w.abs_hh, v), ones)):
+        growing = [] if groups is None else [_growing(w, rate, groups) for rate in rates(0.0)]
+        for v in (ones, perron(lambda v: times(w.abs_hh, v), ones), *growing):
+            if v is None:
+                continue
             rate = upwards(float((times(w.abs_hh, v) / v).max()))
             start = upwards(min(float((b.h / v).max()), piled_up(float((b.drive / v).max()), rate)))
             per_unit = 0.0, upwards(float((1 / v).max()))
             gain_inf, out = upwards(float((drive / v).max())), (float(v.max()), length(v))
             found.append(Contraction("inf", rate, gain_inf, start, out, per_unit, per_unit))
     return found
+
+
+def _growing(w: LayerWeights, rate: float, groups: int) -> Tensor | None:
+    """v (H,) with |W_hh| v <= rate v, in a cascade of so many groups."""
+    return settled(lambda v: times(w.abs_hh, v) / rate, w.hidden, groups)
+
+
+def _rnn_step(w: LayerWeights, a: Tensor, eps: float) -> Tensor:
+    """Both functions are 1-Lipschitz."""
+    return up(times(w.abs_hh, a) + times(w.abs_ih, torch.full_like(w.w_ih[0], eps)), 2)
 
 
 def _rnn_radius(

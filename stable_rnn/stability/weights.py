@@ -90,23 +90,20 @@ class LayerWeights:
 def recurrent(module: nn.Module) -> tuple[nn.RNNBase | nn.RNNCellBase, str]:
     """The module, and its cell's name in `stable_rnn.cells`. TypeError for what has no certificate."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        cell = MODES.get(_mode(module))
+        cell = MODES.get(mode_of(module))
         if cell is not None:
             return module, cell.name
-    raise TypeError(f"a certificate needs an RNN or LSTM (module or cell), got {type(module).__name__}")
+    raise TypeError(f"a certificate needs an RNN, LSTM or GRU (module or cell), got {type(module).__name__}")
 
 
-def _mode(module: nn.RNNBase | nn.RNNCellBase) -> str:
+def mode_of(module: nn.Module) -> str:
     """As `nn.RNNBase.mode`, which torch's cells don't have."""
     if isinstance(module, nn.RNNCell):
         return f"RNN_{module.nonlinearity}".upper()
-    return (
-        "LSTM"
-        if isinstance(module, nn.LSTMCell)
-        else "GRU"
-        if isinstance(module, nn.GRUCell)
-        else getattr(module, "mode", "")
-    )
+    for kind, mode in ((nn.LSTMCell, "LSTM"), (nn.GRUCell, "GRU")):
+        if isinstance(module, kind):
+            return mode
+    return getattr(module, "mode", "")
 
 
 def layer_names(module: nn.RNNBase | nn.RNNCellBase) -> list[list[Names]]:
@@ -286,12 +283,10 @@ def _cell_of_shapes(state_dict: Mapping[str, Tensor], start: str, names: Names) 
     hidden = shapes["weight_hr"][1] if "weight_hr" in shapes else out
     gates, rest = divmod(rows, hidden) if hidden else (0, 1)
     of_gates = {cell.gates: cell.name for cell in reversed(CELLS.values())}  # tanh before relu
-    if gates == 3 and gates not in of_gates and not rest:
-        raise LookupError("looks like a GRU, which has no certificate here")
     if rest or gates not in of_gates:
         known = " or ".join(map(str, sorted(of_gates)))
         raise LookupError(
-            f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN or LSTM ({known} gates)"
+            f"has a {names['weight_hh']} of the shape {shapes['weight_hh']}, of no RNN, LSTM or GRU ({known} gates)"
         )
     check("weight_ih", shapes["weight_ih"][0] == rows, f"{rows} rows are needed")
     for kind in ("bias_ih", "bias_hh"):

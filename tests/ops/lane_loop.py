@@ -10,7 +10,8 @@ import torch
 
 from stable_rnn import _native
 
-CELLS = ["rnn_tanh", "rnn_relu", "lstm"]
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+CAPPED = ("lstm", "gru")  # cells with a gate that forgets
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 TF32 = 3
 NAN = float("nan")
@@ -38,8 +39,9 @@ class Case:
     device: str = "cpu"  # where kernels run; the loops run on the CPU
 
     def __post_init__(self):
-        self.lstm = self.cell == "lstm"
-        self.gates = 4 if self.lstm else 1
+        self.lstm, self.gru = self.cell == "lstm", self.cell == "gru"
+        self.forgets = self.lstm or self.gru
+        self.gates = 4 if self.lstm else 3 if self.gru else 1
         self.p = self.out or self.hidden
         used = list(self.lengths or [self.steps] * self.batch)
         self.length = used
@@ -78,15 +80,23 @@ class Case:
         made |= dict(w_hr=rand(P, H) / max(H, 1) ** 0.5 if self.out else None)
         made |= dict(h0=rand(self.batch, P), c0=rand(self.batch, H) if self.lstm else None)
         made |= dict(dy=rand(self.n, P), dh_n=rand(self.batch, P), dc_n=rand(self.batch, H))
+        made |= dict(hidden_bias=rand(H) if self.gru else None)
         if self.init:
             made |= dict(h_init=rand(len(self.ids), P).float(), c_init=rand(len(self.ids), H).float())
         return made
 
 
-def step(case, z, c, w_hr):
-    """One step of one lane: h before it is rounded, c, gates, m."""
+def step(case, to, x, h, c):
+    """One step of one lane: h before it is rounded, c, what is saved, m."""
+    q, w_hr = to["w_hh"] @ h, to["w_hr"]
+    if case.gru:
+        (x_r, x_z, x_n), (q_r, q_z, q_n) = x.chunk(3), q.chunk(3)
+        r, z, q_n = torch.sigmoid(x_r + q_r), torch.sigmoid(x_z + q_z).clamp(max=case.cap), q_n + to["hidden_bias"]
+        n = torch.tanh(x_n + r * q_n)
+        return (1 - z) * n + z * h, c, torch.cat([r, z, n, q_n]), c
+    z = x + q
     if not case.lstm:
-        return (torch.tanh(z) if case.cell == "rnn_tanh" else torch.relu(z)), c, z, c
+        return (torch.tanh(z) if case.cell == "rnn_tanh" else torch.relu(z)), c, None, c
     i, f, g, o = z.chunk(4)
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f).clamp(max=case.cap), torch.tanh(g), torch.sigmoid(o)
     c = f * c + i * g
@@ -131,34 +141,49 @@ def loop_forward(case, made, kind=torch.float64):
                 if case.lstm:
                     out["c_start"][id] = c
             row = case.row(b, t)
-            h, c, gates, _ = step(case, to["xp"][row] + to["w_hh"] @ h, c, to["w_hr"])
+            h, c, saved, _ = step(case, to, to["xp"][row], h, c)
             h = h.to(case.dtype).to(kind) if kind == torch.float32 else h
             if t >= first:
                 out["y"][row] = h
                 if case.lstm:
-                    out["saved"][row], out["cells"][row] = gates, c
-                    out["decay"][id] = gates.chunk(4)[1] * (1 if t == first else out["decay"][id])
+                    out["cells"][row] = c
+                if case.forgets:
+                    out["saved"][row] = saved
+                    out["decay"][id] = saved.chunk(4)[1] * (1 if t == first else out["decay"][id])
         for name, state in (("h", h), ("c", c if case.lstm else None)):
             if state is not None:
                 out[f"{name}_end"][id] = state
                 if end == case.length[b]:
                     out[f"{name}_n"][b] = state
-    return {k: v for k, v in out.items() if case.lstm or k in ("y", "h_n", "h_start", "h_end")}
+    absent = () if case.lstm else ("c_n", "cells", "c_start", "c_end")
+    absent += () if case.forgets else ("saved", "decay")
+    return {k: v for k, v in out.items() if k not in absent}
 
 
-def vjp(case, dh, dc, h, gates, c, c_prev, w_hr, cap):
-    """Adjoints of z, of c_prev, of one step of one lane."""
+def vjp(case, dh, dc, h, saved, c, h_prev, c_prev, w_hr, cap):
+    """Of one step of one lane: the adjoints of x, of the hidden product, of h_prev without that product, and of c_prev."""
+    none = torch.zeros_like(dh)
     if case.cell == "rnn_tanh":
-        return dh * (1 - h * h), dc
+        dz = dh * (1 - h * h)
+        return dz, dz, none, dc
     if case.cell == "rnn_relu":
-        return torch.where(h > 0, dh, 0.0), dc
-    i, f, g, o = gates.chunk(4)
+        dz = torch.where(h > 0, dh, 0.0)
+        return dz, dz, none, dc
+    if case.gru:
+        r, z, n, q_n = saved.chunk(4)
+        dn = dh * (1 - z) * (1 - n * n)
+        du = dh * (h_prev - n) * z * (1 - z)
+        du = torch.where(z >= cap, 0.0, du) if cap < 1 else du
+        dr = dn * q_n * r * (1 - r)
+        return torch.cat([dr, du, dn]), torch.cat([dr, du, dn * r]), dh * z, dc
+    i, f, g, o = saved.chunk(4)
     dm = dh if w_hr is None else dh @ w_hr
     tanh = torch.tanh(c)
     dc = dc + dm * o * (1 - tanh * tanh)
     df = dc * c_prev * f * (1 - f)
     df = torch.where(f >= cap, 0.0, df) if cap < 1 else df
-    return torch.cat([dc * g * i * (1 - i), df, dc * i * (1 - g * g), dm * tanh * o * (1 - o)]), dc * f
+    dz = torch.cat([dc * g * i * (1 - i), df, dc * i * (1 - g * g), dm * tanh * o * (1 - o)])
+    return dz, dz, none, dc * f
 
 
 def loop_backward(case, made, saved, kind=torch.float64):
@@ -199,23 +224,27 @@ def loop_backward(case, made, saved, kind=torch.float64):
             dh = dh + to["dy"][row]
             if t < end:
                 out["dh"][row] = dh
-            state = dict(h=to["y"][row], gates=None, c=None, c_prev=None)
+            state = dict(h=to["y"][row], saved=None, c=None, h_prev=None, c_prev=None)
+            if case.forgets:
+                state |= dict(saved=to["saved"][row])
+            if case.gru:
+                state |= dict(h_prev=to["y"][case.row(b, t - 1)] if t else to["h0"][b])
             if case.lstm:
                 state |= dict(
-                    gates=to["saved"][row],
                     c=to["cells"][row],
                     c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b],
                 )
-            if case.lstm and t < end:
-                out["decay"][id] = state["gates"].chunk(4)[1] * (1 if t == end - 1 else out["decay"][id])
-            dz, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
+            if case.forgets and t < end:
+                out["decay"][id] = state["saved"].chunk(4)[1] * (1 if t == end - 1 else out["decay"][id])
+            dz, dq, dh, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
             if t < end:
                 out["dz"][row] = dz
-            dh = dz @ to["w_hh"]
+            dh = dh + dq @ to["w_hh"]
         out["dh_end"][id], out["dc_end"][id] = dh, dc
         if first == 0:
             out["dh0"][b], out["dc0"][b] = dh, dc
-    dropped = () if case.lstm else ("dc0", "dc_start", "dc_end", "decay")
+    dropped = () if case.lstm else ("dc0", "dc_start", "dc_end")
+    dropped += () if case.forgets else ("decay",)
     return {k: v for k, v in out.items() if k not in dropped}
 
 
@@ -225,7 +254,7 @@ def loop_windowed(case, made, first, last, kind=torch.float64):
     zeros = lambda *shape: torch.zeros(*shape, dtype=kind)  # noqa: E731
     to = {name: None if v is None else v.to(kind) for name, v in made.items()}
     rows = (last - first) * k
-    out = dict(dz=zeros(rows, GH), h_prev=zeros(rows, P), dh=zeros(rows, P), m=zeros(rows, H))
+    out = dict(dz=zeros(rows, GH), d_hidden=zeros(rows, GH), h_prev=zeros(rows, P), dh=zeros(rows, P), m=zeros(rows, H))
     out |= dict(dxp=zeros(case.n, GH), dh0=zeros(case.batch, P), dc0=zeros(case.batch, H))
     for id in range(first, last):
         b, t, end = case.span(id)
@@ -238,19 +267,20 @@ def loop_windowed(case, made, first, last, kind=torch.float64):
         for time in range(begin, t + 1):
             at = (id - first) * k + k - 1 - (t - time)
             out["h_prev"][at] = h
-            h_new, c_new, gates, m = step(case, to["xp"][case.row(b, time)] + to["w_hh"] @ h, c, to["w_hr"])
+            h_new, c_new, saved, m = step(case, to, to["xp"][case.row(b, time)], h, c)
             h_new = h_new.to(case.dtype).to(kind) if kind == torch.float32 else h_new
             out["m"][at] = m
-            steps.append((time, at, dict(h=h_new, gates=gates, c=c_new, c_prev=c)))
+            steps.append((time, at, dict(h=h_new, saved=saved, c=c_new, h_prev=h, c_prev=c)))
             h, c = h_new, c_new
         ends = t == case.length[b] - 1
         dh = to["dy"][case.row(b, t)] + (to["dh_n"][b] if ends else 0)
         dc = to["dc_n"][b] if ends else zeros(H)
         for time, at, state in reversed(steps):
             out["dh"][at] = dh
-            out["dz"][at], dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=case.cap)
+            found = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=case.cap)
+            out["dz"][at], out["d_hidden"][at], dh, dc = found
             out["dxp"][case.row(b, time)] += out["dz"][at]
-            dh = out["dz"][at] @ to["w_hh"]
+            dh = dh + out["d_hidden"][at] @ to["w_hh"]
         if given:
             out["dh0"][b] += dh
             out["dc0"][b] += dc
@@ -258,6 +288,8 @@ def loop_windowed(case, made, first, last, kind=torch.float64):
         del out["dh"], out["m"]
     if not case.lstm:
         del out["dc0"]
+    if not case.gru:
+        del out["d_hidden"]
     return out
 
 
@@ -313,13 +345,13 @@ def run_forward(case, made, call=None, only=None):
         out |= _poisoned(
             case,
             c_n=(batch, H, dtype),
-            saved=(n, 4 * H, dtype),
             cells=(n, H, f32),
             c_start=(case.lanes, H, f32),
             c_end=(case.lanes, H, f32),
-            decay=(case.lanes, H, f32),
         )
-    names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init")
+    if case.forgets:
+        out |= _poisoned(case, saved=(n, 4 * H, dtype), decay=(case.lanes, H, f32))
+    names = ("xp", "w_hh", "w_hr", "h0", "c0", "h_init", "c_init", "hidden_bias")
     return _call(case, call or _native.lib.recurrence_forward, [made.get(k) for k in names], out, only)
 
 
@@ -334,10 +366,11 @@ def run_backward(case, made, saved, call=None, only=None):
         dh_end=(case.lanes, P, f32),
     )
     if case.lstm:
-        of_lanes = dict.fromkeys(("dc_start", "dc_end", "decay"), (case.lanes, H, f32))
-        out |= _poisoned(case, dc0=(batch, H, dtype), **of_lanes)
+        out |= _poisoned(case, dc0=(batch, H, dtype), dc_start=(case.lanes, H, f32), dc_end=(case.lanes, H, f32))
+    if case.forgets:
+        out |= _poisoned(case, decay=(case.lanes, H, f32))
     both = made | saved | dict(dh_init=made.get("h_init"), dc_init=made.get("c_init"))
-    names = ("dy", "y", "saved", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init")
+    names = ("dy", "y", "saved", "cells", "w_hh", "w_hr", "c0", "dh_n", "dc_n", "dh_init", "dc_init", "h0")
     return _call(case, call or _native.lib.recurrence_backward, [both.get(k) for k in names], out, only)
 
 
@@ -350,7 +383,9 @@ def run_windowed(case, made, first, last):
     out |= dict(dxp=torch.zeros(case.n, sums), dh0=torch.zeros(case.batch, case.p))
     if case.lstm:
         out["dc0"] = torch.zeros(case.batch, case.hidden)
-    names = ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")
+    if case.gru:
+        out |= _poisoned(case, d_hidden=(rows, sums, f32))
+    names = ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n", "hidden_bias")
     inputs = (at(made[k]) for k in names)
     _native.lib.recurrence_windowed_backward(*_head(case), first, last, *inputs, **{k: at(v) for k, v in out.items()})
     return out

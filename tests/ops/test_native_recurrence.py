@@ -134,14 +134,15 @@ def test_projection(stride, warmup, out, isa):
         check_windowed(case)
 
 
+@pytest.mark.parametrize("cell", loop.CAPPED)
 @pytest.mark.parametrize("cap", [0.3, 0.55])
-def test_cap_holds_and_stops_the_gradient(cap):
-    case = Case("lstm", 9, 2, 21, stride=4, warmup=3, cap=cap)
+def test_cap_holds_and_stops_the_gradient(cell, cap):
+    case = Case(cell, 9, 2, 21, stride=4, warmup=3, cap=cap)
     made, saved = check_forward(case)
     forget = saved["saved"].chunk(4, 1)[1]
     assert forget.max() == torch.tensor(cap) and forget.min() < cap  # both branches are tested
     check_backward(case, made, saved)
-    assert (loop.run_backward(case, made, saved)["dz"].chunk(4, 1)[1][forget >= cap] == 0).all()
+    assert (loop.run_backward(case, made, saved)["dz"].chunk(case.gates, 1)[1][forget >= cap] == 0).all()
     check_windowed(replace(case, stride=1))
 
 
@@ -157,7 +158,7 @@ def test_bfloat16(cell, stride, warmup, isa):
             stride,
             warmup,
             dtype=torch.bfloat16,
-            cap=0.7 if cell == "lstm" else 1.0,
+            cap=0.7 if cell in loop.CAPPED else 1.0,
             lengths=(9, 0, 4),
         )
         check(case)
@@ -241,14 +242,14 @@ def check_ends(case):
 def test_only_the_ends_of_rows_that_share_their_times(cell, dtype, isa):
     for batch, hidden in ((1, 5), (7, 33), (40, 18)):
         case = Case(cell, 6, batch, hidden, stride=6, warmup=0, layout="shared", init=True, dtype=dtype)
-        check_ends(replace(case, cap=0.6 if cell == "lstm" else 1.0))
+        check_ends(replace(case, cap=0.6 if cell in loop.CAPPED else 1.0))
     if cell == "lstm":
         check_ends(Case(cell, 6, 7, 33, 6, 0, out=18, layout="shared", init=True, dtype=dtype))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_else_depends_on_what_is_asked_for(cell, isa):
-    case = Case(cell, 23, 3, 33, stride=7, warmup=3, lengths=(23, 0, 16), cap=0.8 if cell == "lstm" else 1.0)
+    case = Case(cell, 23, 3, 33, stride=7, warmup=3, lengths=(23, 0, 16), cap=0.8 if cell in loop.CAPPED else 1.0)
     made = case.draw()
     saved = loop.run_forward(case, made)
     back = loop.run_backward(case, made, saved)
@@ -259,9 +260,10 @@ def test_nothing_else_depends_on_what_is_asked_for(cell, isa):
         equal(loop.run_backward(case, made, saved, only=names), {k: back[k] for k in names})
 
 
-def test_decay_is_the_product_of_the_saved_gates(isa):
+@pytest.mark.parametrize("cell", loop.CAPPED)
+def test_decay_is_the_product_of_the_saved_gates(cell, isa):
     """To a rounding of each product, on lanes of different lengths; nothing of it where a lane writes nothing."""
-    case = Case("lstm", 40, 3, 19, stride=11, warmup=5, lengths=(40, 0, 25), cap=0.9)
+    case = Case(cell, 40, 3, 19, stride=11, warmup=5, lengths=(40, 0, 25), cap=0.9)
     made = case.draw()
     saved = loop.run_forward(case, made)
     forget = saved["saved"].double().chunk(4, 1)[1]
@@ -333,7 +335,7 @@ def test_input_projection(dtype, rows, inputs, sums, isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch, inputs, hidden", [(1, 1, 1), (1, 64, 64), (3, 5, 33), (29, 70, 130), (2, 0, 7)])
 def test_cell_step_is_bitwise_projection_and_recurrence(cell, dtype, batch, inputs, hidden, isa):
-    case = Case(cell, 1, batch, hidden, stride=1, warmup=0, dtype=dtype, cap=0.7 if cell == "lstm" else 1.0)
+    case = Case(cell, 1, batch, hidden, stride=1, warmup=0, dtype=dtype, cap=0.7 if cell in loop.CAPPED else 1.0)
     made, sums = case.draw(), case.gates * hidden
     x, w_ih, b_ih, b_hh = (
         torch.randn(*shape).to(dtype) for shape in ((batch, inputs), (sums, inputs), (sums,), (sums,))
@@ -352,7 +354,12 @@ def test_cell_step_is_bitwise_projection_and_recurrence(cell, dtype, batch, inpu
             *map(loop.at, (x, *given, w_ih, made["w_hh"], *biases, h, c)),
         )
         zeros = {k: None if made[k] is None else torch.zeros_like(made[k]) for k in ("h0", "c0") if k not in state}
-        expected = loop.run_forward(case, made | zeros | dict(xp=project(x, w_ih, *biases)))
+        b_ih, b_hh = biases
+        own = None
+        if case.gru and b_hh is not None:  # n's part of b_hh belongs to the hidden product
+            own, b_hh = b_hh[2 * hidden :], torch.cat([b_hh[: 2 * hidden], torch.zeros(hidden, dtype=dtype)])
+        given = dict(xp=project(x, w_ih, b_ih, b_hh), hidden_bias=own)
+        expected = loop.run_forward(case, made | zeros | given)
         assert torch.equal(h, expected["h_n"])
         assert not case.lstm or torch.equal(c, expected["c_n"])
 
@@ -387,14 +394,11 @@ def test_nan_and_infinity_pass_through(cell, isa):
 def test_saturated_gates(isa):
     """Pre-activations far outside the range of exp: the limits, not NaN or infinity."""
     for big in (30.0, 90.0, 1e4, 3e38):
-        case = Case("lstm", 2, 1, 16, stride=2, warmup=0)
-        made = case.draw()
-        made["xp"] = big * torch.sign(made["xp"])
-        check_forward_with(case, made)
-        case = Case("rnn_tanh", 2, 1, 16, stride=2, warmup=0)
-        made = case.draw()
-        made["xp"] = big * torch.sign(made["xp"])
-        check_forward_with(case, made)
+        for cell in ("lstm", "gru", "rnn_tanh"):
+            case = Case(cell, 2, 1, 16, stride=2, warmup=0)
+            made = case.draw()
+            made["xp"] = big * torch.sign(made["xp"])
+            check_forward_with(case, made)
 
 
 def check_forward_with(case, made):

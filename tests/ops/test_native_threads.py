@@ -40,7 +40,7 @@ def equal(found, expected):
 
 def few_lanes(cell, steps=40, out=None, **how):
     """A case whose weights are shared among the threads."""
-    hidden = 260 if cell != "lstm" else 200 if out else 130
+    hidden = {"lstm": 200 if out else 130, "gru": 150}.get(cell, 260)
     return Case(cell, steps, 2, hidden, how.pop("stride", steps), how.pop("warmup", 0), out=out, **how)
 
 

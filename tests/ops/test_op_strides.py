@@ -10,7 +10,7 @@ from stable_rnn import _native
 ops = torch.ops.stable_rnn
 PLANS = {"recurrent": (0, 0, -1.0), "windowed": (1, 2, -1.0), "chunked": (3, 2, -1.0), "verified": (3, 2, 1e-6)}
 RECURRENCES = ["recurrence", "recurrence_backward", "windowed_backward"]
-CELLS = ["rnn_tanh", "rnn_relu", "lstm", "projected"]
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "projected", "gru"]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
 SIZES = {"several": (5, 3, 4), "one": (5, 1, 1), "one_step": (1, 1, 4)}  # T, B, H
 CHECKS = ("test_schema", "test_faketensor")
@@ -22,19 +22,22 @@ def recurrence(name, cell, plan, size, backend):
     """A call of one of RECURRENCES: the op, its tensors, its other arguments."""
     steps, batch, hidden = SIZES[size]
     lstm = cell in ("lstm", "projected")
-    n, columns, out = steps * batch, hidden * (4 if lstm else 1), 2 if cell == "projected" else hidden
+    gates = 4 if lstm else 3 if cell == "gru" else 1
+    n, columns, out = steps * batch, hidden * gates, 2 if cell == "projected" else hidden
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
     xp, w_hh, w_hr = rand(n, columns), rand(columns, out), rand(out, hidden) if cell == "projected" else None
     h0, c0 = rand(batch, out), rand(batch, hidden) if lstm else None
-    numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, 0.9 if cell == "lstm" else 1.0, backend)
+    bias, before = (rand(hidden), h0) if cell == "gru" else (None, None)
+    cap = 0.9 if cell in ("lstm", "gru") else 1.0
+    numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, cap, backend)
     if name == "recurrence":
-        return ops.recurrence.default, (xp, w_hh, w_hr, None, h0, c0, None, None), (*numbers, True)
-    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, None, h0, c0, None, None, *numbers, True)
+        return ops.recurrence.default, (xp, w_hh, w_hr, bias, h0, c0, None, None), (*numbers, True)
+    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, bias, h0, c0, None, None, *numbers, True)
     grads = rand(n, out), rand(batch, out), rand(batch, hidden)
     if name == "recurrence_backward":
-        return ops.recurrence_backward.default, (*grads, y, gates, cells, w_hh, w_hr, None, c0, None, None), numbers
-    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, None, h0, c0, None, None), numbers
+        return ops.recurrence_backward.default, (*grads, y, gates, cells, w_hh, w_hr, before, c0, None, None), numbers
+    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, bias, h0, c0, None, None), numbers
 
 
 def calls(name, backend):
@@ -213,8 +216,8 @@ def test_vmap(name, backend):
             given = [i for i, t in enumerate(tensors) if t is not None and t.numel()]
             for dim in (0, 1, 2):
                 for mapped in [given] if dim else [[i] for i in given] + [given]:
-                    many = [torch.stack([t, -t], dim) if i in mapped else t for i, t in enumerate(tensors)]
-                    dims = tuple(dim if i in mapped else None for i in range(len(tensors)))
+                    dims = tuple(min(dim, t.dim()) if i in mapped else None for i, t in enumerate(tensors))
+                    many = [t if d is None else torch.stack([t, -t], d) for t, d in zip(tensors, dims)]
                     found = torch.func.vmap(lambda *ts, op=op, rest=rest: op(*ts, *rest), dims)(*many)
                     for v, sign in enumerate((1, -1)):
                         alone = op(*(sign * t if i in mapped else t for i, t in enumerate(tensors)), *rest)

@@ -10,7 +10,7 @@ from stable_rnn import _native
 from stable_rnn.ops.recurrence.function import layer
 from stable_rnn.ops.recurrence.problem import Problem
 
-CELLS = ["rnn_tanh", "rnn_relu", "lstm"]
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 SCHEDULES = [(0, 0), (1, 0), (1, 4), (3, 2), (5, 0), (4, 9), (100, 3)]  # (stride, warmup); 0: the whole sequence
 LAYOUTS = ["padded", "reverse", "lengths", "reverse_lengths", "end_to_end", "end_to_end_reverse"]
 BACKENDS = [("reference", torch.float64), ("reference", torch.float32), ("reference", torch.bfloat16)]
@@ -39,13 +39,14 @@ def rows_of(layout, steps, lengths):
 
 def draw(cell, n, batch, hidden, out, dtype, seed=0):
     g = torch.Generator().manual_seed(seed)
-    gates = 4 if cell == "lstm" else 1
+    gates = oracle.GATES[cell]
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     proj = out != hidden
     made = dict(
         xp=rand(n, gates * hidden),
         w_hh=rand(gates * hidden, out) * 0.9 / max(out, 1) ** 0.5,
         w_hr=rand(out, hidden) / hidden**0.5 if proj else None,
+        hidden_bias=rand(hidden) if cell == "gru" else None,
         h0=rand(batch, out),
         c0=rand(batch, hidden) if cell == "lstm" else None,
     )
@@ -73,7 +74,7 @@ def run(cell, made, grads, base, lengths, p):
         None,
         leaves["w_hh"],
         leaves.get("w_hr"),
-        None,
+        leaves.get("hidden_bias"),
         leaves["h0"],
         leaves.get("c0"),
         base,
@@ -92,7 +93,8 @@ def loop(cell, made, grads, rows, schedule, steps, cap):
     batch, hidden = made["h0"].shape[0], grads["dc_n"].shape[1]
     stride, warmup = schedule
     c0 = leaves["c0"] if cell == "lstm" else made["h0"].new_zeros(batch, hidden)
-    args = (leaves["w_hh"], leaves["w_hr"], leaves["h0"], c0, rows, stride or max(steps, 1), warmup, cap)
+    weights = leaves["w_hh"], leaves["w_hr"], leaves["hidden_bias"]
+    args = (*weights, leaves["h0"], c0, rows, stride or max(steps, 1), warmup, cap)
     y, cells, h_n, c_n, before = oracle.forward(cell, leaves["xp"], *args)
     if stride == 1:
         total = (
@@ -107,7 +109,7 @@ def loop(cell, made, grads, rows, schedule, steps, cap):
     else:
         plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
         parts = oracle.backward(cell, *grads.values(), leaves["xp"], y.detach(), cells.detach(), before, *plain)
-        found = dict(zip(["xp", "w_hh", "w_hr", "h0", "c0"], parts, strict=True))
+        found = dict(zip(["xp", "w_hh", "w_hr", "hidden_bias", "h0", "c0"], parts, strict=True))
     return [t.detach() for t in (y, h_n, c_n)], found
 
 
@@ -152,6 +154,7 @@ def test_projection_and_clamp(schedule, backend, dtype):
     check("lstm", "padded", schedule, backend, dtype, hidden=6, out=4)
     check("lstm", "reverse_lengths", schedule, backend, dtype, hidden=6, out=1, cap=0.6)
     check("lstm", "end_to_end", schedule, backend, dtype, cap=0.5)
+    check("gru", "end_to_end", schedule, backend, dtype, cap=0.5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -171,7 +174,7 @@ def test_relu_gradients_in_bfloat16(layout):
 
 @pytest.mark.parametrize("backend,dtype", BACKENDS[3:] or BACKENDS[:1], ids=str)
 @pytest.mark.parametrize("hidden", [1, 2, 31, 33, 63, 127])
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_sizes(cell, hidden, backend, dtype):
     for schedule in [(0, 0), (1, 4), (3, 2)]:
         check(cell, "padded", schedule, backend, dtype, steps=7, lengths=(7, 7), hidden=hidden)
@@ -197,7 +200,8 @@ def test_gradcheck(cell, schedule):
 
     def function(*leaves):
         t = dict(zip(names, leaves, strict=True))
-        y, h_n, c_n, _ = layer(t["xp"], None, None, t["w_hh"], t.get("w_hr"), None, t["h0"], t.get("c0"), None, None, p)
+        weights = None, None, t["w_hh"], t.get("w_hr"), t.get("hidden_bias")
+        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, p)
         return (y, h_n, c_n) if cell == "lstm" else (y, h_n)
 
     leaves = [made[k].requires_grad_() for k in names]
@@ -212,9 +216,8 @@ def test_chunk_gradient_is_the_same_when_differentiated_again(cell):
     p = Problem(cell, 12, 2, 3, 2, backend="reference")
     _, plain = run(cell, made, grads, None, None, p)
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
-    y, h_n, c_n, _ = layer(
-        leaves["xp"], None, None, leaves["w_hh"], None, None, leaves["h0"], leaves.get("c0"), None, None, p
-    )
+    weights = None, None, leaves["w_hh"], None, leaves.get("hidden_bias")
+    y, h_n, c_n, _ = layer(leaves["xp"], *weights, leaves["h0"], leaves.get("c0"), None, None, p)
     outputs, given = (
         [y, h_n] + [c_n][: cell == "lstm"],
         [grads["dy"], grads["dh_n"]] + [grads["dc_n"]][: cell == "lstm"],

@@ -18,7 +18,7 @@ EXPORT void complete_tiling(bool backward, int cell, int dtype, int64_t hidden, 
   tiling->workspace_bytes = workspace_parts(*tiling, g).bytes;
 }
 EXPORT CudaTiling automatic_tiling(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
-                               const CudaLimits* limits) {
+                                   const CudaLimits* limits) {
   return recurrence_tiling_cuda(backward, cell, dtype, hidden, out, entries, *limits);
 }
 EXPORT const char* device_limits(CudaLimits* limits) { return cuda_limits(0, limits); }

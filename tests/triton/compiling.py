@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from stable_rnn.cells import CELLS, Cell
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence import triton_large, triton_small
 from stable_rnn.ops.recurrence.compiled import DTYPES, TF32
@@ -27,26 +28,23 @@ KINDS = {
 TYPES = {"float32": "fp32", "tf32": "fp32", "tf32x3": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
 ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
-NEVER = {(False, "hidden_bias"), (True, "h0")}  # of cells that are not here
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
-BORDERS = tuple(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end"))
+BORDERS = (*(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end")), "decay")
 WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
-LSTM = (
-    "c0",
-    "c_n",
-    "saved",
-    "cells",
-    "c_init",
-    "dc_init",
-    "c_start",
-    "c_end",
-    "dc_n",
-    "dc0",
-    "dc_start",
-    "dc_end",
-    "c_planes",
-    "dc_planes",
-)
+OF_CELLS = (
+    "c0 c_n cells c_init dc_init c_start c_end dc_n dc0 dc_start dc_end c_planes dc_planes".split()
+)  # that have a c
+
+
+def lacking(cell: Cell, backward: bool) -> set[str]:
+    """Tensors that the kernels don't get of a cell."""
+    missing = set() if cell.has_cell else set(OF_CELLS)
+    missing |= set() if cell.saved else {"saved"}
+    missing |= {"decay"} if cell.forgets is None else set()
+    missing |= {"hidden_bias"} if cell.hidden_bias is None else set()
+    if cell.carries and backward:
+        return missing - {"dc_planes"}
+    return missing | {"h0"} if backward else missing
 
 
 class Use(NamedTuple):
@@ -80,11 +78,7 @@ def recurrence(
         WIDTH=-(-hidden // 16) * 16,
         ALONE=alone,
     )
-    missing = {
-        *absent,
-        *(() if cell == "lstm" else LSTM),
-        *(name for of_backward, name in NEVER if of_backward == backward),
-    }
+    missing = {*absent, *lacking(CELLS[cell], backward)}
     kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

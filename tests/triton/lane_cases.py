@@ -9,6 +9,23 @@ from stable_rnn.precision import TF32_EPS, TF32X3_EPS, tf32x3_asked
 
 DEVICE = "cuda" if torch.cuda.is_available() and not backend.interpreted() else "cpu"
 
+WAYS = ("small", "large", "team")
+
+
+def divide(way, monkeypatch):
+    """`small`: a program has its lanes and all of W; `large`: it walks over the units; `team`: three programs do, for each tile."""
+    table, device_of = backend.config, backend.device_of
+
+    def config(backward, cell, dtype, hidden, windows, device):
+        found = table(backward, cell, dtype, hidden, windows, device)
+        if way == "small":
+            return found._replace(small=True, units=max(16, 1 << (hidden - 1).bit_length()))
+        units = 16 if way == "team" else found.units if not found.small else 32
+        return found._replace(small=False, units=units, inner=16 if found.small else found.inner)
+
+    monkeypatch.setattr(backend, "config", config)
+    monkeypatch.setattr(backend, "device_of", lambda x: device_of(x)._replace(programs=1 if way == "large" else 12))
+
 
 def problem(case) -> Problem:
     return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved(case.batch)
@@ -28,31 +45,32 @@ def _poisoned(case, kind, wide, **columns):
     count = {"h_n": case.batch, "c_n": case.batch, "dh0": case.batch, "dc0": case.batch}
     made = {}
     for name in kind._fields:
-        long = case.lanes if name.endswith(("start", "end")) else count.get(name, case.n)
+        long = case.lanes if name.endswith(("start", "end", "decay")) else count.get(name, case.n)
         shape = (long, columns[name]) if columns.get(name) else (0,)
         made[name] = torch.full(shape, loop.NAN, dtype=torch.float32 if name in wide else case.dtype, device=DEVICE)
     return kind(**made)
 
 
 def forward(case, made) -> dict:
-    H, C = case.hidden, case.hidden * case.lstm
+    H, C, S = case.hidden, case.hidden * case.lstm, case.hidden * case.forgets
     out = _poisoned(
         case,
         Output,
-        ("cells", "h_start", "c_start", "h_end", "c_end"),
+        ("cells", "h_start", "c_start", "h_end", "c_end", "decay"),
         y=H,
         h_n=H,
         c_n=C,
-        saved=4 * C,
+        saved=4 * S,
         cells=C,
         h_start=H,
         c_start=C,
         h_end=H,
         c_end=C,
+        decay=S,
     )
     on = {name: to_device(value) for name, value in made.items()}
     backend.forward(
-        Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case)),
+        Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),
@@ -64,11 +82,11 @@ def forward(case, made) -> dict:
 
 
 def backward(case, made, saved) -> dict:
-    H, C = case.hidden, case.hidden * case.lstm
+    H, C, S = case.hidden, case.hidden * case.lstm, case.hidden * case.forgets
     out = _poisoned(
         case,
         Adjoint,
-        ("dh_start", "dc_start", "dh_end", "dc_end"),
+        ("dh_start", "dc_start", "dh_end", "dc_end", "decay"),
         dz=case.gates * H,
         dh0=H,
         dc0=C,
@@ -76,13 +94,15 @@ def backward(case, made, saved) -> dict:
         dc_start=C,
         dh_end=H,
         dc_end=C,
+        decay=S,
     )
     on = {name: to_device(value) for name, value in (made | saved).items()}
     empty = torch.empty(0, device=DEVICE)
     kept = on["y"], on.get("saved", empty), on.get("cells", empty)
     ends = on["dh_n"], on["dc_n"] if case.lstm else None
+    before = on["h0"] if case.gru else None, on["c0"]
     backend.backward(
-        BackwardInputs(on["dy"], *ends, *kept, on["w_hh"], None, None, on["c0"], *rows(case)),
+        BackwardInputs(on["dy"], *ends, *kept, on["w_hh"], None, *before, *rows(case)),
         problem(case),
         borders=True,
         ids=to_device(case.select),
@@ -91,6 +111,23 @@ def backward(case, made, saved) -> dict:
         out=out,
     )
     return {name: t.cpu() for name, t in out._asdict().items() if t.dim() == 2}
+
+
+def ends(case, made, only) -> dict:
+    """`ends` of the backend; `only` is all that it gives."""
+    on = {name: to_device(value) for name, value in made.items()}
+    inputs = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
+    found = backend.ends(inputs, problem(case), on["h_init"], on["c_init"] if case.lstm else None)
+    return {name: t.cpu() for name, t in zip(only, found, strict=True) if t.numel()}
+
+
+def adjoint_ends(case, made, saved, only) -> dict:
+    on = {name: to_device(value) for name, value in (made | saved).items()}
+    kept = on["y"], on.get("saved"), on.get("cells")
+    before = on["h0"] if case.gru else None, on["c0"]
+    inputs = BackwardInputs(on["dy"], None, None, *kept, on["w_hh"], None, *before, *rows(case))
+    found = backend.adjoint_ends(inputs, problem(case), on["h_init"], on["c_init"] if case.lstm else None)
+    return {name: t.cpu() for name, t in zip(only, found, strict=True) if t.numel()}
 
 
 def assert_like(found: dict, exact: dict, eager: dict, case, terms: int) -> None:

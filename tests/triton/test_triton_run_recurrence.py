@@ -5,12 +5,25 @@ from dataclasses import replace
 import lane_loop as loop
 import pytest
 import torch
-from lane_cases import DEVICE, assert_like, backward, check, forward, problem, rows, to_device
+from lane_cases import (
+    DEVICE,
+    WAYS,
+    adjoint_ends,
+    assert_like,
+    backward,
+    check,
+    divide,
+    ends,
+    forward,
+    problem,
+    rows,
+    to_device,
+)
 from lane_loop import Case
 
 from stable_rnn.ops.recurrence import reference, verified
 from stable_rnn.ops.recurrence import triton as backend
-from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs
+from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs, backward_inputs
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
@@ -20,7 +33,6 @@ if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
         "float16": dict(dtype=torch.float16),
         "bfloat16": dict(dtype=torch.bfloat16),
     }
-WAYS = ("small", "large", "team")
 
 
 @pytest.fixture(params=KINDS)
@@ -33,23 +45,8 @@ def kind(request, monkeypatch):
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    """`small`: a program has its lanes and all of W; `large`: it walks over the units; `team`: three programs do, for each tile."""
     divide(request.param, monkeypatch)
     return request.param
-
-
-def divide(way, monkeypatch):
-    table, device_of = backend.config, backend.device_of
-
-    def config(backward, cell, dtype, hidden, windows, device):
-        found = table(backward, cell, dtype, hidden, windows, device)
-        if way == "small":
-            return found._replace(small=True, units=max(16, 1 << (hidden - 1).bit_length()))
-        units = 16 if way == "team" else found.units if not found.small else 32
-        return found._replace(small=False, units=units, inner=16 if found.small else found.inner)
-
-    monkeypatch.setattr(backend, "config", config)
-    monkeypatch.setattr(backend, "device_of", lambda x: device_of(x)._replace(programs=1 if way == "large" else 12))
 
 
 CASES = [
@@ -65,6 +62,10 @@ CASES = [
     Case("rnn_relu", 12, 2, 64, 1, 2, layout="reverse"),
     Case("lstm", 21, 2, 16, 5, 3),
     Case("lstm", 6, 1, 1, 2, 1),
+    Case("gru", 9, 3, 5, 9, 0),
+    Case("gru", 9, 3, 33, 4, 2, cap=0.55, layout="reverse", lengths=(5, 0, 9)),
+    Case("gru", 9, 3, 40, 3, 4, layout="packed", lengths=(9, 4, 2)),
+    Case("gru", 9, 3, 12, 1, 3, cap=0.7, layout="packed_reverse", lengths=(4, 0, 9)),  # windows
 ]
 
 
@@ -87,7 +88,19 @@ def test_selected_lanes_with_and_without_given_states(cell, way, kind):
     check(loop.with_lanes(case, (0, 2, 7, 10, 12), init=True), saved)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", loop.CELLS)
+def test_only_the_ends_of_rows_that_share_their_times(cell, way, kind):
+    case = replace(Case(cell, 5, 19, 20, stride=5, warmup=0, layout="shared", init=True), **kind)
+    found, back = loop.ends_alone(
+        case,
+        lambda case, made, only=None: ends(case, made, only) if only else forward(case, made),
+        lambda case, made, saved, only: adjoint_ends(case, made, saved, only),
+    )
+    assert_like(*found, case, case.hidden)
+    assert_like(*back, case, case.gates * case.hidden)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("stride, warmup", [(1, 2), (4, 3)])
 def test_bitwise_one_lane_among_many_and_twice(cell, stride, warmup, way, kind):
     case = replace(Case(cell, 18, 2, 20, stride, warmup), **kind)
@@ -105,7 +118,7 @@ def test_bitwise_one_lane_among_many_and_twice(cell, stride, warmup, way, kind):
         assert not forward(some, made)["y"].isnan().all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_bitwise_whatever_the_team(cell, kind, monkeypatch):
     """The number of members decides who does a sum, not how it is done. (The blocks of units are the same here.)"""
     case, runs = replace(Case(cell, 5, 3, 40, stride=3, warmup=1, lengths=(5, 0, 4)), **kind), []
@@ -147,11 +160,11 @@ def test_empty(cell, steps, batch, hidden):
     out = run(case, made)
     assert out.y.shape == (steps * batch, hidden) and torch.equal(out.h_n.cpu(), made["h0"])
     zeros = torch.zeros(steps * batch, hidden, device=DEVICE)
-    c0 = to_device(made["c0"])
+    before = to_device(made["h0"]) if case.gru else None, to_device(made["c0"])
     ends = to_device(made["dh_n"]), to_device(made["dc_n"]) if case.lstm else None
     kept = out.y, out.saved, out.cells
     back = backend.backward(
-        BackwardInputs(zeros, *ends, *kept, to_device(made["w_hh"]), None, None, c0, None, None), problem(case)
+        BackwardInputs(zeros, *ends, *kept, to_device(made["w_hh"]), None, *before, None, None), problem(case)
     )
     assert back.dz.shape == (steps * batch, case.gates * hidden) and torch.equal(back.dh0.cpu(), made["dh_n"])
     if case.lstm:
@@ -159,8 +172,8 @@ def test_empty(cell, steps, batch, hidden):
 
 
 def run(case, made, **options):
-    on = {name: to_device(made[name]) for name in ("xp", "w_hh", "h0", "c0")}
-    inputs = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    on = {name: to_device(made.get(name)) for name in ("xp", "w_hh", "hidden_bias", "h0", "c0")}
+    inputs = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     return backend.forward(inputs, problem(case), **options)
 
 
@@ -175,7 +188,7 @@ def test_fresh_outputs_are_zero_where_no_time_is():
     assert torch.equal(run(case, made, save=False).y, out.y)
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_nan_and_infinity_pass_through(cell, way):
     case = Case(cell, 6, 2, 20, stride=6, warmup=0)
     made = case.draw()
@@ -205,11 +218,13 @@ def test_tanh_and_sigmoid_to_a_few_units():
         assert ((gates[:, gate] - exact).abs() <= unit * exact + at_least * (1 + unit)).all()
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 @pytest.mark.parametrize("layout, lengths", [("padded", None), ("reverse", (7, 0, 5)), ("packed", (7, 3, 6))])
 def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
     """The true gradient of windows: sums over the units of all windows, whose rounding grows like a random walk."""
-    case = Case(cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell == "lstm" else 1.0)
+    case = Case(
+        cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell in loop.CAPPED else 1.0
+    )
     made = case.draw()
     names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "hidden_bias", "h0", "c0")
 
@@ -231,23 +246,22 @@ def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
             assert (value.cpu() - want).abs().max() <= limit
 
 
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_verified(cell, way):
     """Checked lanes are rerun from the states before them until all borders agree: with tol 0 that is the sequential run, bitwise."""
-    case = Case(cell, 30, 2, 10, stride=30, warmup=0, lengths=(30, 19), cap=0.1 if cell == "lstm" else 1.0)
+    case = Case(cell, 30, 2, 10, stride=30, warmup=0, lengths=(30, 19), cap=0.1 if cell in loop.CAPPED else 1.0)
     made = case.draw()
     made["w_hh"] *= 0.1  # forgets fast
-    on = {name: to_device(made[name]) for name in ("xp", "w_hh", "w_hr", "h0", "c0", "dy", "dh_n", "dc_n")}
-    tensors = Inputs(on["xp"], on["w_hh"], None, None, on["h0"], on["c0"], *rows(case))
+    on = {name: to_device(made[name]) for name in made}
+    tensors = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
     whole = backend.forward(tensors, problem(case))
     found, report = verified.run(backend, tensors, checked, save=True)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
-    tensors = BackwardInputs(
-        on["dy"], on["dh_n"], on["dc_n"] if case.lstm else None, *saved, on["w_hh"], None, None, on["c0"], *rows(case)
-    )
+    ends = on["dh_n"], on["dc_n"] if case.lstm else None
+    tensors = backward_inputs(on["dy"], *ends, *saved, tensors, checked)
     back, report = verified.run_back(backend, tensors, checked)
     assert report[0] > 1 and report[2:] == [0.0, 0.0]
     assert torch.equal(back.dz, backend.backward(tensors, problem(case)).dz)

@@ -1,6 +1,7 @@
 // Every cell that kernels are compiled for. A new one joins the list and the message, with a code that no other has: its
 // `code` in stable_rnn/cells.
 #pragma once
+#include "stable_rnn/cells/gru.h"
 #include "stable_rnn/cells/lstm.h"
 #include "stable_rnn/cells/rnn.h"
 
@@ -8,8 +9,8 @@ namespace stable_rnn {
 
 template <class... Cells>
 struct CellList {};
-using EveryCell = CellList<Rnn, Lstm>;
-constexpr const char* unknown_cell = "cell must be 0 (rnn_tanh), 1 (rnn_relu) or 2 (lstm)";
+using EveryCell = CellList<Rnn, Lstm, Gru>;
+constexpr const char* unknown_cell = "cell must be 0 (rnn_tanh), 1 (rnn_relu), 2 (lstm) or 3 (gru)";
 
 template <class... Cells>
 constexpr bool is_one_of(CellList<Cells...>, int code) {

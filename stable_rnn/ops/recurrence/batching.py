@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import BackwardInputs, Inputs, row_base, unpack
+from .problem import row_base, unpack
 
 
-def fold_rule(op: Callable, kind: type[Inputs] | type[BackwardInputs]) -> Callable:
-    """The vmap rule of an op over tensors of this kind."""
+def fold_rule(op: Callable, kind: Any) -> Callable:
+    """The vmap rule of an op over tensors of this kind, `Inputs` or `BackwardInputs`."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        tensors, p, *rest = unpack(kind, args)
+        unpacked: Any = unpack(kind, args)  # tensors of any of the two kinds, or None
+        tensors, p, *rest = unpacked
         dims, samples = kind(*in_dims[: len(tensors)]), info.batch_size
         shared = [name for name in ("w_hh", "w_hr", "hidden_bias") if name in kind._fields]  # by all samples
         if any(getattr(dims, name) is not None for name in shared):

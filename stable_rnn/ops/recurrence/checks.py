@@ -48,7 +48,7 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
     }
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if cell.has_cell and inputs.c0 is None:
-        raise ValueError(f"c0 is missing; an LSTM needs it, of shape {c_shape}")
+        raise ValueError(f"c0 is missing; a cell {cell.name!r} needs it, of shape {c_shape}")
     if cell.carries and inputs.h0 is None:
         raise ValueError(f"h0 is missing; a cell {cell.name!r} needs it, of shape {h_shape}")
     if cell.hidden_bias is None and getattr(inputs, "hidden_bias", None) is not None:

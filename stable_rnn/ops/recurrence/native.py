@@ -180,9 +180,9 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
     return xp
 
 
-def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
+def can_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
     """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype, weights that
-    have the shapes of `nn.LSTMCell`'s."""
+    have the shapes of torch's cell's."""
     if (
         _native.lib is None
         or torch.compiler.is_compiling()
@@ -198,7 +198,7 @@ def can_step(x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
         return False
     kind, gradient = x.dtype, torch.is_grad_enabled()
     inputs, hidden = x.shape[1], h.shape[1]
-    rows = hidden if c is None else 4 * hidden
+    rows = CELLS[cell].gates * hidden
     w_ih, w_hh, b_ih, b_hh = weights
     if (
         kind not in CPU_DTYPES

@@ -180,7 +180,7 @@ class Output(NamedTuple):
     c_start: Tensor
     h_end: Tensor
     c_end: Tensor
-    decay: Tensor  # (L*B, H) when borders are asked for, cells that forget; else empty
+    decay: Tensor  # (L*B, H) when borders are asked for, (L*B, 0) of cells that forget nothing; else empty
 
 
 class Adjoint(NamedTuple):
@@ -251,12 +251,13 @@ def weight_gradients(
     """Gradients of w_hh, w_hr and hidden_bias as products and sums over all times at once: those that are needed, of weights that are
     given."""
     cell, dw_hh, dw_hr, d_bias = p.spec, None, None, None
-    if needs.w_hh or needs.hidden_bias and given.hidden_bias is not None:
+    own = cell.hidden_bias if given.hidden_bias is not None and needs.hidden_bias else None
+    if needs.w_hh or own is not None:
         d_hidden = cell.hidden(found.dz, saved)
         if needs.w_hh:
             dw_hh = d_hidden.T @ previous_states(y, given.h0, given.base, given.lengths, p)
-        if needs.hidden_bias and given.hidden_bias is not None:
-            d_bias = d_hidden.chunk(cell.gates, 1)[cell.hidden_bias].sum(0)
+        if own is not None:
+            d_bias = d_hidden.chunk(cell.gates, 1)[own].sum(0)
     if needs.w_hr and given.w_hr is not None:
         dw_hr = found.dh.T @ cell.output(saved, cells).to(found.dh.dtype)
     return dw_hh, dw_hr, d_bias

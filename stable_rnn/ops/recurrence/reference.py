@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...cells import Cell, State
+from ...cells import NOTHING, Cell, State
 from . import reference_scan
 from .problem import (
     Adjoint,
@@ -69,7 +69,7 @@ def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
 
 def _no_decay(cell: Cell, lanes: int, hidden: int, like: Tensor) -> Tensor:
     """The decay of lanes before their first step."""
-    return like.new_empty(0) if cell.forgets is None else like.new_ones(lanes, hidden)
+    return like.new_ones(lanes, 0 if cell.forgets is None else hidden)
 
 
 def forward(
@@ -186,14 +186,14 @@ def backward(
         total = dh if dy is None else dh + dy[row].to(kind)
         dm = total if project is None else total @ project
         earlier = torch.where(live & (t > 0), row - p.step, 0)
-        h = c = h_before = c_before = None
+        h = c = h_before = c_before = NOTHING.h
         if cell.has_cell:
             c, c_before = cells[row], _mask(t > 0, cells[earlier], c0[b].to(kind))
         if cell.h_after:
             h = y[row].to(kind)
         if cell.carries:
             h_before = _mask(t > 0, y[earlier], h0[b]).to(kind)
-        kept = saved[row].to(kind) if cell.saved else None
+        kept = saved[row].to(kind) if cell.saved else NOTHING.h
         dz, carried = cell.vjp(dm, dc, kept, State(h, c), State(h_before, c_before), clamp)
         dc = _mask(live, carried.c, dc) if cell.has_cell else dc
         dh_new = cell.hidden(dz, kept) @ weight

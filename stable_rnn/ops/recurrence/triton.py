@@ -161,30 +161,30 @@ def on_chip(device: Device) -> int:
 
 # What the kernels take of the fields, in their order.
 _FORWARD = itemgetter(
-    *"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end".split()
+    *"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end decay".split()
 )
 _BACKWARD = itemgetter(
     *(
         "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
-        "dh_start dc_start dh_end dc_end"
+        "dh_start dc_start dh_end dc_end decay"
     ).split()
 )
 
 
 def _forward(fields: Fields, many: bool = False) -> None:
-    if fields["y"] is None or fields["steps"] == 0:  # no time, or no unit
+    if fields["xp"] is None or fields["steps"] == 0:  # no time, or no unit
         return _hand_on(fields, h0="h_n", c0="c_n")
-    _launch(
-        False, fields, _FORWARD(fields), fields["cap"], min(fields["steps"], fields["stride"] + fields["warmup"]), many
-    )
+    stages = min(fields["steps"], fields["stride"] + fields["warmup"])
+    _launch(False, fields, _FORWARD(fields), fields["cap"], stages, many, hidden_bias=fields["hidden_bias"])
 
 
 def _backward(fields: Fields, many: bool = False) -> None:
-    if fields["dz"] is None or fields["steps"] == 0:
+    if fields["y"] is None or fields["steps"] == 0:
         return _hand_on(fields, dh_n="dh0", dc_n="dc0")
-    cap, dtype = fields["cap"], fields["dy"].dtype
+    cap, dtype = fields["cap"], fields["y"].dtype
     cap = float(torch.tensor(cap, dtype=dtype)) if cap < 1 else float("inf")  # as the saved forget gates were rounded
-    _launch(True, fields, _BACKWARD(fields), cap, min(fields["steps"], fields["stride"] + fields["warmup"]) + 1, many)
+    stages = min(fields["steps"], fields["stride"] + fields["warmup"]) + 1
+    _launch(True, fields, _BACKWARD(fields), cap, stages, many, h0=fields["h0"])
 
 
 def _hand_on(fields: Fields, **names: str) -> None:
@@ -193,12 +193,14 @@ def _hand_on(fields: Fields, **names: str) -> None:
             fields[state].copy_(fields[given])
 
 
-def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: int, many: bool) -> None:
-    """`tensors` in the kernels' order; the first sets the device, `many` asks for the configuration of windows."""
+def _launch(
+    backward: bool, fields: Fields, tensors: tuple, cap: float, stages: int, many: bool, **of_some_cells: Tensor | None
+) -> None:
+    """`tensors` in the kernels' order, before those of some cells alone; `many` asks for the configuration of windows."""
     count = lanes(fields)
     if not count:
         return
-    x, steps, stride = tensors[0], fields["steps"], fields["stride"]
+    x, steps, stride = fields["w_hh"], fields["steps"], fields["stride"]
     numbers = (cap, count, steps, fields["batch"], fields["step"], stride, fields["warmup"])
     cell, dtype, hidden, device = of_code(fields["cell"]), fields["dtype"], fields["hidden"], device_of(x)
     found = config(backward, cell.name, dtype, hidden, many or stride == 1 < steps, device)
@@ -207,7 +209,7 @@ def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: 
     shape = dict(
         H=hidden, UNITS=found.units, LANES=found.lanes, CELL=cell.name, PRECISION=PRECISIONS.get(dtype, "ieee")
     )
-    shape |= options(found, dtype, device)
+    shape |= options(found, dtype, device) | of_some_cells
     tiles = -(-count // found.lanes)
     if found.small:
         with torch.cuda.device_of(x):  # Triton launches on torch's current device
@@ -216,7 +218,8 @@ def _launch(backward: bool, fields: Fields, tensors: tuple, cap: float, stages: 
     members, teams = team(tiles, -(-hidden // found.units), device.programs)
     width, gates = -(-hidden // 16) * 16, cell.gates if backward else 1
     planes = x.new_empty(2, teams * found.lanes, gates * width)
-    cells = x.new_empty(2, teams * found.lanes, width, dtype=torch.float32) if cell.has_cell else None
+    floats = cell.has_cell or backward and cell.carries
+    cells = x.new_empty(2, teams * found.lanes, width, dtype=torch.float32) if floats else None
     arrivals = torch.zeros(teams, dtype=torch.int32, device=x.device)
     alone, cooperative = members == 1, members > 1 and device.kind != "cpu"
     spans = [(-1, ALL_STEPS)] if alone or cooperative else [(s, s + 1) for s in range(-1, stages)]

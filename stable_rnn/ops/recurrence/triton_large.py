@@ -16,9 +16,20 @@ import triton
 import triton.language as tl
 
 from . import triton_small
-from .triton_cells import CARRIES, GATES, HAS_CELL, SAVED, hidden, sums, vjp
+from .triton_cells import CARRIES, FORGETS, GATES, HAS_CELL, SAVED, forget, hidden, sums, vjp
 from .triton_cells import step as cell_step
-from .triton_parts import backward_run, columns, forward_run, keep, load, meet, start, store_columns, streamed_products
+from .triton_parts import (
+    backward_run,
+    columns,
+    forward_run,
+    keep,
+    load,
+    meet,
+    multiply_decay,
+    start,
+    store_columns,
+    streamed_products,
+)
 
 NUMBERS = (*triton_small.NUMBERS, "members", "begin", "end")
 
@@ -43,6 +54,7 @@ def forward(
     c_start,
     h_end,
     c_end,
+    decay,
     h_planes,
     c_planes,
     arrivals,
@@ -120,6 +132,8 @@ def forward(
                 h, c = cell_step(
                     z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
                 )
+                if decay is not None:
+                    multiply_decay(decay + id * H + unit, forget(z, cap, CELL), s > warm, writes)
                 if has_cell:
                     tl.store(c_planes + next + unit, c, mask=unit < WIDTH)
                     keep(c_end, id * H + unit, c, ends)
@@ -154,6 +168,7 @@ def backward(
     dc_start,
     dh_end,
     dc_end,
+    decay,
     dz_planes,
     dc_planes,
     arrivals,
@@ -229,7 +244,9 @@ def backward(
                 keep(dh_start, id * H + unit, dh, begins)
                 keep(dh_end, id * H + unit, dh, ends & (n > 0))
                 keep(dh0, b * H + unit, dh, ends & last)
-                total = dh + load(dy + row * H + unit, live)
+                total = dh
+                if dy is not None:
+                    total += load(dy + row * H + unit, live)
                 dc = 0.0
                 if has_cell:
                     dc = tl.load(dc_planes + now + unit, mask=unit < WIDTH, other=0.0)
@@ -255,6 +272,9 @@ def backward(
                     H,
                     CELL,
                 )
+                if decay is not None:
+                    f = load(saved + at + FORGETS(CELL) * H, writes)
+                    multiply_decay(decay + id * H + unit, f, s > warm, writes)
                 if carries:
                     tl.store(dc_planes + next + unit, carried, mask=unit < WIDTH)
                 if has_cell:

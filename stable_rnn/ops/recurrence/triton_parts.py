@@ -164,6 +164,15 @@ def start(state, init, rows, entries, given, there):
 
 
 @triton.jit
+def multiply_decay(at, forget, more, mask):
+    """One more forget gate times the product of those before, where there are `more`. That stands where the caller wants it: between two
+    steps lies a barrier."""
+    product = tl.load(at, mask=mask & more, other=1.0) * forget
+    tl.debug_barrier()  # whoever holds an element has read it before one writes
+    tl.store(at, product, mask=mask)
+
+
+@triton.jit
 def meet(arrivals, goal, ALONE: tl.constexpr):
     """A barrier of the team: after it, all members see what each has written before it."""
     tl.debug_barrier()

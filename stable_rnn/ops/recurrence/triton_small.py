@@ -8,7 +8,7 @@ G H + 2 H read and G H written, each of the saved gates and cells once more.
 import triton
 import triton.language as tl
 
-from .triton_cells import GATES, HAS_CELL, SAVED, hidden, sums, vjp
+from .triton_cells import FORGETS, GATES, HAS_CELL, SAVED, forget, hidden, sums, vjp
 from .triton_cells import step as cell_step
 from .triton_parts import backward_run, cast, columns, forward_run, keep, load, products, start, store_columns
 
@@ -35,6 +35,7 @@ def forward(
     c_start,
     h_end,
     c_end,
+    decay,
     cap,
     count,
     steps,
@@ -65,6 +66,7 @@ def forward(
     c = h
     if has_cell:
         c = start(c0, c_init, b * H + unit, entry * H + unit, given, there)
+    product = tl.full((LANES, UNITS), 1.0, tl.float32)  # of the forget gates
     x = columns(xp + first * (gates * H) + unit, H, there & (n > 0), gates)
     for s in range(0, tl.max(n).to(tl.int32)):
         row = first + s * step.to(tl.int64)
@@ -81,6 +83,8 @@ def forward(
         h_new, c_new = cell_step(
             z, x, h, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
         )
+        if decay is not None:
+            product = tl.where(writes, product * forget(z, cap, CELL), product)
         if has_cell:
             c = tl.where(live, c_new, c)
         h_new = h_new.to(w_hh.dtype.element_ty)
@@ -89,6 +93,7 @@ def forward(
         x = later
     keep(h_end, id * H + unit, h, there & (n > 0))
     keep(h_n, b * H + unit, h, there & last)
+    keep(decay, id * H + unit, product, there & (n > 0))
     if has_cell:
         keep(c_end, id * H + unit, c, there & (n > 0))
         keep(c_n, b * H + unit, c, there & last)
@@ -116,6 +121,7 @@ def backward(
     dc_start,
     dh_end,
     dc_end,
+    decay,
     cap,
     count,
     steps,
@@ -144,12 +150,15 @@ def backward(
     dc = dh
     if has_cell:
         dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, there)
+    product = tl.full((LANES, UNITS), 1.0, tl.float32)  # of the forget gates
     for s in range(0, tl.max(n).to(tl.int32)):
         row = first - s * step.to(tl.int64)
         live = there & (s < n)
         begins, writes = live & (s == warm), live & (s >= warm)
         keep(dh_start, id * H + unit, dh, begins)
-        total = dh + load(dy + row * H + unit, live)
+        total = dh
+        if dy is not None:
+            total += load(dy + row * H + unit, live)
         if has_cell:
             keep(dc_start, id * H + unit, dc, begins)
         at, at_cell = row * (kept * H) + unit, row * H + unit
@@ -174,6 +183,8 @@ def backward(
         )
         dq = cast(hidden(dz_new, saved, at, live, H, CELL), w_hh.dtype.element_ty, gates)
         store_columns(dz, row * (gates * H) + unit, H, cast(dz_new, w_hh.dtype.element_ty, gates), writes, gates)
+        if decay is not None:
+            product = tl.where(writes, product * load(saved + at + FORGETS(CELL) * H, writes), product)
         for gate in tl.static_range(gates):
             carried = tl.dot(dq[gate], w[gate], carried, input_precision=PRECISION)
         if has_cell:
@@ -181,6 +192,7 @@ def backward(
         dh = tl.where(live, carried, dh)
     keep(dh_end, id * H + unit, dh, there & (n > 0))
     keep(dh0, b * H + unit, dh, there & last)
+    keep(decay, id * H + unit, product, there & (n > 0))
     if has_cell:
         keep(dc_end, id * H + unit, dc, there & (n > 0))
         keep(dc0, b * H + unit, dc, there & last)

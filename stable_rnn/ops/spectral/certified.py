@@ -7,7 +7,6 @@ one by one as on the CPU.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -67,8 +66,9 @@ def together(
     found: list[Found] = [(None, norm) for norm in norms]
     outside = [i for i, norm in enumerate(norms) if norm == math.inf]
     if outside:
-        given = [[things[i] for i in outside] for things in (matrices, bounds, blocks)]
-        for i, stored, block, norm in zip(outside, *_stepped(*given, scale, step)):
+        some, starts = [matrices[i] for i in outside], [blocks[i] for i in outside]
+        made = _stepped(some, [bounds[i] for i in outside], starts, scale, step)
+        for i, stored, block, norm in zip(outside, *made):
             if norm < math.inf:
                 blocks[i].copy_(block)
                 found[i] = stored, norm
@@ -99,13 +99,13 @@ def _converged(W: Tensor, aim: float, V: Tensor) -> Tensor:
     """Whether the columns of V hold all right singular vectors of W beyond aim, up to an error of the projection (twice the residual, as
     in `_few_outside`) that is small beside its step, or beside the rounding of what is stored."""
     A, own = scaled(W)
-    aim, V, whole = shift(torch.full_like(A[0, 0], aim), -own), V.to(A), V.shape[1] == min(W.shape)
+    limit, V, whole = shift(torch.full_like(A[0, 0], aim), -own), V.to(A), V.shape[1] == min(W.shape)
     Y = A @ V
     S = torch.linalg.vector_norm(Y, dim=0)
-    outside = S > aim
+    outside = S > limit
     R = (A.mT @ (Y / torch.where(outside, S, 1.0)) - V * S) * outside
     rounding = torch.finfo(W.dtype).eps / 4 * torch.linalg.matrix_norm(A)
-    small = torch.linalg.matrix_norm(R) <= 1e-4 * torch.linalg.vector_norm((S - aim) * outside) + rounding
+    small = torch.linalg.matrix_norm(R) <= 1e-4 * torch.linalg.vector_norm((S - limit) * outside) + rounding
     return small if whole else small & ~outside.all()
 
 
@@ -143,13 +143,14 @@ def _alone(W: Tensor, bound: float, block: Tensor, scale: bool) -> Found:
     aim = number * (1 - width(max(W.shape), min(W.shape)) - torch.finfo(W.dtype).eps)
     A, own = scaled(W)
     T = (_scaled_target if scale else _clipped_target)(A, own - unit, aim, block)
-    for attempt in itertools.count():
+    attempt = 0
+    while True:
         stored = shift(T, unit).to(W.dtype)
         norm = float(proven(stored, limit, unit))
         if norm < math.inf:
             return stored, norm
-        A = shift(stored.double(), -unit)
-        if attempt > 30:  # seen only where the bound is a few of the dtype's smallest numbers
+        A, attempt = shift(stored.double(), -unit), attempt + 1
+        if attempt > 31:  # seen only where the bound is a few of the dtype's smallest numbers
             T = T / 2
         elif scale:
             T = T * (aim / spectral_norm_bound(A))

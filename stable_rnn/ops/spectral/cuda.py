@@ -82,7 +82,10 @@ def spectral_step(
         (DTYPES[W.dtype], *W.shape, W.stride(0), X.shape[1], W.data_ptr(), X.data_ptr()) for W, X in zip(dense, blocks)
     )
     shapes, limits = _table(fields, torch.int64), _table(tuple(bounds), torch.float64)
-    work = torch.empty(_workspace(dense, blocks, cuda_device.limits(index)[0]), dtype=torch.uint8, device=device)
+    device_limits, reason = cuda_device.limits(index)
+    if device_limits is None:
+        raise RuntimeError(f"the CUDA kernels cannot run here: {reason}")
+    work = torch.empty(_workspace(dense, blocks, device_limits), dtype=torch.uint8, device=device)
     cuda_device.lib.spectral_step_cuda(
         0,
         scale,

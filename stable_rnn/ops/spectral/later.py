@@ -41,11 +41,11 @@ def capturing(matrices: Sequence[Tensor]) -> bool:
 
 def send(call: int, norms: Tensor, near: Tensor) -> Sent:
     cuda = norms.device.type == "cuda"
-    host = [
+    host_norms, host_near = (
         torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=cuda).copy_(t, non_blocking=True)
         for t in (norms, near)
-    ]
-    return Sent(call, *host, torch.cuda.current_stream(norms.device).record_event() if cuda else None)
+    )
+    return Sent(call, host_norms, host_near, torch.cuda.current_stream(norms.device).record_event() if cuda else None)
 
 
 def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

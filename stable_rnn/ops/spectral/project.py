@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def spectral_project_(
     single = isinstance(W, Tensor)
     if not isinstance(W, Iterable):
         raise TypeError(f"W must be a tensor or several, got {type(W).__name__}")
-    matrices = [W] if single else list(W)
+    matrices: list[Any] = [W] if single else list(W)  # tensors, if all is well
     names = ["W"] if single else [f"W[{i}]" for i in range(len(matrices))]
     for matrix, name in zip(matrices, names):
         if isinstance(matrix, Tensor) and matrix.dim() != 2:
@@ -192,11 +193,12 @@ def _seed(state: SpectralState, matrices: list[Tensor]) -> int:
 
 def _bounds(bound: float | Sequence[float] | Tensor, count: int) -> list[float]:
     check_bound(bound)
-    values = bound.tolist() if isinstance(bound, Tensor) else bound
-    values = [float(b) for b in values] if isinstance(values, (list, tuple)) else [float(values)] * count
-    if len(values) != count:
-        raise ValueError(f"bound must be one number or one per matrix ({count}), got {len(values)}")
-    for b in values:
+    values: Any = bound.tolist() if isinstance(bound, Tensor) else bound
+    given = values if isinstance(values, (list, tuple)) else [values] * count
+    if len(given) != count:
+        raise ValueError(f"bound must be one number or one per matrix ({count}), got {len(given)}")
+    bounds = [float(b) for b in given]
+    for b in bounds:
         if not 0 < b < math.inf:
             raise ValueError(f"bound must be positive and finite, got {b}")
-    return values
+    return bounds

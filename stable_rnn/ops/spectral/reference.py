@@ -29,7 +29,8 @@ def krylov(A: Tensor, X: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         Z = A.mT @ (A @ basis[:, -X.shape[1] :])
         basis = torch.cat([basis, torch.linalg.qr(Z - basis @ (basis.mT @ Z)).Q], dim=1)
     U, S, V = rayleigh_ritz(A, torch.linalg.qr(basis).Q, 0)
-    return tuple(T[..., : X.shape[1]] for T in (U, S, V))
+    kept = X.shape[1]
+    return U[..., :kept], S[..., :kept], V[..., :kept]
 
 
 def fresh_vectors(block: Tensor, count: int, seed: int) -> Tensor:
@@ -89,9 +90,9 @@ def top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     *batch, m, n = W.shape
     if A.numel() == 0:
         return A.new_zeros(batch), A.new_zeros(*batch, m), A.new_zeros(*batch, n)
-    sigma, u, v = zip(*map(_top, A.reshape(-1, m, n)))
+    sigmas, u, v = zip(*map(_top, A.reshape(-1, m, n)))
     unit = torch.exp2(exponent.double()).to(W.device)
-    sigma = (torch.stack(sigma).reshape(batch).double() * unit).to(A.dtype)
+    sigma = (torch.stack(sigmas).reshape(batch).double() * unit).to(A.dtype)
     return sigma, torch.stack(u).reshape(*batch, m), torch.stack(v).reshape(*batch, n)
 
 

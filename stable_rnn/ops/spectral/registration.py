@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def _check(matrices: list[Tensor], blocks: list[Tensor], bounds: list[float], it
                 f"matrices[{i}] is {tuple(W.shape)} on {W.device}, blocks[{i}] {tuple(X.shape)} on {X.device}; expected "
                 "(m, n) and (n, k), on one device"
             )
-        check_writable(W, f"matrices[{i}]"), check_writable(X, f"blocks[{i}]")
+        check_writable(W, f"matrices[{i}]")
+        check_writable(X, f"blocks[{i}]")
 
 
 def _home(matrices: list[Tensor]) -> torch.device:
@@ -71,7 +73,15 @@ def kernel(matrices: list[Tensor], blocks: list[Tensor]) -> ModuleType | None:
     return PROJECTION.find(requested(), _first(matrices), matrices, blocks)[0]
 
 
-def _spectral_step_fake(matrices, blocks, bounds, fresh, scale, iterations, seed):
+def _spectral_step_fake(
+    matrices: list[Tensor],
+    blocks: list[Tensor],
+    bounds: list[float],
+    fresh: int,
+    scale: bool,
+    iterations: int,
+    seed: int,
+) -> tuple[Tensor, ...]:
     _check(matrices, blocks, bounds, iterations)
     return tuple(
         torch.empty(len(matrices), dtype=dtype, device=_home(matrices)) for dtype in (torch.float64, torch.int64)
@@ -91,19 +101,19 @@ _library.impl("spectral_step_", _spectral_step, "CompositeExplicitAutograd")
 torch.library.register_fake("stable_rnn::spectral_step_", _spectral_step_fake, lib=_library)
 
 
-def _top_singular(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _top_singular(W: Tensor) -> tuple[Tensor, ...]:
     with torch.autocast(W.device.type, enabled=False):
         return fresh((W,), *reference.top_singular(W))
 
 
-def _top_singular_fake(W):
+def _top_singular_fake(W: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(W.dtype, torch.float32)
     return tuple(
         W.new_empty(shape, dtype=dtype) for shape in (W.shape[:-2], W.shape[:-1], (*W.shape[:-2], W.shape[-1]))
     )
 
 
-def _top_singular_vmap(info, in_dims, W):
+def _top_singular_vmap(info: Any, in_dims: tuple, W: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return torch.ops.stable_rnn.top_singular(W.movedim(in_dims[0], 0)), (0, 0, 0)
 
 

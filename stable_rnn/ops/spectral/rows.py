@@ -85,7 +85,8 @@ def _simplex(A: Tensor, aim: Tensor) -> Tensor:
     finite algorithm for finding the projection of a point onto the canonical simplex of R^n", JOTA 50, 1986). No sort; few rounds.
     """
     D = (A - A.amax(-1, keepdim=True)).maximum(-aim[:, None])  # (r, n), in [-aim, 0]
-    theta, above = (D.sum(-1) - aim) / D.shape[-1], D.shape[-1] + 1
+    theta = (D.sum(-1) - aim) / D.shape[-1]
+    above = torch.full_like(theta, D.shape[-1] + 1)
     while True:
         stay = D > theta[:, None]
         count = stay.sum(-1)
