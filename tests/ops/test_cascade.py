@@ -58,7 +58,7 @@ def test_layouts(cell, layout, backend, dtype, poison):
 
 @pytest.mark.parametrize("backend,dtype", BACKENDS, ids=str)
 @pytest.mark.parametrize("hidden", GROUPS)
-@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_sizes(cell, hidden, backend, dtype, poison):
     for groups in GROUPS[hidden]:
         check(cell, "padded", backend, dtype, groups, steps=14, lengths=(14, 14))
@@ -82,8 +82,8 @@ def test_gradcheck(cell):
 
     def function(*leaves):
         t = dict(zip(names, leaves, strict=True))
-        w_hh = cascaded(t["w_hh"], groups)
-        y, h_n, c_n, _ = layer(t["xp"], None, None, w_hh, None, None, t["h0"], t.get("c0"), None, None, p)
+        weights = None, None, cascaded(t["w_hh"], groups), None, t.get("hidden_bias")
+        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, p)
         return (y, h_n, c_n) if cell == "lstm" else (y, h_n)
 
     leaves = [made[k].requires_grad_() for k in names]

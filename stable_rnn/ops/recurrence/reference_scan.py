@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...cells import State, of_code
+from ...cells import NOTHING, State, of_code
 from .fields import Fields
 from .problem import Problem, row_base, row_length
 
@@ -116,7 +116,7 @@ def scan_backward(f: Fields) -> None:
     if f["sums"] is not None:
         dh = dh + f["sums"][rows.flatten()].view(shape)
     dh = dh.flatten(0, 1)
-    h = c = h_before = c_before = saved = None
+    h = c = h_before = c_before = saved = NOTHING.h
     if cell.saved:
         saved = _take(f["saved"], rows, cell.saved, f, kind)
     if cell.h_after or cell.carries:

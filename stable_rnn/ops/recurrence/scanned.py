@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ...cells import NOTHING
 from ..kernel_args import DTYPES, dense, rows_like
 from .fields import SCAN, SCAN_BACKWARD, Fields
 from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, row_base, row_length
@@ -78,7 +79,7 @@ class Scanned:
         opening = row_base(p, batch, base, y.device)
         used = row_length(p, batch, lengths, y.device)[:, None] > 0
         first_rows = torch.where(used[:, 0], opening, 0)
-        kept = saved[first_rows].to(kind) if cell.saved else None
+        kept = saved[first_rows].to(kind) if cell.saved else NOTHING.h
         through = cell.hidden(out.dz[first_rows].to(kind), kept) @ w_hh.to(kind) if n else dh0
         return out._replace(dh0=torch.where(used, dh0 + through, dh_n.to(kind)).to(dh_n.dtype))
 
