@@ -44,6 +44,13 @@ template <class Params, class... Fields>
 auto on_cpu(Params (*gather)(Fields...), const char* (*kernel)(const Params&)) {
   return [=](Fields... fields) { run([&] { return kernel(gather(fields...)); }); };
 }
+// With the groups of a cascade behind the fields.
+template <class Params, class... Fields>
+auto on_cascade(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CascadeGroups&)) {
+  return [=](Fields... fields, Address groups, int64_t n_groups) {
+    run([&] { return kernel(gather(fields...), CascadeGroups{Pointer{groups}, n_groups}); });
+  };
+}
 #ifdef STABLE_RNN_CUDA
 template <class Params, class... Fields>
 auto on_cuda(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CudaLaunch&)) {
@@ -223,6 +230,8 @@ PYBIND11_MODULE(_C, module) {
   };
   forward("recurrence_forward", on_cpu(forward_params, recurrence_forward_cpu));
   backward("recurrence_backward", on_cpu(backward_params, recurrence_backward_cpu));
+  forward("scanned_forward", on_cascade(forward_params, scanned_forward_cpu), arg("groups"), arg("n_groups"));
+  backward("scanned_backward", on_cascade(backward_params, scanned_backward_cpu), arg("groups"), arg("n_groups"));
   module.def("recurrence_windowed_backward", on_cpu(windowed_backward_params, recurrence_windowed_backward_cpu),
              arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"), arg("steps"),
              arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"), arg("select"),

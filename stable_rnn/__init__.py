@@ -14,7 +14,7 @@ if TYPE_CHECKING or not from_command_line():
     from .modules import StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
-    from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
+    from .plans import Chunked, Recurrent, Scanned, Verified, Windowed, use_plan
     from .stability import Cascade, Certified, ForgetCap
     from .stability.certificate import certificate
     from .step_cells import StableGRUCell, StableLSTMCell, StableRNNCell
@@ -27,6 +27,7 @@ __all__ = [
     "Chunked",
     "ForgetCap",
     "Recurrent",
+    "Scanned",
     "StableGRU",
     "StableGRUCell",
     "StableLSTM",

@@ -362,8 +362,8 @@ class StableRNN(OneStateBase):
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
-      by layer or (layer, direction); may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`, `Scanned()`; a list of one per
+      layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
@@ -421,8 +421,8 @@ class StableLSTM(StableRNNBase):
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
       forget gate at f), or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; a list of one per layer, or a dict
-      by layer or (layer, direction); may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`, `Scanned()`; a list of one per
+      layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)

@@ -6,6 +6,7 @@
 | `Windowed(k)`          | k                  | exactly its last k inputs               |
 | `Chunked(chunk, w)`    | chunk + w          | its last w + 1 .. w + chunk inputs      |
 | `Verified(...)`        | chunk + w + reruns | everything, to `tol`, checked each time |
+| `Scanned()`            | k scans            | everything; weights that are a cascade  |
 
 A module takes one of them, a list of one per layer, or a dict by layer or (layer, direction).
 
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from ._numbers import to_float, to_int
-from .ops.recurrence.problem import AUTO, WHOLE
+from .ops.recurrence.problem import AUTO, SCANNED, WHOLE
 from .ops.recurrence.reference import arithmetic
 from .ops.recurrence.report import CORRECTIONS
 from .precision import products_eps
@@ -164,6 +165,27 @@ class Verified(Plan):
         }
 
 
+@dataclass(frozen=True)
+class Scanned(Plan):
+    """A cascade run over all times at once: k products and k linear scans, equal to `Recurrent()` to rounding, forward and backward.
+
+    The units of a cascade stand in k groups, and W_hh of every gate is strictly block lower triangular: a unit reads inputs, units of
+    earlier groups, and itself only through the gate that forgets. Group after group, all earlier groups' h are known for all times, so
+
+        z[t] = x_t W_ih^T + h[t-1] W_hh^T  for all t, one product;      c[t] = f[t] c[t-1] + i[t] g[t]  for all t, a linear scan
+
+    (LSTM; an RNN has no scan, its memory is k steps long). The groups are found in W_hh: as few as its zeros allow. Backward is the
+    transposed cascade, groups in reverse. Cost: the arithmetic of `Recurrent()` without the zeros of W_hh, k dependent products instead
+    of T steps. A NaN or an infinity reaches what depends on it, where the plain recurrence also multiplies it by zeros.
+
+    Running it raises `ValueError` for weights that are no cascade, naming an entry by which a unit reads itself or a later unit, and for
+    `proj_size`. On GPUs the groups of a weight are looked up once and again after each change that torch counts (not one through
+    `.data`). Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018, arXiv 1709.04057."""
+
+    def numbers(self, x: torch.Tensor) -> Numbers:
+        return {"stride": SCANNED}
+
+
 @dataclass(frozen=True, repr=False)
 class PerLayer(Plan):
     """A plan for each layer and direction of a module; made of a list or dict by whatever takes a plan."""
@@ -198,7 +220,7 @@ def check_plan(plan: object) -> Plan:
         hint = " (an instance is needed: Recurrent())" if isinstance(plan, type) and issubclass(plan, Plan) else ""
         hint = " (only modules take one plan per layer)" if isinstance(plan, (list, tuple, Mapping)) else hint
         raise TypeError(
-            f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup) or Verified(...); got {plan!r}{hint}"
+            f"plan must be Recurrent(), Windowed(k), Chunked(chunk, warmup), Verified(...) or Scanned(); got {plan!r}{hint}"
         )
     if isinstance(plan, PerLayer):
         raise TypeError(f"plan must be one plan, not one per layer; got {plan!r}")

@@ -67,7 +67,7 @@ class Layer(NamedTuple):
 
 
 class FusedRecurrence(torch.autograd.Function):
-    """Recurrent, chunked and verified runs: saves the states, goes back by the adjoint recursion on the same lanes."""
+    """Recurrent, chunked, verified and scanned runs: saves the states, goes back by the adjoint recursion on the same lanes or scans."""
 
     generate_vmap_rule = True
 
@@ -240,7 +240,7 @@ def layer(
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved()
         given = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
-        out = reference.forward(given, p.whole() if p.checked else p)
+        out = reference.forward(given, p.differentiable())
         return out.y, out.h_n, out.c_n, run.report(Run(plain_from=0, why=FORWARD_MODE) if p.checked else None)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad

@@ -16,7 +16,7 @@ from ...cells import CELLS
 from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
 from .fields import WINDOWED_BACKWARD, Fields
-from .problem import Problem, WindowedInputs
+from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
@@ -64,6 +64,26 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
+
+
+class _Scanned(_Kernels):
+    """Over a cascade of these groups."""
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        self._groups = torch.tensor(groups, device="cpu")
+
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
+        kernel = _native.lib.scanned_backward if backward else _native.lib.scanned_forward
+        return kernel, [*addresses(fields.values()), self._groups.data_ptr(), len(self._groups) - 1], None
+
+
+def scanned_forward(inputs: Inputs, p: Problem, groups: tuple[int, ...], save: bool = True) -> Output:
+    """As `scanned.Scanned.forward`, in one pass over time."""
+    return _Scanned(groups).forward(inputs, p.whole(), save)
+
+
+def scanned_backward(inputs: BackwardInputs, p: Problem, groups: tuple[int, ...]) -> Adjoint:
+    return _Scanned(groups).backward(inputs, p.whole())
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:

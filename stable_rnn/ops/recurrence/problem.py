@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...cells import CELLS, Cell
 
-# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
-WHOLE, AUTO = 0, -1
+# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile; and for no lanes at all, a
+# cascade's scans over time (`scanned.py`)
+WHOLE, AUTO, SCANNED = 0, -1, -2
 
 
 class Problem(NamedTuple):
@@ -42,6 +43,10 @@ class Problem(NamedTuple):
         return self.tol >= 0
 
     @property
+    def scanned(self) -> bool:
+        return self.stride == SCANNED
+
+    @property
     def windowed(self) -> bool:
         """Every lane writes one time: its backward pass is the true gradient of the windowed function."""
         return self.stride == 1 and not self.checked
@@ -50,9 +55,15 @@ class Problem(NamedTuple):
         """The plain recurrence: one lane a row."""
         return self._replace(stride=max(self.steps, 1), warmup=0, tol=-1.0)
 
+    def differentiable(self) -> Problem:
+        """The problem that plain torch differentiates in this one's place: checked and scanned runs equal the plain recurrence."""
+        return self.whole() if self.checked or self.scanned else self
+
     def resolved(self) -> Problem:
         """The same problem with numbers for `WHOLE`. What a checked one leaves open, `policy.py` chooses."""
         stride, warmup = self.stride, self.warmup
+        if self.scanned:
+            return self
         if stride == WHOLE:
             return self._replace(stride=max(self.steps, 1), warmup=0)
         # no lane starts before time 0

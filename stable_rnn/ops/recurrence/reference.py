@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...cells import NOTHING, Cell, State
+from . import reference_scan
 from .problem import (
     Adjoint,
     BackwardInputs,
@@ -26,6 +27,7 @@ from .problem import (
     row_length,
     weight_gradients,
 )
+from .scanned import Scanned
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -275,17 +277,20 @@ def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> 
 def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """Gradients in xp, the weights, h0 and c0 as a differentiable function of everything: what double backward runs.
 
-    Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
-    recurrence, which it equals to its tolerance."""
+    Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked or scanned plan stands for the
+    whole recurrence, which it equals to its tolerance, or to rounding."""
     if p.windowed:
         return windowed_backward(inputs, p)
-    if p.checked:
-        p = p.whole()
+    p = p.differentiable()
     given = inputs.inputs
     out = forward(given, p)
     adjoint = backward(backward_inputs(inputs.dy, inputs.dh_n, inputs.dc_n, out.y, out.saved, out.cells, given, p), p)
     weights = weight_gradients(Needs(), adjoint, out.y, out.saved, out.cells, given, p)
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
+
+
+_scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
+scanned_forward, scanned_backward = _scans.forward, _scans.backward
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

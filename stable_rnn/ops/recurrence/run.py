@@ -1,4 +1,4 @@
-"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes where asked.
+"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes or scans where asked.
 
 Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`."""
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import verified
+from . import cascade, verified
 from .backends import choose
 from .checks import check
 from .policy import Memory
@@ -23,6 +23,8 @@ def forward(inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None
     backend = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr)
     if p.checked:
         out, found = verified.run(Forward(backend, inputs, p, save), memory)
+    elif p.scanned:
+        out, found = backend.scanned_forward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates), save), None
     else:
         out, found = backend.forward(inputs, p, save=save), None
     return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
@@ -36,6 +38,8 @@ def backward(inputs: BackwardInputs, p: Problem, memory: Memory | None = None) -
     backend = choose(p, inputs.dy, inputs.w_hh, inputs.w_hr)
     if p.checked:
         out, found = verified.run(Backward(backend, inputs, p), memory)
+    elif p.scanned:
+        out, found = backend.scanned_backward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates)), None
     else:
         out, found = backend.backward(inputs, p), None
     return out.dz, out.dh, out.dh0, out.dc0, report(found)
