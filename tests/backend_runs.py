@@ -2,14 +2,18 @@
 
 import torch
 
-from stable_rnn import Chunked, Recurrent, Verified, Windowed
+from stable_rnn import Cascade, Chunked, Recurrent, Scanned, Verified, Windowed
 
-PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2)]
+PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2), Scanned()]
 
 
 def made(cls, dtype, device, hidden=12, **options):
+    """A plain module; a cascade where the plan needs one."""
     torch.manual_seed(0)
-    return cls(7, hidden, stability=None, **options).to(device, dtype)
+    m = cls(7, hidden, stability=None, **options)
+    if m.plan == Scanned():
+        Cascade(3).project_(m)
+    return m.to(device, dtype)
 
 
 def results(m, x, backend, dtype=None, **call):
