@@ -12,7 +12,8 @@ def made(cls, dtype, device, hidden=12, **options):
     torch.manual_seed(0)
     m = cls(7, hidden, stability=None, **options)
     if m.plan == Scanned():
-        Cascade(3).project_(m)
+        m.stability = Cascade(3)
+        m.project_().stability = None
     return m.to(device, dtype)
 
 

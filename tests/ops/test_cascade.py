@@ -179,7 +179,12 @@ def test_what_the_cuda_scans_refuse():
     scan = build.module().scan_forward_cuda
     given = {**dict.fromkeys(fields.SCAN, 0), **dict(hidden=4, unit=2, units=2, cap=1.0, steps=3, batch=2, step=2)}
     where = dict(device=0, stream=0, workspace=0, workspace_bytes=0)
-    for bad, word in ((dict(cell=9), "cell"), (dict(cap=2.0), "cap"), (dict(dtype=3), "dtype"), (dict(unit=3), "units")):
+    for bad, word in (
+        (dict(cell=9), "cell"),
+        (dict(cap=2.0), "cap"),
+        (dict(dtype=3), "dtype"),
+        (dict(unit=3), "units"),
+    ):
         with pytest.raises(RuntimeError, match=word):
             scan(**given | bad, **where)
     with pytest.raises(RuntimeError, match="workspace"):

@@ -45,16 +45,21 @@ struct ScanParams {
   int64_t hidden, unit, units;
   float cap;
   int64_t steps, batch, step;
-  const int64_t *base, *length;
+  const int64_t* base;
+  const int64_t* length;
   // inputs
   const void* xp;            // [N, G*H]
   const float* sums;         // [N, units*G] or null: zeros
   const void* hidden_bias;   // [H] or null
-  const void *h0, *c0;       // [B, H]
+  const void* h0;            // [B, H]
+  const void* c0;            // [B, H], cells that have c
   // outputs: the columns of these units
-  void *y, *h_n, *c_n, *saved;   // [N, H], [B, H], [B, H], [N, S*H] or null
-  float* cells;                  // [N, H] or null
-  void* before;                  // [N, H] h one step earlier, h0 at time 0: what later groups read
+  void* y;        // [N, H]
+  void* h_n;      // [B, H]
+  void* c_n;      // [B, H], cells that have c
+  void* saved;    // [N, S*H] or null
+  float* cells;   // [N, H] or null
+  void* before;   // [N, H] h one step earlier, h0 at time 0: what later groups read
 };
 
 struct ScanBackwardParams {
@@ -62,19 +67,25 @@ struct ScanBackwardParams {
   int64_t hidden, unit, units;
   float cap;
   int64_t steps, batch, step;
-  const int64_t *base, *length;
+  const int64_t* base;
+  const int64_t* length;
   // inputs
-  const void *dy, *y, *saved;   // [N, H], [N, H], [N, S*H]
-  const float* cells;           // [N, H]
-  const void *h0, *c0;          // [B, H], cells that carry, that have c
-  const void *dh_n, *dc_n;      // [B, H]
-  const float* sums;            // [N, units] adjoints of h by way of later groups' products, or null: zeros
+  const void* dy;       // [N, H]
+  const void* y;        // [N, H]
+  const void* saved;    // [N, S*H]
+  const float* cells;   // [N, H], cells that have c
+  const void* h0;       // [B, H], cells whose step() reads its own h
+  const void* c0;       // [B, H], cells that have c
+  const void* dh_n;     // [B, H] or null: zeros
+  const void* dc_n;     // [B, H] or null: zeros
+  const float* sums;    // [N, units] adjoints of h by way of later groups' products, or null: zeros
   // outputs: the columns of these units
-  void* dz;     // [N, G*H]
-  float* dh0;   // [B, H] the part that a cell carries, cells that do
-  void* dc0;    // [B, H], cells that have c; dc_n where length is 0
+  void* dz;   // [N, G*H]
+  float*
+      dh0;   // [B, H] what reaches h0 without W_hh, cells whose step() reads its own h; where length is 0, nothing of use
+  void* dc0;   // [B, H], cells that have c; dc_n where length is 0
   void*
-      after;   // [N, H*G] adjoints of the hidden sums one step later (none is written at the last time): what earlier groups read
+      after;   // [N, H*G] adjoints of the hidden sums one step later: what earlier groups read; not written at the last time
 };
 
 const char* cuda_limits(int device, CudaLimits* limits);

@@ -247,7 +247,8 @@ _SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length".split())
 _SCANNED = itemgetter(*"y h_n c_n saved cells before".split())
 _SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length".split())
 _SCANNED_BACKWARD = itemgetter(*"dz dh0 dc0 after".split())
-TIMES, COLUMNS = 64, 32  # of a program that scans: chosen to fit registers, not tuned on a device yet
+TIMES, COLUMNS = 32, 32  # of a program that scans: chosen to fit registers, not tuned on a device yet
+SCAN_OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
 
 
 def _scan(backward: bool, fields: Fields) -> None:
@@ -271,7 +272,7 @@ def _scan(backward: bool, fields: Fields) -> None:
         start = c0 if cell.has_cell else h0
     width = min(COLUMNS, max(1, 1 << (units - 1).bit_length()))
     chunks, tiles = -(-steps // TIMES), -(-units // width)
-    shape = dict(H=fields["hidden"], TIMES=TIMES, UNITS=width)
+    shape = dict(H=fields["hidden"], TIMES=TIMES, UNITS=width, **SCAN_OPTIONS)
     numbers = (cap, unit, units, steps, batch, fields["step"], chunks)
     maps = None
     with torch.cuda.device_of(x):

@@ -153,7 +153,7 @@ def starts(
         earlier = live & (chunk > first)  # each chunk's map is that of the one before
         a = tl.load(at - 2 * units, mask=earlier, other=1.0)
         m = tl.load(at - units, mask=earlier, other=0.0)
-        last = there & (first + TIMES <= chunks)
+        last = there & (0 * unit + (first + TIMES) <= chunks)
         at_last = maps + ((b * chunks + first + TIMES - 1) * 2) * units + unit
         last_a, last_m = tl.load(at_last, mask=last, other=1.0), tl.load(at_last + units, mask=last, other=0.0)
         a, m = tl.associative_scan((a, m), 0, then)
@@ -186,9 +186,7 @@ def forward(
     first = tl.arange(0, TIMES)[:, None] == 0
     state = tl.zeros((TIMES, UNITS), tl.float32)
     if maps is not None:
-        a, m = forward_maps(
-            xp, q, hidden_bias, row - step_rows, column, unit, units, cap, live & ~first, H, CELL
-        )
+        a, m = forward_maps(xp, q, hidden_bias, row - step_rows, column, unit, units, cap, live & ~first, H, CELL)
         start = tl.load(maps + ((b * chunks + tl.program_id(0)) * 2) * units + unit, mask=there, other=0.0)
         state = before_each(a, m, start)
     x, z = gates_of(xp, q, hidden_bias, row, column, unit, units, live, H, CELL)
@@ -197,7 +195,7 @@ def forward(
     tl.store(y + row * H + column, h, mask=live)
     tl.store(before + (row + step_rows) * H + column, h, mask=live & (time < length - 1))
     tl.store(h_n + b * H + column + 0 * time, h, mask=live & (time == length - 1))
-    opens, none = there & (time == 0) & (length > 0), there & (time == 0) & (length == 0)
+    opens, none = live & (time == 0), there & (time == 0) & (time >= length)
     h_first = tl.load(h0 + b * H + column + 0 * time, mask=there & (time == 0), other=0.0)
     tl.store(before + row * H + column, h_first, mask=opens)
     tl.store(h_n + b * H + column + 0 * time, h_first, mask=none)
@@ -240,8 +238,8 @@ def backward(
     dq = hidden(zs, saved, row * (kept * H) + column, live, H, CELL)
     store_columns(after, ((row - step_rows) * H + column) * gates, 1, dq, live & (t > 0), gates)
     if HAS_CELL(CELL):
+        none = there & (time == 0) & (time >= length)
         tl.store(dc0 + b * H + column + 0 * time, dc, mask=live & (t == 0))
-        end = tl.load(dc_n + b * H + column + 0 * time, mask=there & (time == 0) & (length == 0), other=0.0)
-        tl.store(dc0 + b * H + column + 0 * time, end, mask=there & (time == 0) & (length == 0))
+        tl.store(dc0 + b * H + column + 0 * time, tl.load(dc_n + b * H + column + 0 * time, mask=none), mask=none)
     if CARRIES(CELL):
         tl.store(dh0 + b * H + column + 0 * time, carried, mask=live & (t == 0))
