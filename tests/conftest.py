@@ -17,6 +17,7 @@ CHECK = (
     "test_install",
     "test_cuda_compile",
     "test_triton_compiled_recurrence",
+    "test_triton_compiled_scan",
     "test_triton_compiled_spectral",  # builds
     "test_paper",
     "test_speed",  # benchmarks

@@ -111,7 +111,7 @@ def test_the_same_bits_each_time_and_for_any_number_of_lanes(device):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("plan", PLANS[:3], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS[:3], PLANS[4]], ids=str)
 def test_cuda_graph_capture(plan, device):
     assert_captured(made(StableLSTM, torch.float16, device, backend="cuda", plan=plan))
 

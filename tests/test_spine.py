@@ -93,6 +93,8 @@ STRUCTS = [
     ("params.h", "BackwardParams", fields.BACKWARD, "recurrence_backward"),
     ("params.h", "WindowedBackwardParams", fields.WINDOWED_BACKWARD, "recurrence_windowed_backward"),
     ("cuda.h", "CudaLaunch", fields.LAUNCH, None),
+    ("cuda.h", "ScanParams", fields.SCAN, None),
+    ("cuda.h", "ScanBackwardParams", fields.SCAN_BACKWARD, None),
 ]
 
 

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from executor import build
 from test_recurrence import BACKENDS, CELLS, LAYOUTS, assert_close, draw, loop, rows_of, run
 
 from stable_rnn import _native
@@ -155,6 +156,39 @@ def test_threads_may_leave():
             own_bits("lstm", torch.float32, (0, 16, 32, 48, 64), (400,), "padded", 4)
     finally:
         _native.lib.leave_at(-1)
+
+
+@pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_cuda(cell, dtype, monkeypatch, poison):
+    """In the block executor: time in one part and in several chunks of parts, units that fill a block and that do not."""
+    build.on_cpu_tensors(monkeypatch)
+    for layout in LAYOUTS:
+        check(cell, layout, "cuda", dtype, (0, 2, 3, 7), cap=0.6)
+    check(cell, "reverse_lengths", "cuda", dtype, (0, 33, 36), steps=300, lengths=(300, 0, 129))
+    check(cell, "padded", "cuda", dtype, (0, 1), steps=20, lengths=(20,))
+    for layout in ("padded", "lengths"):
+        check(cell, layout, "cuda", dtype, (0, 2, 5), steps=3, lengths=(0, 0) if layout == "lengths" else ())
+
+
+@pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
+def test_what_the_cuda_scans_refuse():
+    from stable_rnn.ops.recurrence import fields
+
+    scan = build.module().scan_forward_cuda
+    given = {**dict.fromkeys(fields.SCAN, 0), **dict(hidden=4, unit=2, units=2, cap=1.0, steps=3, batch=2, step=2)}
+    where = dict(device=0, stream=0, workspace=0, workspace_bytes=0)
+    for bad, word in (
+        (dict(cell=9), "cell"),
+        (dict(cap=2.0), "cap"),
+        (dict(dtype=3), "dtype"),
+        (dict(unit=3), "units"),
+    ):
+        with pytest.raises(RuntimeError, match=word):
+            scan(**given | bad, **where)
+    with pytest.raises(RuntimeError, match="workspace"):
+        scan(**given, **where)
 
 
 # ---- groups

@@ -71,6 +71,6 @@ def test_training_keeps_the_certificate():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("plan", PLANS[:3], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS[:3], PLANS[4]], ids=str)
 def test_cuda_graph_capture(plan, hidden):
     assert_captured(made(StableLSTM, torch.float16, DEVICE, hidden=hidden, backend="triton", plan=plan))

@@ -73,7 +73,7 @@ class Scanned:
         after = y.new_zeros(n, columns, dtype=self.kept(y.dtype))  # d_hidden one step later
         weight = by_unit(w_hh, cell.gates)
         fields = common(SCAN_BACKWARD, p, w_hh, batch, base, lengths, y.dtype)
-        fields.update(zip(out._fields[:4], out), dy=dy, y=y, saved=saved, cells=cells, h0=h0, c0=c0)
+        fields.update(dz=out.dz, dh0=dh0, dc0=out.dc0, dy=dy, y=y, saved=saved, cells=cells, h0=h0, c0=c0)
         fields.update(dh_n=dh_n, dc_n=dc_n, after=after)
         for first, end in reversed(list(pairwise(groups))):
             later = end * cell.gates
