@@ -1,6 +1,6 @@
 """The strongest ways to run long sequences or windows with what torch itself offers. Each returns a function of no arguments.
 
-m is a plain nn.LSTM or nn.RNN of one layer and direction, x is (T, B, I); the function gives y (T, B, H).
+m is a plain nn.LSTM, nn.GRU or nn.RNN of one layer and direction, x is (T, B, I); the function gives y (T, B, H).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def shifted_products(m: nn.RNNBase, x: Tensor, k: int) -> Callable[[], Tensor]:
     """All windows of k at once by k shifted GEMMs with eager gate arithmetic. Windows at t < k - 1 start with zero projections, which
     leave a zero state at zero: no trap as zero inputs are, and exact."""
     batch, hidden, lstm = x.shape[1], m.hidden_size, isinstance(m, nn.LSTM)
+    if isinstance(m, nn.GRU):
+        return partial(_shifted_gru, m, x, k)
 
     def run() -> Tensor:
         rows = x.shape[0] * batch
@@ -78,6 +80,28 @@ def shifted_products(m: nn.RNNBase, x: Tensor, k: int) -> Callable[[], Tensor]:
         return h.unflatten(0, (-1, batch))
 
     return run
+
+
+def _shifted_gru(m: nn.GRU, x: Tensor, k: int) -> Tensor:
+    """n's bias would move a zero state: in front of the sequence the reset gate is closed."""
+    batch, H = x.shape[1], m.hidden_size
+    rows, ahead = x.shape[0] * batch, (k - 1) * batch
+    b_hh = m.bias_hh_l0
+    bias = m.bias_ih_l0 + torch.cat([b_hh[: 2 * H], torch.zeros_like(b_hh[2 * H :])])
+    closed = torch.cat([x.new_full((ahead, H), -torch.inf), x.new_zeros(ahead, 2 * H)], 1)
+    xp = torch.cat([closed, F.linear(x.flatten(0, 1), m.weight_ih_l0, bias)])
+    gates, new = m.weight_hh_l0[: 2 * H].T, m.weight_hh_l0[2 * H :].T
+    h = None
+    for s in range(0, k * batch, batch):
+        z = xp[s : s + rows, : 2 * H]
+        q = b_hh[2 * H :]
+        if h is not None:
+            z, q = torch.addmm(z, h, gates), torch.addmm(q, h, new)
+        z = torch.sigmoid(z)
+        r, keep = z[:, :H], z[:, H:]
+        n = torch.tanh(xp[s : s + rows, 2 * H :] + r * q)
+        h = n - keep * n if h is None else n + keep * (h - n)
+    return h.unflatten(0, (-1, batch))
 
 
 def product_rate(

@@ -1,4 +1,4 @@
-"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S]`.
+"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--only WORD]`.
 
 Float32, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
 """
@@ -6,6 +6,7 @@ Float32, input projection included on both sides. Every ratio is baseline / ours
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from stable_rnn import (
     Chunked,
     ForgetCap,
+    StableGRU,
+    StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
@@ -29,10 +32,12 @@ from .jsonl import Log
 from .speed.results import environment
 from .timing import race
 
+STABLE = {nn.LSTM: StableLSTM, nn.GRU: StableGRU, nn.RNN: StableRNN}
+
 
 def pair(plain: type, size: int, **options):
     a = plain(size, size, **options)
-    b = (StableLSTM if plain is nn.LSTM else StableRNN)(size, size, stability=None, **options)
+    b = STABLE[plain](size, size, stability=None, **options)
     b.load_state_dict(a.state_dict())
     return a, b
 
@@ -48,10 +53,12 @@ def training(m: nn.Module, x: torch.Tensor):
 class Table:
     """Rows as they are measured: printed, and written."""
 
-    def __init__(self, seconds: float, log: Log) -> None:
-        self.seconds, self.log = seconds, log
+    def __init__(self, seconds: float, log: Log, only: str) -> None:
+        self.seconds, self.log, self.only = seconds, log, only
 
     def add(self, case: str, baseline: str, ours, theirs, target: float | None) -> None:
+        if self.only not in case:
+            return
         times = race({"ours": ours, "theirs": theirs}, self.seconds)
         ratio = times["theirs"].median / times["ours"].median
         ours, theirs = ([t * 1e3 for t in times[who]] for who in ("ours", "theirs"))
@@ -69,6 +76,8 @@ class Table:
         )
 
     def note(self, row: dict) -> None:
+        if self.only not in row["case"]:
+            return
         self.log.add(row)
         aim = (
             ""
@@ -80,13 +89,13 @@ class Table:
 
 
 def recurrent(table: Table) -> None:
-    for plain in (nn.LSTM, nn.RNN):
+    for plain in STABLE:
         for batch in (1, 8, 64):
             for size in (64, 128, 256, 512):
                 a, b = pair(plain, size)
                 x = torch.randn(max(32, min(2048, 2**19 // (batch * size))), batch, size)
                 name = f"{plain.__name__} Recurrent B={batch} H={size} T={x.shape[0]}"
-                target = 1.5 if plain is nn.RNN and batch == 1 else 1.0
+                target = {nn.RNN: 1.5, nn.GRU: 1.3}.get(plain, 1.0) if batch == 1 else 1.0
                 with torch.no_grad():
                     table.add(name + " forward", f"nn.{plain.__name__}", lambda: b(x), lambda: a(x), target)  # noqa: B023
                 if size in (128, 256):
@@ -94,32 +103,25 @@ def recurrent(table: Table) -> None:
 
 
 def long_sequence(table: Table) -> None:
-    a, b = pair(nn.LSTM, 256)
-    x = torch.randn(8192, 1, 256)
-    with torch.no_grad():
-        for plan in (Chunked(256, 32), Verified()):
-            with use_plan(b, plan):
-                table.add(
-                    f"LSTM {plan} B=1 T=8192 H=256",
-                    "nn.LSTM",
-                    lambda: b(x),
-                    lambda: a(x),
-                    2.0 if plan == Chunked(256, 32) else None,
-                )
-        with use_plan(b, Chunked(256, 32)):
-            table.add(
-                "LSTM Chunked(256, 32) B=1 T=8192 H=256",
-                "overlap chunks, one batch through nn.LSTM",
-                lambda: b(x),
-                overlap_chunks(a, x, 256, 32),
-                1.2,
-            )
-    with use_plan(b, Chunked(256, 32)):
-        table.add("LSTM Chunked(256, 32) B=1 T=8192 H=256 fwd+bwd", "nn.LSTM", training(b, x), training(a, x), None)
+    for plain in (nn.LSTM, nn.GRU):
+        name = plain.__name__
+        a, b = pair(plain, 256)
+        x, chunks = torch.randn(8192, 1, 256), Chunked(256, 32)
+        run, stock, target = partial(b, x), partial(a, x), 2.0 if plain is nn.LSTM else None
+        with torch.no_grad():
+            for plan, aim in ((chunks, target), (Verified(), None)):
+                with use_plan(b, plan):
+                    table.add(f"{name} {plan} B=1 T=8192 H=256", f"nn.{name}", run, stock, aim)
+            with use_plan(b, chunks):
+                over = f"overlap chunks, one batch through nn.{name}"
+                table.add(f"{name} Chunked(256, 32) B=1 T=8192 H=256", over, run, overlap_chunks(a, x, 256, 32), 1.2)
+        with use_plan(b, chunks):
+            case = f"{name} Chunked(256, 32) B=1 T=8192 H=256 fwd+bwd"
+            table.add(case, f"nn.{name}", training(b, x), training(a, x), None)
 
 
 def windows(table: Table) -> None:
-    for size in (128, 256):
+    for size in (128, 256) if table.only in "LSTM Windowed(32)" else ():
         a, b = pair(nn.LSTM, size)
         x, k = torch.randn(8192, 1, size), 32
         rate = product_rate(size, 4 * size)
@@ -146,12 +148,16 @@ def windows(table: Table) -> None:
 
 
 def single_step(table: Table) -> None:
-    for size in (64, 256):
-        a, b = nn.LSTMCell(size, size), StableLSTMCell(size, size, stability=None)
-        b.load_state_dict(a.state_dict())
-        x, hx = torch.randn(1, size), (torch.randn(1, size), torch.randn(1, size))
-        with torch.no_grad():
-            table.add(f"one LSTM step B=1 H={size}", "nn.LSTMCell", lambda: b(x, hx), lambda: a(x, hx), 1.0)  # noqa: B023
+    for plain, ours in ((nn.LSTMCell, StableLSTMCell), (nn.GRUCell, StableGRUCell)):
+        name = plain.__name__
+        for size in (64, 256):
+            a, b = plain(size, size), ours(size, size, stability=None)
+            b.load_state_dict(a.state_dict())
+            x, h, c = torch.randn(3, 1, size)
+            hx = (h, c) if plain is nn.LSTMCell else h
+            with torch.no_grad():
+                case = f"one {name.removesuffix('Cell')} step B=1 H={size}"
+                table.add(case, f"nn.{name}", partial(b, x, hx), partial(a, x, hx), 1.0)
 
 
 def training_steps(table: Table) -> None:
@@ -180,7 +186,7 @@ def training_steps(table: Table) -> None:
 
 
 def saved_bytes(table: Table) -> None:
-    for plain in (nn.LSTM, nn.RNN):
+    for plain in STABLE:
         found = []
         for m in pair(plain, 256):
             kept: dict[int, int] = {}
@@ -208,13 +214,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
+    parser.add_argument("--only", default="", metavar="WORD", help="cases that have it in their name, such as GRU")
     options = parser.parse_args()
     try:
         log = Log(options.out, {"what": "benchmarks.targets", "environment": environment(["cpu"])})
     except UserError as error:
         parser.error(str(error))
     torch.manual_seed(0)
-    table = Table(options.seconds, log)
+    table = Table(options.seconds, log, options.only)
     for part in (recurrent, long_sequence, windows, single_step, training_steps, saved_bytes):
         part(table)
 

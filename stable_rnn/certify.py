@@ -19,7 +19,7 @@ NEXT = """
 NOT certified: such a layer may forget, but it is not proven. What to do next:
   a proof      model = stabilize(model, stability=Certified()); project_() on its layers, project_after_step(optimizer, model) in training
                stability=Cascade() instead, for models to be trained anew: less accuracy lost, a shorter window
-  no proof     stability=ForgetCap(0.9) clamps the forget gates of an LSTM: train on with it, it forgets in practice
+  no proof     stability=ForgetCap(0.9) clamps the gates by which an LSTM or GRU forgets: train on with it, it forgets in practice
   no change    plan=Verified() cuts long sequences and checks every border, whatever the weights are"""
 
 

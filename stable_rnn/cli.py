@@ -12,7 +12,7 @@ from typing import NoReturn
 from ._errors import UserError, complain, printable
 from ._version import __version__
 
-CELLS = ("rnn_tanh", "rnn_relu", "lstm")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 CODES = {
     0: "done",
@@ -117,8 +117,9 @@ def parser() -> Parser:
     certify = command(
         "certify",
         "the certificate of every recurrent layer in a checkpoint",
-        "Prints how fast each RNN and LSTM of a checkpoint is proven to forget, and the window that a tolerance needs. Finds state dicts\n"
-        "inside of dicts and lists. No code of the file is run: objects in it other than tensors and plain values are passed over.",
+        "Prints how fast each RNN, GRU and LSTM of a checkpoint is proven to forget, and the window that a tolerance needs.\n"
+        "Finds state dicts inside of dicts and lists. No code of the file is run: objects in it other than tensors and plain\n"
+        "values are passed over.",
         "stable-rnn certify model.pt --input-bound 3",
         CODES | CERTIFY_CODES,
     )

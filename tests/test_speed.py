@@ -161,7 +161,7 @@ def test_operations_count_the_lanes_steps(plan, steps):
     assert cases.operations(case, plan) == 3 * 2 * 8 * 2 * (10 + steps)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.RNN])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_baselines_compute_their_functions(kind, batch):
     m, x = kind(5, 7).double(), torch.randn(24, batch, 5).double()
@@ -251,7 +251,8 @@ def test_a_window_of_another_length_is_marked(monkeypatch, k):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "cell, model", [("lstm", "certified"), ("lstm", "border"), ("rnn_tanh", "plain"), ("rnn_relu", "certified")]
+    "cell, model",
+    [("lstm", "certified"), ("lstm", "border"), ("rnn_tanh", "plain"), ("rnn_relu", "certified"), ("gru", "border")],
 )
 def test_sound_contestants_are_right(cell, model, dtype):
     for shape in (dict(T=1, B=1, H=1, k=1), dict(T=33, B=3, H=5, k=40)):
@@ -428,7 +429,7 @@ def test_the_ways_of_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--cells", "gru"], "'gru' is none of lstm, rnn_tanh, rnn_relu"),
+        (["--cells", "qrnn"], "'qrnn' is none of lstm, gru, rnn_tanh, rnn_relu"),
         (["--plans", "windowed,fast"], "'fast' is none of"),
         (["--dtypes", "int8"], "'int8' is none of"),
         (["--backends", "mps"], "'mps' is none of"),

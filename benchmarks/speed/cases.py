@@ -9,10 +9,11 @@ from itertools import product
 
 import torch
 
+import stable_rnn.cells
 from stable_rnn import Chunked, Recurrent, Verified, Windowed
 from stable_rnn.plans import Plan
 
-CELLS = ("lstm", "rnn_tanh", "rnn_relu")
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SWEEPS = ("T", "B", "H", "k")
 PASSES = ("forward", "forward+backward")
@@ -38,7 +39,7 @@ class Case:
 
     @property
     def gates(self) -> int:
-        return 4 if self.cell == "lstm" else 1
+        return stable_rnn.cells.CELLS[self.cell].gates
 
     @property
     def backward(self) -> bool:

@@ -100,7 +100,7 @@ def label(plan: Plan) -> str:
 
 
 def nn_recurrent(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
-    """Stock nn.LSTM, nn.RNN: cuDNN, oneDNN. On the CPU also with one thread: its threads meet at every step."""
+    """Stock nn.LSTM, nn.GRU, nn.RNN: cuDNN, oneDNN. On the CPU also with one thread: its threads meet at every step."""
     name = f"nn.{type(plain).__name__}"
     made = [Contestant(name, Recurrent(), lambda: plain(x)[0], plain, answer="recurrent")]
     if case.device == "cpu" and torch.get_num_threads() > 1:
@@ -169,7 +169,7 @@ def flashrnn(case: Case, plain: nn.RNNBase, x: Tensor, backend: str) -> list[Con
     package = _import("flashrnn")
     function = {"lstm": "lstm", "rnn_tanh": "elman"}.get(case.cell)
     if function is None or function == "elman" and backend == "triton_fused":
-        raise Unavailable(f"has no {case.cell}")
+        raise Unavailable(f"no adapter for its {case.cell}")
     H, G, kind = case.H, case.gates, str(x.dtype).removeprefix("torch.")
     m = copy.deepcopy(plain)
     config = package.FlashRNNConfig(
@@ -204,7 +204,7 @@ def haste(case: Case, plain: nn.RNNBase, x: Tensor) -> list[Contestant]:
         raise Unavailable("GPU only (elsewhere it is a Python loop)")
     package = _import("haste_pytorch")
     if case.cell != "lstm":
-        raise Unavailable(f"has no {case.cell}")
+        raise Unavailable(f"no adapter for its {case.cell}")
     if x.dtype not in (torch.float32, torch.float16):
         raise Unavailable(f"has no {case.dtype}")
     m = package.LSTM(case.H, case.H)

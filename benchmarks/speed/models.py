@@ -7,12 +7,12 @@ from functools import cache
 import torch
 from torch import nn
 
-from stable_rnn import Certificate, Certified, StableLSTM, StableRNN
+from stable_rnn import Certificate, Certified, StableGRU, StableLSTM, StableRNN
 
 from .cases import DTYPES
 
 MODELS = {
-    "certified": "torch's initialization, projected: what StableLSTM() and StableRNN() start from",
+    "certified": "torch's initialization, projected: what StableLSTM(), StableGRU() and StableRNN() start from",
     "border": "orthogonal weights projected to the border of Certified(0.95): remembers for as long as the set lets it",
     "plain": "torch's initialization; no certificate",
 }
@@ -20,8 +20,8 @@ _STABILITY = {"certified": Certified(), "border": Certified(0.95), "plain": None
 
 
 def stable_module(cell: str, hidden: int, **options):
-    if cell == "lstm":
-        return StableLSTM(hidden, hidden, **options)
+    if cell in ("lstm", "gru"):
+        return (StableLSTM if cell == "lstm" else StableGRU)(hidden, hidden, **options)
     return StableRNN(hidden, hidden, nonlinearity=cell.removeprefix("rnn_"), **options)
 
 
@@ -35,15 +35,18 @@ def weights(cell: str, hidden: int, model: str, seed: int) -> dict[str, torch.Te
             with torch.no_grad():
                 for block in m.weight_hh_l0.split(hidden):
                     nn.init.orthogonal_(block)
-                if cell == "lstm":
+                if cell in ("lstm", "gru"):  # the gate that forgets
                     m.bias_ih_l0[hidden : 2 * hidden] += 1
             m.project_()
         return m.state_dict()
 
 
 def plain_module(cell: str, hidden: int, model: str, dtype: torch.dtype, device: str, seed: int) -> nn.RNNBase:
-    """nn.LSTM or nn.RNN with these weights."""
-    m = nn.LSTM(hidden, hidden) if cell == "lstm" else nn.RNN(hidden, hidden, nonlinearity=cell.removeprefix("rnn_"))
+    """nn.LSTM, nn.GRU or nn.RNN with these weights."""
+    if cell in ("lstm", "gru"):
+        m = (nn.LSTM if cell == "lstm" else nn.GRU)(hidden, hidden)
+    else:
+        m = nn.RNN(hidden, hidden, nonlinearity=cell.removeprefix("rnn_"))
     m.load_state_dict(weights(cell, hidden, model, seed))
     return m.to(device, dtype)
 

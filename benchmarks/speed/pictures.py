@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def _errors(axis: Axes, rows: list[dict]) -> None:
 def _by(rows: list[dict], field: str, order: str) -> Iterable[tuple[str, list[dict]]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        name = row[field].replace("nn.LSTM", "nn").replace("nn.RNN", "nn")  # one legend for all cells
+        name = re.sub(r"nn\.(LSTM|GRU|RNN)", "nn", row[field])  # one legend for all cells
         if order == "k" and field == "name":  # Windowed(8), Windowed(16), ...: one curve
             name = name.replace(f"({row['k']})", "(k)").replace(f", {row['k']})", ", k)")
         elif order == "T" and field == "name" and name.startswith("Chunked"):

@@ -43,7 +43,7 @@ class Allowed(NamedTuple):
 
 
 class Truth:
-    """plain: nn.LSTM or nn.RNN in the case's dtype; x (T, B, H)."""
+    """plain: nn.LSTM, nn.GRU or nn.RNN in the case's dtype; x (T, B, H)."""
 
     def __init__(self, case: Case, plain: nn.RNNBase, x: Tensor, seed: int = 0) -> None:
         self.case, self.plain = case, plain
@@ -188,7 +188,14 @@ class Truth:
             h = c = x.new_zeros(x.shape[1], self.case.H)
             ys = []
             for t in range(x.shape[0]):
-                z = F.linear(x[t], m.weight_ih_l0, m.bias_ih_l0) + F.linear(h, m.weight_hh_l0, m.bias_hh_l0)
+                xp, q = F.linear(x[t], m.weight_ih_l0, m.bias_ih_l0), F.linear(h, m.weight_hh_l0, m.bias_hh_l0)
+                if self.case.cell == "gru":
+                    (x_r, x_z, x_n), (q_r, q_z, q_n) = xp.chunk(3, 1), q.chunk(3, 1)
+                    n = torch.tanh(x_n + torch.sigmoid(x_r + q_r) * q_n)
+                    h = n + torch.sigmoid(x_z + q_z) * (h - n)
+                    ys.append(h)
+                    continue
+                z = xp + q
                 if self.case.cell == "lstm":
                     i, f, g, o = z.chunk(4, 1)
                     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)

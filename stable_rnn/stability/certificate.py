@@ -167,7 +167,8 @@ def certificate(
     *,
     lengths: Tensor | None = None,
 ) -> Certificate:
-    """Rigorous bounds on how fast an RNN or LSTM forgets: `StableRNN`, `StableLSTM`, torch's `nn.RNN`, `nn.LSTM`, or a cell of these.
+    """Rigorous bounds on how fast an RNN, GRU or LSTM forgets: one of the stable modules, torch's `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a
+    cell of these.
 
     Without `input` they hold for all inputs with |x_t| <= input_bound in every entry (default: what the module's stable set assumes,
     else 1; `math.inf` is allowed). With `input`, of a shape that the module takes ((T, B, I), (B, T, I) with batch_first, (T, I) or a
@@ -175,7 +176,7 @@ def certificate(
     W_ih x_t + b really is. Upper layers are bounded by what the lower ones can give out.
 
     Raises ValueError for weights or inputs with NaN or infinite entries, weights on the meta device, a negative bound, inputs of another
-    width, lengths without an input or that don't fit it; TypeError for modules that have no certificate, a GRU for instance, and for
+    width, lengths without an input or that don't fit it; TypeError for modules that have no certificate, a Linear for instance, and for
     weights or inputs that are not real floating point.
     """
     stability = getattr(module, "stability", None)
@@ -198,10 +199,10 @@ def certificate(
 
 
 def certificate_from_state_dict(state_dict: Mapping[str, Tensor], input_bound: float = 1.0) -> dict[str, Certificate]:
-    """The certificate of every stack of RNN or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
+    """The certificate of every stack of RNN, GRU or LSTM layers in a state dict, by the prefix of its names ("" if there is none).
 
     A state dict doesn't tell tanh from relu: a layer with one gate is taken for tanh. A clamp of the forget gate is known where the state
-    dict has torch's metadata, and stands among what the certificate assumes. What has no certificate (GRU layers, weights that are missing
+    dict has torch's metadata, and stands among what the certificate assumes. What has no certificate (weights that are missing
     or computed, layers that don't chain) is skipped with a warning that says why. ValueError names a weight with NaN or infinite entries or
     of a shape that doesn't fit the others, TypeError one that is not a dense tensor of a real floating dtype."""
     found, faults = judge_state_dict(state_dict, input_bound)

@@ -56,7 +56,7 @@ _warm: WeakKeyDictionary[nn.Module, _Warm] = WeakKeyDictionary()
 
 @torch.no_grad()
 def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None:
-    """Move the weights of an RNN or LSTM (module or cell) into the set, all layers and directions, in place.
+    """Move the weights of an RNN, GRU or LSTM (module or cell) into the set, all layers and directions, in place.
 
     certify=True: afterwards every layer is certified at `stability.rate`; layers that were so before are left bitwise untouched.
     certify=False: one warm step of the spectral projection and the cheap rules, for training loops; it may stop a little short.
