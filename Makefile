@@ -5,6 +5,9 @@
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
 # make bench   the table of benchmarks/README.md
 # make lint    ruff, mypy and the formatters alone; make format applies these
+# make docs    the documentation, in site/
+# make wheel   a wheel for other machines, in dist/, and its tests in a fresh environment; make sdist the sources
+# make coverage  which lines of stable_rnn/ the tests of TESTS run
 #
 # Each makes .venv first where it has to: torch (the pinned CPU build), this package in editable mode, built in isolation.
 # TESTS="tests/test_cli.py -k doctor" and DEMO="--steps 200" pass arguments on.
@@ -15,6 +18,7 @@ TESTS  ?= tests
 # The CPU build of torch has no use for CUDA kernels; tests compile them all the same. CUDA=auto where torch is built with CUDA.
 CUDA   ?= off
 DEMO   ?=
+WHEEL_TESTS ?= tests/test_cells.py tests/test_functional.py
 V      := .venv/bin
 # Processes side by side, a file's tests in one of them: what a file builds, it builds once.
 PYTEST := $(V)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
@@ -23,7 +27,7 @@ CXX_FILES := $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu
 # Two makes at once take turns at .venv and build, where the machine has flock.
 LOCK   := $(if $(shell command -v flock),flock Makefile)
 
-.PHONY: demo test check fast lint format bench build clean
+.PHONY: demo test check fast lint format bench docs wheel sdist coverage build clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -52,6 +56,37 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(V)/python -m pytest benchmarks
+
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet -d site
+	@echo "site/index.html"
+
+# An environment of its own: mkdocs reads the package's sources and imports none of it.
+.venv-docs/installed: pyproject.toml
+	$(LOCK) sh -ec '[ -x .venv-docs/bin/pip ] || $(PYTHON) -m venv .venv-docs; .venv-docs/bin/pip install --quiet "pip>=25.1"; \
+	  .venv-docs/bin/pip install --quiet --group docs; touch $@'
+
+# Repaired by auditwheel, where it is, so that it runs on older systems too; without an OpenMP library of its own (docs/guide/install.md).
+# Then some tests, where nothing but the wheel is installed.
+wheel: .venv-wheel/installed
+	rm -rf build/wheel dist/*.whl
+	STABLE_RNN_CUDA=$(CUDA) $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	mkdir -p dist; if [ -x .venv-wheel/bin/auditwheel ]; then PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --exclude "libgomp.so.*" -w dist build/wheel/*.whl; \
+	  else cp build/wheel/*.whl dist; fi
+	$(PYTHON) -m venv build/wheel/fresh
+	build/wheel/fresh/bin/pip install --quiet "$(TORCH)" pytest numpy dist/*.whl
+	cp -r tests build/wheel/tests
+	cd build/wheel && fresh/bin/python -m pytest -q $(WHEEL_TESTS)
+
+sdist: .venv-wheel/installed
+	.venv-wheel/bin/python -m build --sdist
+
+.venv-wheel/installed: pyproject.toml
+	$(LOCK) sh -ec '[ -x .venv-wheel/bin/pip ] || $(PYTHON) -m venv .venv-wheel; .venv-wheel/bin/pip install --quiet "pip>=25.1"; \
+	  .venv-wheel/bin/pip install --quiet --group wheel; touch $@'
+
+coverage: .venv/installed
+	$(PYTEST) -m "not check" --cov=stable_rnn --cov-report=term:skip-covered $(TESTS)
 
 # The compiled module is part of the install: newer C++ sources install again (`make build` is the quick way).
 .venv/installed: pyproject.toml setup.py $(CPP)

@@ -7,9 +7,11 @@ STABLE_RNN_CUDA=auto    the default: the CUDA kernels too, where nvcc is found (
 STABLE_RNN_CUDA=on      with them, or fail with a message
 STABLE_RNN_CUDA=off     without them
 STABLE_RNN_CUDA_ARCHS   architectures instead of all supported ones, such as "90a" or "80-real;90a-real": a much shorter build
+CMAKE_ARGS              more arguments for CMake, such as -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         cuda, compiler = choice("STABLE_RNN_CUDA", "auto", "on", "off"), nvcc()
         if cuda == "on" and compiler is None:

@@ -70,6 +70,13 @@ def projection(size: int) -> Callable[[], object]:
     return torch.no_grad()(run)
 
 
+def construction(size: int) -> Callable[[], object]:
+    """torch's initialization, brought into the default set."""
+    import stable_rnn
+
+    return lambda: stable_rnn.StableLSTM(size, size)
+
+
 CASES: dict[str, Callable[[], Callable[[], object]]] = {}
 for _cell in ("LSTM", "RNN"):
     for _batch in (1, 8):
@@ -90,6 +97,8 @@ for _cell in ("LSTM", "RNN"):
     )
     for _size in (64, 256):
         CASES[f"{_cell}Cell step B=1 H={_size}"] = partial(step, _cell + "Cell", _size)
+for _size in (256, 512):
+    CASES[f"LSTM construction H={_size}, default set"] = partial(construction, _size)
 CASES["LSTM projection H=256"] = partial(projection, 256)
 
 

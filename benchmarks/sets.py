@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stable_rnn import Cascade, Certified, ForgetCap, StableLSTM, StableRNN
+from stable_rnn import Cascade, Certified, ForgetCap, StableGRU, StableLSTM, StableRNN
 from stable_rnn._errors import UserError
 from stable_rnn.ops.spectral import row_project_, spectral_norm_bound
 from stable_rnn.stability import Stability
@@ -216,8 +216,17 @@ SETS: dict[str, Callable[[], Stability | None]] = {
     "lstm/Cascade(4), two layers": lambda: Cascade(4),
     "lstm/plain, two layers": lambda: None,
     "lstm/8 groups with a ball of 0.99": lambda: Balls(8, 0.99, forget=0.8),
+    "gru/plain": lambda: None,
+    "gru/ForgetCap(0.9)": lambda: ForgetCap(0.9),
+    "gru/Certified()": lambda: Certified(),
+    "gru/Certified(clamp=True)": lambda: Certified(clamp=True),
+    "gru/Certified(clamp=True, forget=0.8)": lambda: Certified(clamp=True, forget=0.8),
+    "gru/Cascade()": lambda: Cascade(),
+    "gru/Cascade(forget=0.8)": lambda: Cascade(forget=0.8),
+    "gru/Cascade(4)": lambda: Cascade(4),
+    "gru/Cascade(16)": lambda: Cascade(16),
 }
-CELLS = {"rnn": StableRNN, "lstm": StableLSTM}
+CELLS = {"rnn": StableRNN, "lstm": StableLSTM, "gru": StableGRU}
 
 
 # ---- the rig

@@ -14,11 +14,13 @@ from torch import nn
 
 from stable_rnn import (
     Chunked,
+    ForgetCap,
     StableGRU,
     StableGRUCell,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
+    StableRNNCell,
     Verified,
     Windowed,
     use_plan,
@@ -158,6 +160,32 @@ def single_step(table: Table) -> None:
                 table.add(case, f"nn.{name}", partial(b, x, hx), partial(a, x, hx), 1.0)
 
 
+def training_steps(table: Table) -> None:
+    """A loop of 50 steps, forward and backward, as people write it."""
+    for plain, cell, cap in (
+        (nn.LSTMCell, StableLSTMCell, None),
+        (nn.LSTMCell, StableLSTMCell, ForgetCap(0.9)),
+        (nn.RNNCell, StableRNNCell, None),
+        (nn.GRUCell, StableGRUCell, None),
+    ):
+        a, b = plain(64, 64), cell(64, 64, stability=cap)
+        b.load_state_dict(a.state_dict(), strict=True)
+        x = torch.randn(50, 16, 64)
+
+        def loop(m: nn.Module, x=x):
+            def run() -> None:
+                m.zero_grad()
+                state = None
+                for row in x:
+                    state = m(row, state)
+                (state[0] if isinstance(state, tuple) else state).sum().backward()
+
+            return run
+
+        name = f"{plain.__name__} {cap or ''} 50 steps B=16 H=64 forward+backward".replace("  ", " ")
+        table.add(name, f"nn.{plain.__name__}", loop(b), loop(a), 0.83)
+
+
 def saved_bytes(table: Table) -> None:
     for plain in STABLE:
         found = []
@@ -195,7 +223,7 @@ def main() -> None:
         parser.error(str(error))
     torch.manual_seed(0)
     table = Table(options.seconds, log, options.only)
-    for part in (recurrent, long_sequence, windows, single_step, saved_bytes):
+    for part in (recurrent, long_sequence, windows, single_step, training_steps, saved_bytes):
         part(table)
 
 

@@ -44,6 +44,13 @@ template <class Params, class... Fields>
 auto on_cpu(Params (*gather)(Fields...), const char* (*kernel)(const Params&)) {
   return [=](Fields... fields) { run([&] { return kernel(gather(fields...)); }); };
 }
+// With the groups of a cascade behind the fields.
+template <class Params, class... Fields>
+auto on_cascade(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CascadeGroups&)) {
+  return [=](Fields... fields, Address groups, int64_t n_groups) {
+    run([&] { return kernel(gather(fields...), CascadeGroups{Pointer{groups}, n_groups}); });
+  };
+}
 #ifdef STABLE_RNN_CUDA
 template <class Params, class... Fields>
 auto on_cuda(Params (*gather)(Fields...), const char* (*kernel)(const Params&, const CudaLaunch&)) {
@@ -126,6 +133,28 @@ SpectralParams spectral_params(int threads, bool scale, int iterations, int64_t 
 // clang-format on
 
 #ifdef STABLE_RNN_CUDA
+// clang-format off
+ScanParams scan_params(int cell, int dtype, int64_t hidden, int64_t unit, int64_t units, float cap,
+                       int64_t steps, int64_t batch, int64_t step, Address base, Address length,
+                       Address xp, Address sums, Address hidden_bias, Address h0, Address c0,
+                       Address y, Address h_n, Address c_n, Address saved, Address cells, Address before) {
+  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length},
+          Pointer{xp}, Pointer{sums}, Pointer{hidden_bias}, Pointer{h0}, Pointer{c0},
+          Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells}, Pointer{before}};
+}
+
+ScanBackwardParams scan_backward_params(int cell, int dtype, int64_t hidden, int64_t unit, int64_t units, float cap,
+                                        int64_t steps, int64_t batch, int64_t step, Address base, Address length,
+                                        Address dy, Address y, Address saved, Address cells, Address h0, Address c0,
+                                        Address dh_n, Address dc_n, Address sums,
+                                        Address dz, Address dh0, Address dc0, Address after) {
+  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length},
+          Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{h0}, Pointer{c0},
+          Pointer{dh_n}, Pointer{dc_n}, Pointer{sums},
+          Pointer{dz}, Pointer{dh0}, Pointer{dc0}, Pointer{after}};
+}
+// clang-format on
+
 using Limits = std::array<int64_t, 4>;   // the fields of CudaLimits
 
 CudaLimits make_limits(const Limits& l) { return {int(l[0]), int(l[1]), l[2], int(l[3])}; }
@@ -223,6 +252,8 @@ PYBIND11_MODULE(_C, module) {
   };
   forward("recurrence_forward", on_cpu(forward_params, recurrence_forward_cpu));
   backward("recurrence_backward", on_cpu(backward_params, recurrence_backward_cpu));
+  forward("scanned_forward", on_cascade(forward_params, scanned_forward_cpu), arg("groups"), arg("n_groups"));
+  backward("scanned_backward", on_cascade(backward_params, scanned_backward_cpu), arg("groups"), arg("n_groups"));
   module.def("recurrence_windowed_backward", on_cpu(windowed_backward_params, recurrence_windowed_backward_cpu),
              arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"), arg("steps"),
              arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"), arg("select"),
@@ -244,6 +275,18 @@ PYBIND11_MODULE(_C, module) {
            arg("workspace"), arg("workspace_bytes"));
   spectral("spectral_step_cuda", on_cuda(spectral_params, spectral_step_cuda), arg("device"), arg("stream"),
            arg("workspace"), arg("workspace_bytes"));
+  module.def("scan_forward_cuda", on_cuda(scan_params, scan_forward_cuda), arg("cell"), arg("dtype"), arg("hidden"),
+             arg("unit"), arg("units"), arg("cap"), arg("steps"), arg("batch"), arg("step"), arg("base"), arg("length"),
+             arg("xp"), arg("sums"), arg("hidden_bias"), arg("h0"), arg("c0"), arg("y"), arg("h_n"), arg("c_n"),
+             arg("saved"), arg("cells"), arg("before"), arg("device"), arg("stream"), arg("workspace"),
+             arg("workspace_bytes"));
+  module.def("scan_backward_cuda", on_cuda(scan_backward_params, scan_backward_cuda), arg("cell"), arg("dtype"),
+             arg("hidden"), arg("unit"), arg("units"), arg("cap"), arg("steps"), arg("batch"), arg("step"), arg("base"),
+             arg("length"), arg("dy"), arg("y"), arg("saved"), arg("cells"), arg("h0"), arg("c0"), arg("dh_n"),
+             arg("dc_n"), arg("sums"), arg("dz"), arg("dh0"), arg("dc0"), arg("after"), arg("device"), arg("stream"),
+             arg("workspace"), arg("workspace_bytes"));
+  module.def("scan_workspace_cuda", scan_workspace_cuda, arg("steps"), arg("batch"), arg("units"),
+             "Bytes that a scan needs.");
   module.def("spectral_workspace_cuda", spectral_workspace, arg("count"), arg("matrices"), arg("limits"),
              "Bytes that spectral_step_cuda needs on a device with these limits.");
   module.def("recurrence_tiling_cuda", recurrence_tiling, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"),

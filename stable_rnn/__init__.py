@@ -10,10 +10,11 @@ if TYPE_CHECKING or not from_command_line():
     from ._moved import moved as __getattr__
     from .convert import stabilize, unstabilize
     from .gru import StableGRU
+    from .memory import memory
     from .modules import StableLSTM, StableRNN
     from .ops.recurrence.backends import backends
     from .optim import project_after_step
-    from .plans import Chunked, Recurrent, Verified, Windowed, use_plan
+    from .plans import Chunked, Recurrent, Scanned, Verified, Windowed, use_plan
     from .stability import Cascade, Certified, ForgetCap
     from .stability.certificate import certificate
     from .step_cells import StableGRUCell, StableLSTMCell, StableRNNCell
@@ -26,6 +27,7 @@ __all__ = [
     "Chunked",
     "ForgetCap",
     "Recurrent",
+    "Scanned",
     "StableGRU",
     "StableGRUCell",
     "StableLSTM",
@@ -36,6 +38,7 @@ __all__ = [
     "Windowed",
     "backends",
     "certificate",
+    "memory",
     "project_after_step",
     "stabilize",
     "unstabilize",

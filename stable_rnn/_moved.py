@@ -8,7 +8,7 @@ import warnings
 MOVED = dict.fromkeys(
     ("SpectralState", "row_project_", "spectral_norm_bound", "spectral_project_", "spectral_projection"), "functional"
 )
-MOVED |= dict.fromkeys(("Certificate", "Stability"), "stability") | {"Report": "plans"}
+MOVED |= dict.fromkeys(("Certificate", "Stability"), "stability") | {"Report": "reports"}
 
 
 def moved(name: str) -> object:

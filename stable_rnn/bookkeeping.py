@@ -12,7 +12,7 @@ from torch.fx import Proxy, Tracer
 from . import watch
 from .cells import MODES
 from .ops.backends import check_name
-from .plans import check_plan
+from .plans import plan_of
 from .stability import Stability, check_stability
 from .stability.weights import CLAMP, clamp_text, saved_clamp
 
@@ -23,13 +23,15 @@ class Bookkeeping(nn.Module):
     mode: str  # torch's: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU"
     stability: Stability | None
     backend: str
+    num_layers: int  # of modules that have a plan
+    bidirectional: bool
     hidden_size: int
     _adopted: tuple[str, ...]  # the attributes that torch's class doesn't have
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`plan`, `stability` and `backend` are checked whenever they are set."""
         if name == "plan":
-            check_plan(value)
+            value = plan_of(value, self.num_layers, 1 + self.bidirectional)
         elif name == "stability":
             check_stability(value, self.mode, getattr(self, "proj_size", 0))
         elif name == "backend":

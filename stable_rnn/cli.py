@@ -102,7 +102,9 @@ def parser() -> Parser:
         "stable-rnn doctor --shape lstm,256,1,bfloat16",
     )
     doctor.add_argument(
-        "--explain", action="store_true", help="also say what each backend is for, and which kernel a shape gets"
+        "--explain",
+        action="store_true",
+        help="also say what each backend is for, which kernel a shape gets, and what Verified() begins with",
     )
     doctor.add_argument(
         "--shape",
@@ -137,8 +139,8 @@ def parser() -> Parser:
     demo = command(
         "demo",
         "train on real text, then run a long text under every plan (a few minutes)",
-        "Trains three character models of the same size (nn.LSTM, ForgetCap, Certified), certifies them, runs a long text under every\n"
-        "plan, and writes a picture and all numbers.",
+        "Trains four character models of the same size (nn.LSTM, ForgetCap, Certified, Cascade), certifies them, runs a long text under\n"
+        "every plan, and writes a picture and all numbers.",
         "stable-rnn demo --text book.txt --steps 500 --plan windowed:64 --plan verified",
     )
     demo.add_argument("--text", metavar="FILE", help="a text file; its last tenth is held out")
@@ -160,7 +162,7 @@ def parser() -> Parser:
         "--plan",
         action="append",
         metavar="PLAN",
-        help="recurrent, windowed:K, chunked:CHUNK,WARMUP or verified[:TOL]; may be given again (default: all four)",
+        help="recurrent, windowed:K, chunked:CHUNK,WARMUP, verified[:TOL] or scanned (cascades only); may be given again (default: all)",
     )
     demo.add_argument("--seed", type=seed, default=0, metavar="S", help="random seed (default 0)")
     demo.add_argument(

@@ -13,7 +13,7 @@ from .bookkeeping import Bookkeeping
 from .gru import StableGRU
 from .modules import StableLSTM, StableRNN, StableRNNBase
 from .ops.backends import check_name
-from .plans import Plan, Recurrent, check_plan
+from .plans import PlanLike, Recurrent, plan_of
 from .stability import Stability, check_stability, project_all_
 from .stability.weights import mode_of
 from .step_cells import StableCellBase, StableGRUCell, StableLSTMCell, StableRNNCell
@@ -31,7 +31,7 @@ _NAMES = {"RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"}
 def stabilize(
     model: nn.Module,
     stability: Stability | None = None,
-    plan: Plan = Recurrent(),
+    plan: PlanLike = Recurrent(),
     backend: str = "auto",
     project: bool = False,
     cells: bool = False,
@@ -44,7 +44,7 @@ def stabilize(
     it did; `use_plan` and `module.plan` then change how, `module.stability` what is promised.
 
     stability  the modules' set. Values stay unchanged: `certificate()` tells whether they are inside, `project_()` moves them
-    plan       how the modules run
+    plan       how the modules run: one plan, a list of one per layer, or a dict by layer or (layer, direction); they fit every module
     backend    "auto", or the backend that must run them
     project    move the weights into the set now, all or none
     cells      also `nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell`, which become `StableRNNCell`, `StableGRUCell` and `StableLSTMCell`
@@ -56,7 +56,7 @@ def stabilize(
     Raises `ValueError` if `model` holds nothing to swap, `stability` does not fit a module found, weights cannot be projected, or there is
     no set to project into; `TypeError` for a wrong plan or model. Nothing has changed then."""
     _check_model("stabilize", model)
-    check_plan(plan), check_name(backend)
+    check_name(backend)
     if project and stability is None:
         raise ValueError("stabilize: project=True needs a set to project into, stability=Certified()")
     forms = _MODULES | _CELLS if cells else _MODULES
@@ -82,15 +82,19 @@ def stabilize(
         )
     for m in targets.values():
         check_stability(stability, mode_of(m), getattr(m, "proj_size", 0))
+    plans = {
+        name: plan_of(plan, m.num_layers, 1 + m.bidirectional) if isinstance(m, nn.RNNBase) else plan_of(plan, 1, 1)
+        for name, m in targets.items()
+    }
     for name, why in left.items():
         warnings.warn(f"stabilize: {name} is {why} and is left alone", stacklevel=2)
-    for m in targets.values():
+    for name, m in targets.items():
         mode, form = mode_of(m), forms[type(m)]
         m.__class__ = form
         if isinstance(m, StableCellBase):
             m._adopt(mode, stability, backend)
         elif isinstance(m, StableRNNBase):
-            m._adopt(stability, plan, backend)
+            m._adopt(stability, plans[name], backend)
     if project:
         made = {name: m for name, m in targets.items() if isinstance(m, (StableRNNBase, StableCellBase))}
         try:

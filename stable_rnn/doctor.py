@@ -16,11 +16,14 @@ from rich.text import Text
 from . import _native
 from ._errors import printable
 from ._version import __version__
+from .cells import CELLS
 from .ops import cuda_device
 from .ops.backends import NAMES
 from .ops.kernel_args import DTYPES, TF32
-from .ops.recurrence import cuda
+from .ops.recurrence import cuda, policy
 from .ops.recurrence.backends import backends
+from .ops.recurrence.problem import Problem
+from .plans import Verified
 from .precision import tf32_allowed
 
 EXPLAIN = {
@@ -39,6 +42,8 @@ Shape = tuple[str, int, int, str]  # cell, hidden size, lanes, dtype
 SHAPES: list[Shape] = [
     ("lstm", hidden, lanes, "bfloat16") for hidden in (128, 256, 512, 1024) for lanes in (1, 16, 512)
 ]
+CHOICES: list[Shape] = [("lstm", hidden, batch, "float32") for hidden in (128, 512) for batch in (1, 16)]
+LENGTHS = (1024, 8192, 65536)  # T
 H100 = (90, 132, 227 * 1024, 16)  # `CudaLimits`
 
 
@@ -66,6 +71,7 @@ def doctor(options: argparse.Namespace) -> None:
         )
     if options.explain or options.shape:
         _print_shapes(console, options.shape or SHAPES)
+        _print_choices(console, options.shape or CHOICES)
 
 
 def _print_shapes(console: Console, shapes: list[Shape]) -> None:
@@ -91,6 +97,23 @@ def _print_shapes(console: Console, shapes: list[Shape]) -> None:
                 "backward" if backward else "forward",
                 said,
             )
+    console.print(table)
+
+
+def _print_choices(console: Console, shapes: list[Shape]) -> None:
+    """What `Verified()` begins with, by the cost model of this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = "measured on another machine" if device == "cpu" else "predicted"
+    console.print(
+        f"\nWhat Verified() begins with on this {device} (constants of the cost model {known}):", soft_wrap=True
+    )
+    table = Table("cell, H, rows of the batch, dtype", "T", "choice")
+    for cell, hidden, batch, dtype in shapes:
+        kind, weights = getattr(torch, dtype), CELLS[cell].gates * hidden * hidden
+        for steps in LENGTHS:
+            p = Problem(cell, steps, batch, **Verified().numbers(torch.empty(0, dtype=kind, device=device)))
+            name = f"{cell}, {hidden}, {batch}, {dtype}" if steps == LENGTHS[0] else ""
+            table.add_row(name, str(steps), policy.describe(p, batch, weights, device))
     console.print(table)
 
 

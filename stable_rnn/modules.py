@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import _VF, Tensor, nn
@@ -14,10 +15,14 @@ from .bookkeeping import Bookkeeping
 from .cells import MODES
 from .common import autocast_dtype, has_values
 from .ops.backends import check_name, requested
+from .ops.recurrence import native
 from .ops.recurrence.backends import leave_to_torch
 from .ops.recurrence.function import Note, layer
+from .ops.recurrence.native import PLAIN
+from .ops.recurrence.policy import Memory
 from .ops.recurrence.problem import Problem
-from .plans import Plan, Recurrent, Report, Verified, check_plan
+from .plans import Plan, PlanLike, Recurrent
+from .reports import Report
 from .stability import Certificate, Certified, Stability, certificate, check_stability
 from .validate import check_state, check_weight, describe, pair
 
@@ -33,21 +38,20 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     weight_hh_l0: Tensor
 
     def __init__(
-        self, mode: str, *args: Any, stability: Stability | None, plan: Plan, backend: str, **kwargs: Any
+        self, mode: str, *args: Any, stability: Stability | None, plan: PlanLike, backend: str, **kwargs: Any
     ) -> None:
-        check_plan(plan), check_name(backend), check_stability(stability, mode)
+        check_name(backend), check_stability(stability, mode)
         super().__init__(mode, *args, **kwargs)
         self._adopt(stability, plan, backend)
         self._project_fresh()
 
     _adopted = ("stability", "plan", "backend", "_ran")
 
-    def _adopt(self, stability: Stability | None, plan: Plan, backend: str) -> None:
+    def _adopt(self, stability: Stability | None, plan: PlanLike, backend: str) -> None:
         """Sets `_adopted`, all that a stable module holds beyond torch's; `stabilize` calls it on modules that torch has made."""
-        self.stability, self.plan, self.backend = stability, plan, backend
-        self._ran: tuple[list[Tensor], list[Note], int] | None = (
-            None  # what the last checked run left: reports, notes, chunk
-        )
+        self.stability, self.plan, self.backend = stability, plan, backend  # type: ignore[assignment]  # a plan is made of it
+        # what the last checked run left: reports and notes by layer and direction
+        self._ran: tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Note]] | None = None
 
     # ---- stability
 
@@ -82,14 +86,16 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         """What the last forward pass under a `Verified` plan did, and its backward pass once that ran; None before one."""
         if self._ran is None:
             return None
-        reports, notes, chunk = self._ran
-        back = [note.report for note in notes if note.report is not None]
+        reports, notes = self._ran
+        back = {place: note.report for place, note in notes.items() if note.report is not None}
+        seen = all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
 
-        def bound(jump: float) -> float | None:
+        def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)
-            return found.jump_bound(jump, chunk) if found.stable else None
+            return found.jump_bound(jump, chunk) if found.stable and seen else None
 
-        return Report.of(reports, backward=Report.of(back) if back else None, bound=bound)
+        backward = Report.of(tuple(back), tuple(back.values())) if back else None
+        return Report.of(tuple(reports), tuple(reports.values()), backward, bound)
 
     # ---- running
 
@@ -105,23 +111,27 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             1 + self.bidirectional,
         )
         others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
-        found = []
+        found, own, dtype, device, strided = [], self._parameters, x.dtype, x.device, torch.strided
         for index, names in enumerate(self._all_weights):
             shapes = [(rows, self.input_size if index < ways else out * ways), *others]
-            found.append([getattr(self, name) for name in names])
-            for name, w, shape in zip(names, found[-1], shapes):
-                check_weight(name, w, shape, x, cast)
-            found[-1][1] = self._trained(found[-1][1])
+            weights = [getattr(self, name) if (w := own.get(name)) is None else w for name in names]
+            for name, w, shape in zip(names, weights, shapes):
+                if type(w) is not nn.Parameter or not (
+                    w.shape == shape and w.dtype is dtype and w.layout is strided and w.device == device
+                ):
+                    check_weight(name, w, shape, x, cast)
+            weights[1] = self._trained(weights[1])
+            found.append(weights)
         return found
 
     def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
-        numbers, cast = self.plan.numbers(x), autocast_dtype(x) is not None
+        cast = autocast_dtype(x) is not None
         weights = self._weights(x, cast)
-        h_n, c_n, reports = [], [], []
-        noting = isinstance(self.plan, Verified) and not torch.compiler.is_compiling()
-        notes: list[Note] = []
+        h_n, c_n = [], []
+        reports: dict[tuple[int, int], Tensor] = {}
+        notes: dict[tuple[int, int], Note] = {}
         for level in range(self.num_layers):
             ys = []
             for d, way in enumerate(directions):
@@ -132,9 +142,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 if cast:
                     w_ih, w_hh = w_ih.to(x.dtype), w_hh.to(x.dtype)
                     bias, hidden_bias, w_hr = (None if w is None else w.to(x.dtype) for w in (bias, hidden_bias, w_hr))
-                p = Problem(self._cell, way.steps, way.step, **numbers, cap=self._cap, backend=self.backend)
+                plan, place = self.plan.at(level, d), (level, d)
+                p = Problem(self._cell, way.steps, way.step, **plan.numbers(x), cap=self._cap, backend=self.backend)
                 start = h0[index], None if c0 is None else c0[index]
-                notes += [Note()] if noting else []
+                if p.checked and not torch.compiler.is_compiling():
+                    notes[place] = Note(_memory(self, place, weights[index]))
                 y, h, c, report = layer(
                     x,
                     w_ih,
@@ -146,18 +158,43 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                     way.base,
                     way.lengths,
                     p,
-                    notes[-1] if noting else None,
+                    notes.get(place),
                 )
                 ys.append(y)
                 h_n.append(h)
                 c_n.append(c)
-                reports.append(report)
+                if p.checked:
+                    reports[place] = report
             x = ys[0] if len(ys) == 1 else torch.cat(ys, 1)
             if self.dropout and self.training and level < self.num_layers - 1:
                 x = rows.dropout(x, self.dropout)
-        if isinstance(self.plan, Verified) and (not noting or not torch._C._are_functorch_transforms_active()):
-            self._ran = reports, notes, p.resolved(rows.batch, x.device).stride
+        if reports and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()):
+            self._ran = reports, notes
         return x, torch.stack(h_n), torch.stack(c_n)
+
+    def _one_step(self, x: Tensor, hx: tuple) -> tuple[Tensor, list[Tensor]] | None:
+        """A single step of a stream, x (1, B, I) or with batch_first (B, 1, I), a call into C++ for each layer and direction; None where it
+        is more than that."""
+        if not (
+            isinstance(self.plan, Recurrent)
+            and not (self.proj_size or self.dropout and self.training)
+            and not torch.is_grad_enabled()
+            and requested(self.backend) in ("auto", "cpu")
+            and native.can_run(None, x)[0]
+        ):
+            return None
+        last, (h0, c0), states = x.flatten(0, 1), hx, []
+        for level in range(self.num_layers):
+            for index in range(level * (1 + self.bidirectional), (level + 1) * (1 + self.bidirectional)):
+                weights = (*(getattr(self, name) for name in self._all_weights[index]), *(None, None) * (not self.bias))
+                h, c = h0[index], None if c0 is None else c0[index]
+                if not native.plain_step(self._cell, last, h, c, weights):
+                    return None
+                states.append(native.cell_step(self._cell, last, h, c, weights, self._cap))
+            ways = [h for h, _ in states[-1 - self.bidirectional :]]
+            last = torch.cat(ways, 1) if self.bidirectional else ways[0]
+        hidden = [torch.stack([*each]) for each in zip(*states) if each[0] is not None]
+        return last.view(*x.shape[:2], last.shape[1]), hidden if c0 is not None else [*hidden, x.new_empty(0)]
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
         """Whether torch's own recurrence computes this call."""
@@ -173,7 +210,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, steps: int, batch: int) -> bool:
         name = requested(self.backend)
         if name not in ("auto", "torch"):
             return False
@@ -181,7 +218,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
-        return able and (name == "torch" or recorded or leave_to_torch(x))
+        return able and (name == "torch" or recorded or leave_to_torch(x, self._cell, steps, batch, self.hidden_size))
 
     def _forward(
         self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
@@ -197,7 +234,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             hx = self._zeros(x, int(sizes[0])) if hx is None else hx
             self._check_args(x, hx, sizes)
             hx = self._permute(hx, order)
-            if self._runs_on_torch(x, None):
+            if self._runs_on_torch(x, None, len(sizes), hx[0].shape[1]):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, put = layout.packed(PackedSequence(x, sizes))
@@ -218,8 +255,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         if lengths is not None:
             lengths = layout.check_lengths(lengths, batch, steps, x.device)
             x = layout.without_padding(x, lengths, self.batch_first)
-        if self._runs_on_torch(x, lengths):
+        if self._runs_on_torch(x, lengths, steps, batch):
             y, hidden = self._run_torch(x, hx, None)
+        elif steps == 1 and lengths is None and (found := self._one_step(x, hx)) is not None:
+            y, hidden = found
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
             y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
@@ -229,9 +268,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return y, tuple(hidden)
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        weights = [
-            w.to(x.dtype) for layer_weights in self._weights(x, autocast_dtype(x) is not None) for w in layer_weights
-        ]
+        cast = autocast_dtype(x) is not None
+        weights = [w.to(x.dtype) if cast else w for each in self._weights(x, cast) for w in each]
         state = hx if MODES[self.mode].has_cell else hx[0]
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
@@ -284,6 +322,18 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return ", ".join(extra + ([f"backend={self.backend!r}"] if self.backend != "auto" else []))
 
 
+_memories: WeakKeyDictionary[nn.Module, dict[tuple[int, int], Memory]] = WeakKeyDictionary()  # no part of the modules
+
+
+def _memory(module: nn.Module, place: tuple[int, int], weights: list[Tensor]) -> Memory | None:
+    """What earlier calls of a layer and direction found out, as long as its weights are the same: where they lie, and how often they were
+    changed. None under transforms, whose tensors have neither."""
+    if torch._C._are_functorch_transforms_active() or any(type(w) not in PLAIN for w in weights):
+        return None
+    kept = _memories.setdefault(module, {}).setdefault(place, Memory())
+    return kept.of([(w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights])
+
+
 class OneStateBase(StableRNNBase):
     """What the modules share whose state is h alone."""
 
@@ -312,7 +362,8 @@ class StableRNN(OneStateBase):
     Arguments, parameter names, shapes and errors are those of `nn.RNN`; keyword-only extras:
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`, `Scanned()`; a list of one per
+      layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
@@ -336,7 +387,7 @@ class StableRNN(OneStateBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -370,7 +421,8 @@ class StableLSTM(StableRNNBase):
 
     - `stability`: `Certified(...)` (default: torch's initialization, then projected), `Cascade(...)`, `ForgetCap(f)` (the cell clamps its
       forget gate at f), or None (plain weights)
-    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`; may be set later
+    - `plan`: `Recurrent()` (default), `Windowed(k)`, `Chunked(chunk, warmup)`, `Verified(...)`, `Scanned()`; a list of one per
+      layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
     `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
@@ -393,7 +445,7 @@ class StableLSTM(StableRNNBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
     ) -> None:
         super().__init__(

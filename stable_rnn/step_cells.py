@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import _VF, Tensor, nn
 from torch.fx import Proxy
 
 from . import watch
 from .bookkeeping import Bookkeeping
-from .cells import MODES
+from .cells import MODES, NOTHING
 from .common import autocast_dtype, has_values
 from .ops.backends import requested
 from .ops.recurrence import native
@@ -18,6 +19,8 @@ from .ops.recurrence.function import layer
 from .ops.recurrence.problem import Problem
 from .stability import Certificate, Certified, Stability, certificate
 from .validate import cell_pair, check_state, check_weight, describe
+
+EXACT = (torch.float32, torch.float64)  # a narrow dtype would be rounded to after each operation
 
 
 class StableCellBase(Bookkeeping, nn.RNNCellBase):
@@ -87,8 +90,12 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             watch.trains(self)
         w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         backend = requested(self.backend)
-        if backend in ("auto", "cpu", "torch") and native.can_step(self._cell, x, h, c, weights):
-            return native.cell_step(self._cell, x, h, c, weights, self._cap)
+        if backend in ("auto", "cpu", "torch") and native.plain_step(self._cell, x, h, c, weights):
+            trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, x, h, c))
+            if not trains and native.can_run(None, x)[0]:
+                return native.cell_step(self._cell, x, h, c, weights, self._cap)
+            if trains and backend != "cpu" and (self._cap == 1 or x.dtype in EXACT):
+                return self._torch_step(x, h, c, weights)
         kind = autocast_dtype(x)
         self._check_tensors(x, h, c, kind is not None)
         if kind is not None:
@@ -106,6 +113,19 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         w_hh = self._trained(w_hh)
         _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, p)
         return h, c
+
+    def _torch_step(self, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> tuple[Tensor, Tensor | None]:
+        """A step of a training loop by torch's own cell, or with a clamp, which that has not, by such operations: they take less time
+        than a Function around our kernel (benchmarks/README.md)."""
+        spec, (w_ih, w_hh, b_ih, b_hh) = MODES[self.mode], weights
+        w_hh = self._trained(w_hh)
+        if self._cap == 1:
+            found = getattr(_VF, self._cell + "_cell")(x, h if c is None else (h, c), w_ih, w_hh, b_ih, b_hh)
+            return found if spec.has_cell else (found, None)
+        h, c, _ = spec.step(
+            F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), h, NOTHING.c if c is None else c, self._cap
+        )
+        return h, c if spec.has_cell else None
 
     def _check(self, x: Tensor, *states: Tensor) -> None:
         """torch's own shape errors."""
@@ -213,8 +233,8 @@ class StableLSTMCell(StableCellBase):
     """Drop-in replacement of `torch.nn.LSTMCell` (gate order i, f, g, o).
 
     input (B, I) or (I,), hx = (h, c) of (B, H) or (H,) or None -> (h', c'). Keyword-only extras `stability`, `backend` as `StableLSTM`.
-    Without gradients, a step on the CPU is one call into C++; step by step it gives bitwise what a full pass of the same backend
-    gives for the same input projection."""
+    On the CPU a step without gradients is one call into C++; step by step it gives bitwise what a full pass of the same backend gives for
+    the same input projection. With gradients it is torch's own, unless `backend="cpu"` asks for ours."""
 
     def __init__(
         self,

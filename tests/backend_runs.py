@@ -2,14 +2,20 @@
 
 import torch
 
-from stable_rnn import Chunked, Recurrent, Verified, Windowed
+from stable_rnn import Cascade, Chunked, Recurrent, Scanned, Verified, Windowed
 
-PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2)]
+PLANS = [Recurrent(), Windowed(4), Chunked(5, 3), Verified(chunk=6, warmup=2), Scanned()]
+PROBES = Verified(chunk=4, warmup=0, correct="probes")
 
 
 def made(cls, dtype, device, hidden=12, **options):
+    """A plain module; a cascade where the plan needs one."""
     torch.manual_seed(0)
-    return cls(7, hidden, stability=None, **options).to(device, dtype)
+    m = cls(7, hidden, stability=None, **options)
+    if m.plan == Scanned():
+        m.stability = Cascade(3)
+        m.project_().stability = None
+    return m.to(device, dtype)
 
 
 def results(m, x, backend, dtype=None, **call):

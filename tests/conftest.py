@@ -17,11 +17,14 @@ CHECK = (
     "test_install",
     "test_cuda_compile",
     "test_triton_compiled_recurrence",
+    "test_triton_compiled_scan",
     "test_triton_compiled_spectral",  # builds
     "test_paper",
     "test_speed",  # benchmarks
-    "test_sharded",
-)  # processes
+    "test_sharded",  # processes
+    "test_docs",
+    "test_examples",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -180,6 +180,37 @@ def test_streaming_cells_equal_the_stack(cls, cell):
             assert float((y - expected[t]).abs().max()) <= 40 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize(
+    "kind, stability", [*((kind, None) for kind in KINDS), (KINDS[2], ForgetCap(0.55))], ids=[*IDS, "clamped"]
+)
+def test_a_training_loop_has_the_gradients_of_the_recurrence(kind, stability):
+    """Step by step in torch's operations, at most twice as far from float64 as the kernel's step; and twice differentiable."""
+    _, _, ours, extra = kind
+    exact = ours(5, 7, **extra, dtype=torch.float64, stability=stability, backend="reference")
+    x, errors = torch.randn(9, 3, 5), []
+
+    def gradients(cell, x):
+        x, state = x.clone().requires_grad_(), None
+        total = 0.0
+        for row in x:
+            state = cell(row, state)
+            total = total + outputs(state)[0].square().sum()
+        return torch.autograd.grad(total, [x, *cell.parameters()])
+
+    true = gradients(exact, x.double())
+    for backend in ("auto", "cpu" if _native.lib else "reference"):
+        cell = ours(5, 7, **extra, stability=stability, backend=backend)
+        cell.load_state_dict(exact.state_dict())
+        found = gradients(cell, x)
+        errors.append(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, true, strict=True)))
+    assert errors[0] <= 2 * errors[1] + 1e-7
+    cell = ours(3, 4, **extra, dtype=torch.float64, stability=stability)
+    state = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(1 + (kind[0] == "lstm"))]
+    inputs = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True), *state]
+    step = lambda x, *state: cell(x, state if len(state) > 1 else state[0])  # noqa: E731
+    assert torch.autograd.gradgradcheck(step, inputs)
+
+
 def test_stability_of_cells():
     for cell in (StableRNNCell(5, 7), StableLSTMCell(5, 7), StableGRUCell(5, 7)):
         assert cell.certificate().stable

@@ -68,6 +68,15 @@ def test_doctor_explains_every_backend(capsys):
     assert len(out) > len(short) and "STABLE_RNN_BACKEND" in out and "make build" in out
 
 
+def test_doctor_says_what_verified_begins_with(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["doctor", "--shape", "lstm,256,1", "--shape", "rnn_tanh,256,64"]) == 0
+    out = capsys.readouterr().out
+    lstm, rnn = out[out.index("What Verified()") :].split("rnn_tanh, 256, 64")
+    assert "lanes of" in lstm and "warm-up 32" in lstm and "correction decay" in lstm
+    assert "the plain recurrence; lanes would cost" in rnn and "lanes of" not in rnn
+
+
 def test_doctor_says_that_a_backend_is_none(capsys, monkeypatch):
     monkeypatch.setenv("STABLE_RNN_BACKEND", "[/red]")
     assert main(["doctor"]) == 0

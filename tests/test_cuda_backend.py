@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_runs import PLANS, assert_captured, assert_close, made
+from backend_runs import PLANS, PROBES, assert_captured, assert_close, made
 from executor import build
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -37,7 +37,7 @@ def device(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_plans(cls, plan, dtype, device):
     m = made(cls, dtype, device, plan=plan)
@@ -111,7 +111,7 @@ def test_the_same_bits_each_time_and_for_any_number_of_lanes(device):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("plan", PLANS[:3], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS[:3], PLANS[4]], ids=str)
 def test_cuda_graph_capture(plan, device):
     assert_captured(made(StableLSTM, torch.float16, device, backend="cuda", plan=plan))
 

@@ -20,6 +20,7 @@ from stable_rnn._errors import UserError
 from stable_rnn.cli import main
 from stable_rnn.demo import compare, data, parse_plan, picture, progress, report, train
 
+SCANS = hasattr(stable_rnn, "Scanned")  # then cascades have one more way
 TEXT = "it was the best of times, it was the worst of times;\n" * 400
 
 
@@ -55,6 +56,7 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
         "verified",
         "--plan",
         "chunked:64,16",
+        *["--plan", "scanned"] * SCANS,
     ]
     run = subprocess.run(
         command,
@@ -71,11 +73,11 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     assert (
         all(
             f"train {name}: 3 steps" in lines
-            and f"run {name}: 25 turns" in lines
+            and f"run {name}: {(25 + 5 * SCANS) if name == 'Cascade()' else 25} turns" in lines
             and f"windows of {name}: 9 windows" in lines
             for name in train.LAYERS
         )
-        and "speed of Certified(): 125 turns" in lines
+        and f"speed of Cascade(): {125 + 25 * SCANS} turns" in lines
     )
 
     found = json.loads((out / "demo.json").read_text())
@@ -84,13 +86,21 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     for name, model in found["models"].items():
         assert name in run.stdout and 0 < model["bits_per_character"] < 10
         ways = {way["way"]: way for way in model["ways"]}
-        assert list(ways)[2:] == ["Windowed(4)", "Verified()", "Chunked(64, 16)"]
-        assert all(way["seconds"] > 0 for way in ways.values())
+        scanned = ["Scanned()"] * (SCANS and name == "Cascade()")
+        assert list(ways)[2:] == ["Windowed(4)", "Verified()", "Chunked(64, 16)", *scanned]
+        assert all(
+            0 < way["seconds"]["low"] <= way["seconds"]["median"] <= way["seconds"]["high"] for way in ways.values()
+        )
+        assert ways["Verified()"]["passes"] >= 1 and ways["Windowed(4)"]["passes"] is None
         for point in [*model["windows"], *ways.values()]:
             if point["bound_float32"] is not None and point["error"] is not None:
                 assert point["error"] <= point["bound_float32"], (name, point)
-    certified = found["models"]["Certified()"]
-    assert certified["certificate"]["stable"] and certified["windows"][-1]["bound"] is not None
+    assert list(found["models"]) == ["nn.LSTM", "ForgetCap(0.9)", "Certified()", "Cascade()"]
+    for name in ("Certified()", "Cascade()"):
+        certified = found["models"][name]
+        assert certified["certificate"]["stable"] and certified["windows"][-1]["bound"] is not None
+    if SCANS:
+        assert {way["way"]: way for way in found["models"]["Cascade()"]["ways"]}["Scanned()"]["error"] < 1e-5
     assert all(len(seconds) == len(found["speed"]["lengths"]) for seconds in found["speed"]["seconds"].values())
 
 
@@ -124,7 +134,7 @@ def test_a_budget_that_is_too_small_ends_and_invents_nothing(text, tmp_path, cap
         and err == ""
     )
     found = json.loads((tmp_path / "out" / "demo.json").read_text())
-    assert len(found["cut"]) == 10 and found["cut"][:2] == ["train nn.LSTM: 1 of 3 steps", "run nn.LSTM: 0 of 30 turns"]
+    assert len(found["cut"]) == 13 and found["cut"][:2] == ["train nn.LSTM: 1 of 3 steps", "run nn.LSTM: 0 of 30 turns"]
     assert all(cut in out for cut in found["cut"])
     for model in found["models"].values():
         assert model["steps"] == 1 and model["bits_per_character"] > 0
@@ -164,7 +174,9 @@ def test_a_hopeless_number_of_threads_gets_one_turn(monkeypatch, many, turns):
     monkeypatch.setattr(compare, "timed", lambda count, run: ran.append(count) or (0.002 if count == 1 else many))
     monkeypatch.setattr(compare, "worthwhile", lambda run: [1, 4])
     part = progress.Schedule(Console(file=io.StringIO()), 60.0, models=1).part("run", "x", 5, "turns")
-    assert compare.in_turns([compare.Way("nn.LSTM", lambda x: x, None)], torch.zeros(3), part) == [min(0.002, many)]
+    assert compare.in_turns([compare.Way("nn.LSTM", lambda x: x, None)], torch.zeros(3), part) == [
+        compare.Time(*[min(0.002, many)] * 3)
+    ]
     assert ran == turns and part.done == 5
 
 
@@ -203,6 +215,39 @@ def test_a_disk_that_is_full_is_named_by_the_file_and_leaves_no_half(text, tmp_p
 )
 def test_plans_are_read(given, plan):
     assert parse_plan(given) == plan
+
+
+@pytest.mark.parametrize("spread", [(1.0, 1.0, 1.0), (2.0, 1.0, 4.0)])
+def test_the_spread_over_rounds_is_drawn_around_the_median(spread):
+    axes = picture.pyplot.figure().subplots()
+    found = compare.Speed(
+        "x", [1000, 4000, 8000], {"nn.LSTM": [compare.Time(*spread)] * 2 + [None], "late": [None] * 3}
+    )
+    picture.draw_speed(axes, found)
+    median, low, high = (torch.tensor([1.0, 4.0]) / seconds for seconds in spread)  # thousand characters a second
+    (bars,) = axes.containers[0].lines[2]
+    assert list(axes.containers[0].lines[0].get_ydata()) == median.tolist()
+    assert torch.tensor([[y for _, y in bar] for bar in bars.get_segments()]).equal(
+        torch.stack([high, low], 1).double()
+    )
+    picture.pyplot.close()
+
+
+def test_passes_of_verified_runs_are_told():
+    row = compare.Row
+    assert report.passes([row("nn.LSTM"), row("Verified()", passes=2), row("Verified(tol=0)", passes=3)]) == "2"
+    assert (
+        report.passes([row("Verified()", passes=8, fell_back=True)]) == "fell back" and report.passes([row("x")]) == "-"
+    )
+
+
+def test_a_cascade_alone_is_scanned():
+    class Scanned(Recurrent):
+        pass
+
+    plain, cascade = train.LAYERS["Certified()"](3, 8), train.LAYERS["Cascade()"](3, 8)
+    names = [[way.name for way in compare.ways(layer, [Verified(), Scanned()])] for layer in (plain, cascade)]
+    assert names[1] == [*names[0], "Scanned()"] and names[0][-1] == "Verified()"
 
 
 @pytest.mark.parametrize(

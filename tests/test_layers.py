@@ -15,7 +15,7 @@ LAYERS = [
     ("convert", "optim"),
     ("modules", "gru", "step_cells", "functional"),
     ("bookkeeping", "watch", "validate", "checkpoint"),
-    ("plans", "stability", "layout"),
+    ("plans", "reports", "stability", "layout"),
     ("_ops",),  # the registry: from here down, ops and what they run on
     (
         "ops.spectral.__init__",

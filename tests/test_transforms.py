@@ -175,7 +175,7 @@ def test_opcheck(backend):
     xp, w = torch.randn(n, 4 * hidden), torch.randn(4 * hidden, hidden)
     h, c = torch.randn(batch, hidden), torch.randn(batch, hidden)
     for numbers in [(0, 0, -1.0), (1, 2, -1.0), (3, 2, 1e-6)]:
-        p = ("lstm", 6, batch, *numbers, 4, 0.9, backend)
+        p = ("lstm", 6, batch, *numbers, 4, "auto", False, 0.9, backend)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(
             torch.ops.stable_rnn.recurrence, (xp, w, None, None, h, c, None, None, *p, True), test_utils=tests
@@ -208,6 +208,8 @@ def test_opcheck(backend):
                 2,
                 -1.0,
                 1,
+                "auto",
+                False,
                 0.9,
                 backend,
             ),

@@ -16,8 +16,9 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 import stable_rnn
-from stable_rnn import Stability, StableLSTM, StableRNN
+from stable_rnn import StableGRU, StableLSTM, StableRNN
 from stable_rnn._errors import UserError
+from stable_rnn.stability import Stability
 
 from .tasks import Task
 
@@ -29,12 +30,17 @@ CONFIGS = [
     "lstm/forgetcap:0.9",
     "lstm/certified",
     "lstm/certified:cap=true",
+    "lstm/cascade",
+    "rnn/cascade",
+    "gru",
+    "gru/certified",
+    "gru/cascade",
     "tcn",
     "gated-conv",
     "wavenet",
     "transformer",
 ]
-CELLS = {"rnn": StableRNN, "lstm": StableLSTM}  # NAME-both: with a second direction
+CELLS = {"rnn": StableRNN, "lstm": StableLSTM, "gru": StableGRU}  # NAME-both: with a second direction
 BOTH = "-both"
 SETS = {
     name.lower(): kind

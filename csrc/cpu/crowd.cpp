@@ -1,7 +1,5 @@
 #include "crowd.h"
 
-#include <sched.h>
-#include <time.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -12,7 +10,9 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
+#include <thread>
 
 namespace stable_rnn {
 namespace {
@@ -34,13 +34,13 @@ void set(T& x, T value) {
 Crowd known;
 int forced = -1;
 
-// A sleeper leaves its core to the thread that it waits for. (sched_yield might give it to any other program, for its whole slice.)
+// A sleeper leaves its core to the thread that it waits for. (Yielding might give it to any other program, for its whole slice.)
 void sleep_while(const uint32_t& word, uint32_t value) {
 #ifdef __linux__
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 #else
   (void)word, (void)value;
-  sched_yield();
+  std::this_thread::yield();
 #endif
 }
 
@@ -54,11 +54,7 @@ void wake(const uint32_t& word) {
 
 }   // namespace
 
-int64_t nanoseconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return now.tv_sec * int64_t(1000000000) + now.tv_nsec;
-}
+int64_t nanoseconds() { return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 int Crowd::threads(int wanted, int64_t now) const { return now < get(until) ? std::min(wanted, get(limit)) : wanted; }
 
@@ -125,7 +121,7 @@ void Barrier::wait_long(uint32_t now, int64_t all) {
   const bool known_of = (found & sleeping) || found < all;
   while (closed())
     if (known_of) sleep_while(round, now);
-    else sched_yield();
+    else std::this_thread::yield();
 }
 
 void Barrier::open_late(uint32_t now, int rank, int size, bool even) {

@@ -2,14 +2,31 @@
 
 #include <cstdlib>
 #include <cstring>
+#if STABLE_RNN_X86 && defined(_WIN32)
+#include <intrin.h>
+#include <windows.h>
+#endif
 
 namespace stable_rnn {
 namespace {
 
 constexpr const char* names[] = {"plain", "avx2", "avx512"};
 
+#if STABLE_RNN_X86 && defined(_WIN32)
+// __builtin_cpu_supports needs a runtime library of Clang's that is not linked there.
+bool has(int leaf, int word, int bit) {   // words of a leaf: eax, ebx, ecx, edx
+  int words[4];
+  __cpuidex(words, leaf, 0);
+  return words[word] >> bit & 1;
+}
+#endif
+
 Isa best() {
-#if STABLE_RNN_X86
+#if STABLE_RNN_X86 && defined(_WIN32)
+  const bool fma = has(1, 2, 12), bw = has(7, 1, 30), dq = has(7, 1, 17), vl = has(7, 1, 31);
+  if (!IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE) || !fma) return Isa::plain;
+  return IsProcessorFeaturePresent(PF_AVX512F_INSTRUCTIONS_AVAILABLE) && bw && dq && vl ? Isa::avx512 : Isa::avx2;
+#elif STABLE_RNN_X86
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::plain;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

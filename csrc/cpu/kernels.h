@@ -8,6 +8,10 @@ namespace stable_rnn {
 STABLE_RNN_EACH_ISA(const char* forward(const ForwardParams&, const int64_t* entries, int64_t lanes);
                     const char* backward(const BackwardParams&, const int64_t* entries, int64_t lanes);
                     const char* windowed_backward(const WindowedBackwardParams&, const int64_t* entries, int64_t lanes);
+                    const char* scanned_forward(const ForwardParams&, const int64_t* groups, int64_t count,
+                                                const int64_t* entries, int64_t rows);
+                    const char* scanned_backward(const BackwardParams&, const int64_t* groups, int64_t count,
+                                                 const int64_t* entries, int64_t rows);
                     const char* input_projection(const InputProjectionParams&);
                     const char* cell_step(const CellStepParams&);)
 

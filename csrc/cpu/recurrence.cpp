@@ -38,33 +38,60 @@ void copy_row(void* to, const void* from, int64_t b, int64_t bytes) {
   else std::memset(static_cast<char*>(to) + b * bytes, 0, bytes);
 }
 
+const char* check(const CascadeGroups& groups, const Lanes& lanes, int64_t hidden, const void* w_hr, const void* init) {
+  if (w_hr || init || lanes.select || lanes.stride < lanes.steps || lanes.warmup)
+    return "a cascade is run over whole sequences, from h0, without a projection (w_hr)";
+  if (groups.count < (hidden > 0) || !groups.first || groups.first[0] != 0 || groups.first[groups.count] != hidden)
+    return "groups must begin with 0 and end with hidden";
+  for (int64_t g = 0; g < groups.count; ++g)
+    if (groups.first[g] >= groups.first[g + 1] && hidden) return "the first units of groups must ascend";
+  return nullptr;
+}
+
 int64_t entries_of(const Lanes& lanes) { return lanes.select ? lanes.n_select : lanes_per_row(lanes) * lanes.batch; }
 
-}   // namespace
-
-const char* recurrence_forward_cpu(const ForwardParams& p) {
+const char* run(const ForwardParams& p, const CascadeGroups* groups) {
   if (const char* problem = check_recurrence(p)) return problem;
   for (int64_t b = 0; b < p.lanes.batch; ++b)
     if (length_of(p.lanes, b) == 0) {
       copy_row(p.h_n, p.h0, b, p.out * size_of(p.dtype));
       if (has_cell(p.cell)) copy_row(p.c_n, p.c0, b, p.hidden * size_of(p.dtype));
     }
+  if (groups)
+    if (const char* problem = check(*groups, p.lanes, p.hidden, p.w_hr, p.h_init)) return problem;
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), forward_run, p.h_init != nullptr);
-  return entries.empty() ? nullptr : STABLE_RNN_DISPATCH(forward(p, entries.data(), int64_t(entries.size())));
+  const int64_t* first = entries.data();
+  const auto count = int64_t(entries.size());
+  if (!count) return nullptr;
+  return groups ? STABLE_RNN_DISPATCH(scanned_forward(p, groups->first, groups->count, first, count))
+                : STABLE_RNN_DISPATCH(forward(p, first, count));
 }
 
-const char* recurrence_backward_cpu(const BackwardParams& p) {
+const char* run(const BackwardParams& p, const CascadeGroups* groups) {
   if (const char* problem = check_recurrence(p)) return problem;
   for (int64_t b = 0; b < p.lanes.batch; ++b)
     if (length_of(p.lanes, b) == 0) {
       copy_row(p.dh0, p.dh_n, b, p.out * size_of(p.dtype));
       if (has_cell(p.cell)) copy_row(p.dc0, p.dc_n, b, p.hidden * size_of(p.dtype));
     }
+  if (groups)
+    if (const char* problem = check(*groups, p.lanes, p.hidden, p.w_hr, p.dh_init)) return problem;
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), backward_run, p.dh_init != nullptr);
-  return entries.empty() ? nullptr : STABLE_RNN_DISPATCH(backward(p, entries.data(), int64_t(entries.size())));
+  const int64_t* first = entries.data();
+  const auto count = int64_t(entries.size());
+  if (!count) return nullptr;
+  return groups ? STABLE_RNN_DISPATCH(scanned_backward(p, groups->first, groups->count, first, count))
+                : STABLE_RNN_DISPATCH(backward(p, first, count));
 }
+
+}   // namespace
+
+const char* recurrence_forward_cpu(const ForwardParams& p) { return run(p, nullptr); }
+const char* recurrence_backward_cpu(const BackwardParams& p) { return run(p, nullptr); }
+const char* scanned_forward_cpu(const ForwardParams& p, const CascadeGroups& groups) { return run(p, &groups); }
+const char* scanned_backward_cpu(const BackwardParams& p, const CascadeGroups& groups) { return run(p, &groups); }
 
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams& p) {
   if (const char* problem = check_recurrence(p)) return problem;

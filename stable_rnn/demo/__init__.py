@@ -1,4 +1,4 @@
-"""`stable-rnn demo`: three small character models, their certificates, and a long text under every plan."""
+"""`stable-rnn demo`: four small character models, their certificates, and a long text under every plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from rich.console import Console
 
-from .. import Chunked, Recurrent, Verified, Windowed
+from .. import Chunked, Recurrent, Verified, Windowed, plans
 from .._errors import UserError, printable
 from ..plans import Plan
 from . import data, report
@@ -17,20 +17,23 @@ from .compare import Result, Speed, run_text, speed, worthwhile
 from .progress import Schedule
 from .train import LAYERS, rehearsal, train_model
 
-PLANS = [Recurrent(), Windowed(32), Chunked(256, 32), Verified()]
-FORMS = {
+PLANS: list[Plan] = [Recurrent(), Windowed(32), Chunked(256, 32), Verified()]
+FORMS: dict[str, tuple[type[Plan], tuple[type, ...]]] = {
     "recurrent": (Recurrent, ()),
     "windowed": (Windowed, (int,)),
     "chunked": (Chunked, (int, int)),
     "verified": (Verified, (float,)),
 }
+if hasattr(plans, "Scanned"):
+    PLANS.append(plans.Scanned())
+    FORMS["scanned"] = plans.Scanned, ()
 
 
 def demo(options: argparse.Namespace) -> None:
     """Train, compare, print, and write demo.png and demo.json. Bad input raises `UserError` before any work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("the picture needs matplotlib: pip install 'stable-rnn[demo]'")
-    plans = [parse_plan(text) for text in options.plan] if options.plan else PLANS
+    chosen = [parse_plan(text) for text in options.plan] if options.plan else PLANS
     corpus = data.load(options.text, options.data, options.length)
     out = report.prepare(options.out)
     threads = options.threads or worthwhile(rehearsal(options.hidden))[-1]
@@ -40,7 +43,7 @@ def demo(options: argparse.Namespace) -> None:
     setting = f"LSTM of {options.hidden} units, {options.steps} steps of training, float32, {threads} CPU thread(s)"
     console.print(f"Text: {corpus}\n{setting}", soft_wrap=True, markup=False)
     with Schedule(console, options.budget, len(LAYERS)) as schedule:
-        results, speeds = run(corpus, plans, options, schedule)
+        results, speeds = run(corpus, chosen, options, schedule)
     report.print_models(console, results, options.steps)
     for result in results:
         report.print_ways(console, result, options.length)
@@ -66,7 +69,7 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def run(
-    corpus: data.Corpus, plans: list[Plan], options: argparse.Namespace, schedule: Schedule
+    corpus: data.Corpus, chosen: list[Plan], options: argparse.Namespace, schedule: Schedule
 ) -> tuple[list[Result], Speed]:
     """Everything that takes time."""
     ids = corpus.held_out[: options.length + 1]
@@ -76,8 +79,8 @@ def run(
         model = train_model(
             name, corpus, options.hidden, options.seed, schedule.part("train", name, options.steps, "steps")
         )
-        results.append(run_text(name, model, ids, plans, schedule))
-    return results, speed(name, model, ids, plans, lengths, schedule)
+        results.append(run_text(name, model, ids, chosen, schedule))
+    return results, speed(name, model, ids, chosen, lengths, schedule)
 
 
 def parse_plan(text: str) -> Plan:
@@ -94,5 +97,6 @@ def parse_plan(text: str) -> Plan:
     except ValueError as error:
         why = str(error) or "wrong numbers"
     raise UserError(
-        f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified and verified:TOL"
+        f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified, verified:TOL"
+        + " and scanned" * ("scanned" in FORMS)
     )

@@ -6,15 +6,15 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .. import Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
-from ..plans import Plan
+from .. import Cascade, Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
+from ..plans import Plan, written
 from ..stability import Certificate
 from .progress import Part, Schedule
 from .train import CharModel
@@ -37,6 +37,15 @@ class Way(NamedTuple):
 
 
 @dataclass
+class Time:
+    """Seconds over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
 class Row:
     """What a way gave. `error` is the largest over all outputs of the layer, against `Recurrent()` with the same weights."""
 
@@ -46,7 +55,9 @@ class Row:
     bound: float | None = None  # of the error in exact arithmetic
     bound_float32: float | None = None  # the same plus the rounding term
     note: str = ""
-    seconds: float | None = None  # None: not measured
+    passes: int | None = None  # of `Verified`; None for other ways
+    fell_back: bool = False
+    seconds: Time | None = None  # None: not measured
 
 
 @dataclass
@@ -75,7 +86,7 @@ class Result:
 class Speed:
     model: str
     lengths: list[int]
-    seconds: dict[str, list[float | None]]  # of each way, at each length; None: not measured
+    seconds: dict[str, list[Time | None]]  # of each way, at each length; None: not measured
 
 
 def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], schedule: Schedule) -> Result:
@@ -85,7 +96,7 @@ def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], schedu
     certificate = layer.certificate(model.inputs(alphabet))  # no other inputs can occur
     truth = under(layer, x, Recurrent())
     found = ways(layer, plans)
-    part = schedule.part("run", name, turns(plans), "turns")
+    part = schedule.part("run", name, len(found) * ROUNDS, "turns")
     rows = [row(way, layer, certificate, x, truth, lambda y: model.bits(ids, y), part) for way in found]
     for one, seconds in zip(rows, in_turns(found, x, part)):
         one.seconds = seconds
@@ -98,7 +109,7 @@ def run_text(name: str, model: CharModel, ids: Tensor, plans: list[Plan], schedu
 def speed(name: str, model: CharModel, ids: Tensor, plans: list[Plan], lengths: list[int], schedule: Schedule) -> Speed:
     """Seconds of each way at each length of ids (T + 1,)."""
     x, found = model.inputs(ids[:-1, None]), ways(stable_layer(model), plans)
-    part = schedule.part("speed of", name, turns(plans) * len(lengths), "turns")
+    part = schedule.part("speed of", name, len(found) * ROUNDS * len(lengths), "turns")
     table = [in_turns(found, x[:length], part) for length in lengths]
     return Speed(name, lengths, {way.name: list(seconds) for way, *seconds in zip(found, *table)})
 
@@ -113,27 +124,24 @@ def stable_layer(model: CharModel) -> StableLSTM:
 
 
 def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
-    """torch's nn.LSTM, its strongest use for a long text (overlapping chunks as a batch), then the plans."""
+    """torch's nn.LSTM, its strongest use for a long text (overlapping chunks as a batch), then the plans that the layer has."""
     plain = layer.to_torch(allow_change=True)
     overlap = next((plan for plan in plans if isinstance(plan, Chunked)), OVERLAP)
     name = f"nn.LSTM, chunks {overlap.chunk}+{overlap.warmup}"
     return [
         Way("nn.LSTM", lambda x: plain(x)[0], None),
         Way(name, lambda x: overlapping(plain, x, overlap), None, sees(overlap)),
-        *(Way(label(plan), partial(under, layer, plan=plan), plan, sees(plan)) for plan in plans),
+        *(
+            Way(written(plan), partial(under, layer, plan=plan), plan, sees(plan))
+            for plan in plans
+            if fits(plan, layer)
+        ),
     ]
 
 
-def turns(plans: list[Plan]) -> int:
-    """Of the ways, in `in_turns`."""
-    return (len(plans) + 2) * ROUNDS
-
-
-def label(plan: Plan) -> str:
-    """`Chunked(256, 32)`, `Verified()`: what the user would write."""
-    assert is_dataclass(plan)
-    given = [getattr(plan, f.name) for f in fields(plan) if getattr(plan, f.name) != f.default]
-    return f"{type(plan).__name__}({', '.join(map(str, given))})"
+def fits(plan: Plan, layer: StableLSTM) -> bool:
+    """`Scanned()` is for cascades."""
+    return written(plan) != "Scanned()" or isinstance(layer.stability, Cascade)
 
 
 def under(layer: StableLSTM, x: Tensor, plan: Plan) -> Tensor:
@@ -174,7 +182,7 @@ def row(
     """What the way gives for x; without its time."""
     if not part.room():
         return Row(way.name, note="not run, time was up")
-    if way.plan is None and layer.stability is not None and layer.stability.cap < 1:
+    if way.plan is None and layer.stability is not None and layer.stability.cap_of("lstm") < 1:
         return Row(way.name, note="its cell has no clamp: for the time only")
     with threads(1 if way.plan is None else torch.get_num_threads()):  # of nn.LSTM's threads see `in_turns`
         y = way.run(x)
@@ -183,9 +191,8 @@ def row(
         report = layer.last_report
         assert report is not None
         made.bound = report.forward_bound
-        made.note = f"{report.passes} pass{'es' * (report.passes > 1)}, {report.lanes_rerun} chunks run again"
-        if report.fallback:
-            made.note = f"fell back to Recurrent() after {made.note}"
+        made.passes, made.fell_back = report.passes, report.fallback
+        made.note = str(report).removeprefix("layer 0: ")
     return made
 
 
@@ -231,8 +238,8 @@ def worthwhile(run: Callable[[], object]) -> list[int]:
     return [1, many]
 
 
-def in_turns(found: list[Way], x: Tensor, part: Part) -> list[float | None]:
-    """Median seconds of each way, None if there is no time for it; a round runs every way once, so that a busy moment of the machine hits
+def in_turns(found: list[Way], x: Tensor, part: Part) -> list[Time | None]:
+    """Seconds of each way, None if there is no time for it; a round runs every way once, so that a busy moment of the machine hits
     them alike. torch's own recurrence gets the better of all threads and one."""
     seconds: list[dict[int, list[float]]] = [{} for _ in found]
     for number in range(ROUNDS):
@@ -248,7 +255,8 @@ def in_turns(found: list[Way], x: Tensor, part: Part) -> list[float | None]:
             for count in [count for count, times in by_threads.items() if times[-1] > HOPELESS * least]:
                 del by_threads[count]
             part.advance()
-    return [min(map(statistics.median, by_threads.values())) if by_threads else None for by_threads in seconds]
+    best = [min(by_threads.values(), key=statistics.median, default=None) for by_threads in seconds]
+    return [Time(statistics.median(times), min(times), max(times)) if times else None for times in best]
 
 
 def window_errors(layer: StableLSTM, certificate: Certificate, x: Tensor, part: Part) -> list[Point]:

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from .compare import SMALL, Point, Result, Speed
 from .report import whole
 
-COLORS = ("#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#e7298a")
+COLORS = ("#888888", "#1f77b4", "#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#a6761d")
 MARKERS = "osD^vP*X"
 
 
@@ -37,8 +37,13 @@ def draw(path: Path, results: list[Result], speed: Speed, subtitle: str) -> None
 def draw_errors(axes: Axes, results: list[Result]) -> None:
     for result, color, marker in zip(results, COLORS, MARKERS):
         measured = [point for point in result.windows if point.error]  # 0 has no place on a logarithmic axis
+        exact = next((f", 0 at {point.k}" for point in result.windows if point.error == 0), "")
         axes.plot(
-            *columns(measured, "error"), color=color, marker=marker, markersize=5, label=f"{result.name}, measured"
+            *columns(measured, "error"),
+            color=color,
+            marker=marker,
+            markersize=5,
+            label=f"{result.name}, {result.bits:.2f} bits/char: measured{exact}",
         )
         if result.certificate.stable:
             axes.plot(
@@ -48,7 +53,7 @@ def draw_errors(axes: Axes, results: list[Result]) -> None:
                 *columns(result.windows, "bound_float32"),
                 color=color,
                 linestyle=":",
-                label="the same with rounding in float32",
+                label=f"{result.name}, the same with rounding in float32",
             )
     ticks = sorted({point.k for result in results for point in result.windows})
     axes.set(
@@ -69,20 +74,28 @@ def columns(points: list[Point], what: str) -> tuple[list[int], list[float]]:
 def draw_speed(axes: Axes, speed: Speed) -> None:
     for number, (way, seconds) in enumerate(speed.seconds.items()):
         of_torch = way.startswith("nn.LSTM")
-        axes.plot(
-            speed.lengths,
-            [length / s / 1e3 if s else float("nan") for length, s in zip(speed.lengths, seconds)],  # nan: a gap
+        measured = [(length, length / 1e3, time) for length, time in zip(speed.lengths, seconds) if time]
+        fast = [count / time.median for _, count, time in measured]
+        spread = [
+            [value - count / time.high, count / time.low - value] for value, (_, count, time) in zip(fast, measured)
+        ]
+        axes.errorbar(
+            [length for length, _, _ in measured],
+            fast,
+            list(zip(*spread)) or None,  # slowest and fastest round
             color="black" if of_torch else COLORS[number % len(COLORS)],
             linestyle=("-", "--")[number] if of_torch else "-",
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
+            capsize=2,
+            elinewidth=0.8,
             label=way,
         )
     axes.set(
         yscale="log",
         xlabel="length of the text T (characters, batch 1)",
         ylabel="thousand characters per second",
-        title=f"Speed of the layer {speed.model}, higher is better",
+        title=f"Speed of the layer {speed.model}, higher is better; bars: all rounds",
     )
     axes.set_xscale("log", base=2)
     axes.set_xticks(speed.lengths, map(str, speed.lengths))

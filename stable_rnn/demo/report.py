@@ -13,35 +13,42 @@ from typing import TypedDict
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .._errors import UserError, printable
 from .._version import __version__
 from ..stability import Certificate
-from .compare import Result
+from .compare import Result, Row
 
 TOLERANCES = (1e-3, 1e-6)
 
 
 def print_models(console: Console, results: list[Result], steps: int) -> None:
-    found = table("layer", "bits/char", "certified rate", *(f"window for {eps:g}" for eps in TOLERANCES))
+    found = table("layer", "bits/char", "rate", *(f"window {eps:g}" for eps in TOLERANCES), "Verified")
     for result in results:
         known = summary(result.certificate)
         rate = f"{known['rate']:.4f} ({known['norm']})" if known["stable"] else "none"
-        found.add_row(result.name, f"{result.bits:.3f}", rate, *(str(k or "none") for k in known["windows"].values()))
-    title(console, "Trained models on held-out text; certificates hold for every text over the alphabet")
+        windows = (str(k or "none") for k in known["windows"].values())
+        found.add_row(result.name, f"{result.bits:.3f}", rate, *windows, passes(result.ways))
+    title(console, "Trained models on held-out text: certified rate, window for an error, passes of Verified()")
     console.print(found)
     for result in results:
         if result.steps < steps:
             console.print(f" {result.name}: {result.steps} of {steps} steps of training, time was up", soft_wrap=True)
 
 
+def passes(ways: list[Row]) -> str:
+    """Of the first `Verified` plan among them."""
+    row = next((row for row in ways if row.passes is not None), None)
+    return "-" if row is None else "fell back" if row.fell_back else str(row.passes)
+
+
 def print_ways(console: Console, result: Result, steps: int) -> None:
-    found = table("way", "time", "A", "B", "bits", "error", "bound", "float32")
-    through, chunks = (row.seconds for row in result.ways[:2])
+    found = table("way", "ms", "A", "B", "bits", "error", "bound", "float32")
+    bases = [row.seconds and row.seconds.median for row in result.ways[:2]]
     for row in result.ways:
-        time = "-" if row.seconds is None else f"{row.seconds * 1e3:.1f} ms"
-        ratios = (f"{base / row.seconds:.2f}x" if base and row.seconds else "-" for base in (through, chunks))
+        time = "-" if row.seconds is None else f"{row.seconds.median * 1e3:.1f}"
+        ratios = (f"{base / row.seconds.median:.2f}x" if base and row.seconds else "-" for base in bases)
         errors = ("" if value is None else f"{value:.1e}" for value in (row.error, row.bound, row.bound_float32))
         found.add_row(row.way, time, *ratios, "" if row.bits is None else f"{row.bits:.3f}", *errors)
     title(console, f"{result.name} on {steps} characters, batch 1")
@@ -54,7 +61,8 @@ def print_ways(console: Console, result: Result, steps: int) -> None:
 
 def print_legend(console: Console) -> None:
     console.print(
-        "\nA: speed-up over nn.LSTM run through. B: over nn.LSTM on overlapping chunks, as a batch.\n"
+        "\nCertificates hold for every text over the alphabet.\n"
+        "A: speed-up over nn.LSTM run through. B: over nn.LSTM on overlapping chunks, as a batch.\n"
         "error: largest of any output against Recurrent(); bound: of it, in exact arithmetic; float32: with the rounding term.",
         soft_wrap=True,
     )
@@ -65,7 +73,9 @@ def title(console: Console, text: str) -> None:
 
 
 def table(first: str, *numbers: str) -> Table:
-    made = Table(first, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    made = Table(
+        Column(first, no_wrap=True), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
+    )
     for name in numbers:
         made.add_column(name, justify="right", no_wrap=True)
     return made

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import Certified, ForgetCap, StableLSTM, project_after_step
+from .. import Cascade, Certified, ForgetCap, StableLSTM, project_after_step
 from .data import Corpus
 from .progress import Part
 
@@ -21,6 +21,9 @@ LAYERS: dict[str, Callable[[int, int], nn.LSTM | StableLSTM]] = {
     "nn.LSTM": nn.LSTM,
     "ForgetCap(0.9)": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=ForgetCap(0.9)),
     "Certified()": lambda inputs, hidden: StableLSTM(inputs, hidden, stability=Certified()),
+    "Cascade()": lambda inputs, hidden: StableLSTM(
+        inputs, hidden, stability=Cascade()
+    ),  # the last has every plan: for speed
 }
 
 

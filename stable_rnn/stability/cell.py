@@ -36,6 +36,14 @@ class Reach(NamedTuple):
     depth: int | None = None
 
 
+class Verdict(NamedTuple):
+    """Whether a layer is certified within limits; its h and h2 as in `Reach`."""
+
+    inside: bool
+    h: Tensor
+    h2: float
+
+
 class CellStability:
     """One cell. To add one: a subclass in the file of its family (`Cell.family`), which lists it in `CELLS`."""
 
@@ -58,6 +66,10 @@ class CellStability:
         cap: the forget gate's clamp, 1 for none. norms: of "2", "radius", "inf", those to look for a contraction in. upper: inputs may
         differ, so gains matter. target: a rate and a share of the forget gate worth trying."""
         raise NotImplementedError
+
+    def verdict(self, w: LayerWeights, x: Tensor, limits: Limits) -> Verdict | None:
+        """What a certificate would say of the layer, for inputs |x_t| <= x (I,), where less than a certificate tells; else None."""
+        return None
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         """About the largest rounding error of c and of h in one step, from that of a pre-activation, relative to the result or to 1, and

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.spectral import spectral_norm_bound
 
 STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
+POWERS = 8  # of those for a norm from below
 FLOOR = 0.05  # of the largest weight, the least that a unit's weight may be
 
 
@@ -118,22 +119,35 @@ def perron(step: Callable[[Tensor], Tensor], start: Tensor, floor: float = FLOOR
 def crossing(w_hh: Tensor, scales: Callable[[float], Tensor], low: float) -> float:
     """About the rate > low where ||D(rate) W_hh||_2 = rate for row scales D that fall, by power iteration and bisection in float32. Proves
     nothing."""
-    w32 = w_hh.float()
-    x = 1 + (torch.arange(w_hh.shape[1]) % 7).float() / 10
+    w32, x = w_hh.float(), _start(w_hh)
 
     def norm(rate: float) -> float:
         nonlocal x
-        a = scales(rate).float()[:, None] * w32
-        for _ in range(8):
-            y = a.mT @ (a @ x)
-            size = float(torch.linalg.vector_norm(y))
-            if not 0 < size < math.inf:
-                return size
-            x = y / size
-        return math.sqrt(size)
+        size, x = _power(scales(rate).float()[:, None] * w32, x)
+        return size
 
     high = 1.0 if low < 1 and norm(1.0) < 1 else max(2.0, norm(2.0))
     for _ in range(14):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if norm(middle) <= middle else (middle, high)
     return high * (1 + 1e-4)
+
+
+def exceeds(matrix: Tensor, bound: float) -> bool:
+    """Whether a few power iterations show that ||matrix||_2 > bound; by less than float32 may be off, they don't."""
+    return _power(matrix.float(), _start(matrix))[0] > bound * (1 + 1e-4)
+
+
+def _start(matrix: Tensor) -> Tensor:
+    return 1 + (torch.arange(matrix.shape[1]) % 7).float() / 10
+
+
+def _power(a: Tensor, x: Tensor) -> tuple[float, Tensor]:
+    """||a||_2 from below, and the vector to go on from."""
+    for _ in range(POWERS):
+        y = a.mT @ (a @ x)
+        size = float(torch.linalg.vector_norm(y))
+        if not 0 < size < math.inf:
+            return size, x
+        x = y / size
+    return math.sqrt(size), x

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..ops.spectral import row_project_
-from .bounds import GATE, ROUNDS, Drive, length, times, up
-from .cell import Ball, CellStability, Reach
+from ..ops.spectral.certified import proven_within
+from ..ops.spectral.norm import width
+from .bounds import GATE, ROUNDS, Drive, drive_of_bound, length, times, up
+from .cell import Ball, CellStability, Reach, Verdict
 from .comparison import Comparison, depth, rates, settled
-from .contraction import Contraction, crossing, norm2, perron, upwards
+from .contraction import Contraction, crossing, exceeds, norm2, perron, upwards
 from .limits import Limits
 from .rows import lower_forget
 from .weights import KINDS, LayerWeights, Names
@@ -44,6 +46,26 @@ class Lstm(CellStability):
             box = 2 * torch.cat([b.c, b.h])
             found.append(Comparison(partial(_lstm_both, w, b), box, w.hidden, min(rates(forget))))
         return Reach(found, b.h, length(b.h), float(b.c.max()), forget, groups)
+
+    def verdict(self, w: LayerWeights, x: Tensor, limits: Limits) -> Verdict | None:
+        """The contractions of a certificate want ||D W_hh||_2 <= rate for one of two D, which fall as the rate grows. Most layers from
+        outside exceed that in a few power iterations, and most of those brought in obey it for the D of the set."""
+        if limits.norm not in ("2", "radius"):
+            return None
+        b = lstm_bounds(w, drive_of_bound(w, x, math.inf, math.inf), limits.cap)
+        outside = Verdict(False, b.h, length(b.h))
+        if not (b.f < limits.rate).all():
+            return outside
+        kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
+        own, even = shares(w, b, limits.target[1])
+        rate = limits.rate
+        of_set, other = (gate_scales(b, rate, share, kappa)[:, None] * w.w_hh for share in (even, own))
+        spare = width(max(w.w_hh.shape), min(w.w_hh.shape))  # the certificate's own bound of a norm is no sharper
+        if not exceeds(of_set, rate):
+            return outside._replace(inside=True) if proven_within(of_set, rate * (1 - spare)) < rate else None
+        if not exceeds(other, rate):
+            return None
+        return outside
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)
@@ -184,10 +206,7 @@ def joint(t: Tensor) -> Tensor:
 def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, float] | None) -> Contraction:
     """The least rate found with ||D(rate) W_hh||_2 <= rate, for two ways to share the room between f and the other gates."""
     kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
-    rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
-    forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
-    own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
-    even = torch.full_like(own, SHARE if target is None else target[1])
+    own, even = shares(w, b, SHARE if target is None else target[1])
     rate, share = min(
         ((_crossing(w.w_hh, b, share, kappa), share) for share in (own, even)), key=lambda trial: trial[0]
     )
@@ -197,6 +216,14 @@ def _lstm_two(w: LayerWeights, b: LstmBounds, upper: bool, target: tuple[float, 
     if target is not None and min(c.rate for c in found) > target[0] > float(b.f.max()):
         found.append(lstm_two_at(w, b, target[0], even, kappa, upper))
     return min(found, key=lambda c: c.rate)
+
+
+def shares(w: LayerWeights, b: LstmBounds, even: float) -> tuple[Tensor, Tensor]:
+    """The forget gate's share of the room, by unit (H,): as the rows of W_hh are long, and `even`."""
+    rows = [torch.linalg.vector_norm(part, dim=1) for part in w.w_hh.chunk(4)]
+    forget, others = torch.minimum(b.sf, b.f * (1 - b.f)) * b.c * rows[1], torch.hypot(b.si * rows[0], b.i * rows[2])
+    own = (forget / (forget + others)).nan_to_num(SHARE).clamp(0.02, 0.98)
+    return own, torch.full_like(own, even)
 
 
 def _crossing(w_hh: Tensor, b: LstmBounds, share: Tensor, kappa: float) -> float:

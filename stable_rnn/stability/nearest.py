@@ -11,23 +11,32 @@ import torch
 from torch import Tensor
 
 FAR = 64.0  # times the bound: weights that reach further are scaled down to it first, so that no square overflows
+LEFT = 0.01  # of what was outside, to be clipped
 ROUNDS, STEP_ROUNDS = 8, 2
 NEWTON = 12
 SPARE, MULTIPLE, PERIOD = 8, 8, 16  # of `Directions`
 
 
 def into_ball(W: Tensor, scales: Tensor, bound: float) -> Tensor:
-    """Weights near the closest ones (Frobenius norm) inside, up to what is left to clip (5 % and less); W itself if it is inside.
+    """Weights near the closest ones (Frobenius norm) inside, up to the rounding of their dtype; W itself if it is inside.
 
-    Each round takes P^3 * 10 operations or so, for the eigenvectors, beside its products."""
-    W = _near(W, scales, bound)
-    for _ in range(ROUNDS):
+    Rounds until the norm is beyond the bound by a hundredth of what it was, two or three, then the rest is clipped. Each takes P^3 * 10
+    operations, for the eigenvectors, beside its products."""
+    W, rounding, close = _near(W, scales, bound), 8 * torch.finfo(W.dtype).eps, 0.0
+    for number in range(ROUNDS + 1):
         squares, V = _all_directions(W, scales)
-        over = squares > bound * bound * (1 + 8 * torch.finfo(W.dtype).eps)
-        if not over.any():
+        if not squares[-1] > bound * bound * (1 + rounding):
             break
-        V = V[:, over]
-        W = W + _less(W @ V, squares[over], scales, bound) @ V.mT
+        excess = float(squares[-1].sqrt()) / bound - 1
+        last = excess <= close or number == ROUNDS
+        close = close or LEFT * excess
+        aim = bound * (1 - 32 * rounding) if last else bound  # eigenvalues are off by rounding
+        over = squares > aim * aim
+        squares, V = squares[over], V[:, over]
+        Y = W @ V
+        W = W + (Y * (aim * squares.rsqrt() - 1) if last else _less(Y, squares, scales, bound)) @ V.mT
+        if last:
+            break
     return W
 
 

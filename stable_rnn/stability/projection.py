@@ -15,14 +15,25 @@ from ..ops.spectral import SpectralState, spectral_project_
 from ..ops.spectral.memory import first_overlap
 from ..ops.spectral.norm import check_writable
 from .bounds import length
-from .cell import Ball
+from .cell import Ball, Verdict
 from .cells import STABILITY
-from .layer import layer_certificate
+from .layer import LayerCertificate, layer_certificate
 from .limits import Limits
 from .nearest import Directions, computable, into_ball, step_into_ball
 from .rows import state_bound, wide
 from .sharded import GATHER, check_kept, is_sharded, store, whole
-from .weights import Names, check_finite, check_values, layer_names, named_weights, on_cpu, once, read, recurrent
+from .weights import (
+    LayerWeights,
+    Names,
+    check_finite,
+    check_values,
+    layer_names,
+    named_weights,
+    on_cpu,
+    once,
+    read,
+    recurrent,
+)
 
 FIRST_MARGIN, ATTEMPTS = (
     1e-6,
@@ -176,23 +187,22 @@ def _certified(weights: dict[str, Tensor], levels: list[list[Names]], stability:
 def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limits, cell: str) -> bool:
     """Brings each layer that is not certified into the set; whether there was one."""
     moved = False
-    norms = {"auto": ("2", "inf"), "radius": ("2", "radius")}.get(stability.norm, (stability.norm,))
-    bound = stability.input_limit(cell)
-    x = torch.full((weights[levels[0][0]["weight_ih"]].shape[1],), bound, dtype=torch.float64)
-    x2 = length(x) if math.isfinite(bound) else math.inf
+    x = torch.full(
+        (weights[levels[0][0]["weight_ih"]].shape[1],), stability.input_limit(cell), dtype=torch.float64
+    )  # |inputs| of the level
+    x2 = length(x)
     for level in levels:
         made = []
         for names in level:
             for attempt in range(ATTEMPTS):
-                layer, h = layer_certificate(
-                    read(weights.get, names, cell), x, x2, None, stability.cap, stability.target, norms
-                )
-                if layer.rate <= stability.rate:
+                found = _judged(read(weights.get, names, cell), x, x2, stability)
+                if found.inside:
                     break
                 margin, moved = FIRST_MARGIN * 8**attempt, True
-                _into_balls(STABILITY[cell].balls(weights, names, stability, margin))
+                _into_balls(STABILITY[cell].balls(weights, names, stability, margin), proven=attempt > 0)
                 STABILITY[cell].bring_in(weights, names, stability, margin, x, torch.float64)
             else:
+                layer, _ = _certificate(read(weights.get, names, cell), x, x2, stability)
                 forget = (
                     ""
                     if layer.forget is None
@@ -201,10 +211,24 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
                 raise RuntimeError(
                     f"project_: {names['weight_hh']} does not reach the set: rate {layer.rate:.6g}{forget}"
                 )
-            made.append((layer, h))
-        x = torch.cat([h for _, h in made])
-        x2 = math.hypot(*(layer.bound2 for layer, _ in made))
+            made.append(found)
+        x = torch.cat([found.h for found in made])
+        x2 = math.hypot(*(found.h2 for found in made))
     return moved
+
+
+def _judged(w: LayerWeights, x: Tensor, x2: float, stability: Limits) -> Verdict:
+    """Whether the layer is certified at `stability.rate`."""
+    found = STABILITY[w.cell].verdict(w, x, stability)
+    if found is None:
+        layer, h = _certificate(w, x, x2, stability)
+        found = Verdict(layer.rate <= stability.rate, h, layer.bound2)
+    return found
+
+
+def _certificate(w: LayerWeights, x: Tensor, x2: float, stability: Limits) -> tuple[LayerCertificate, Tensor]:
+    norms = {"auto": ("2", "inf"), "radius": ("2", "radius")}.get(stability.norm, (stability.norm,))
+    return layer_certificate(w, x, x2, None, stability.cap, stability.target, norms)
 
 
 @on_cpu
@@ -229,18 +253,24 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limi
 # ---- the 2-norm
 
 
-def _into_balls(balls: list[Ball]) -> None:
-    """Proven; LSTM weights near to where they were, in the norm that optimizers move them in: what is left outside is clipped."""
+def _into_balls(balls: list[Ball], proven: bool) -> None:
+    """LSTM weights near to where they were, in the norm that optimizers move them in. `proven`: what then is left outside, by rounding
+    for instance, is clipped."""
     matrices, bounds, changed = [], [], []
     for w, scales, bound in balls:
-        bounds.append(bound)
         if scales is None:
             matrices.append(w)
+            bounds.append(bound)
             continue
-        wide = computable(w, torch.float64)
+        wide = computable(w, torch.float64 if proven else torch.float32)
         near = into_ball(wide, scales.to(wide), bound)
+        if not proven:
+            if near is not wide:
+                w.copy_(near)
+            continue
         rows = scales.to(wide).repeat_interleave(len(w) // len(scales))[:, None]
         matrices.append((rows * near).contiguous())
+        bounds.append(bound)
         changed.append((w, wide, near, rows, matrices[-1], matrices[-1].clone()))
     if matrices:
         spectral_project_(matrices, bounds)

@@ -9,6 +9,8 @@ namespace stable_rnn {
 ABSENT(recurrence_forward_cpu, const ForwardParams&)
 ABSENT(recurrence_backward_cpu, const BackwardParams&)
 ABSENT(recurrence_windowed_backward_cpu, const WindowedBackwardParams&)
+ABSENT(scanned_forward_cpu, const ForwardParams&, const CascadeGroups&)
+ABSENT(scanned_backward_cpu, const BackwardParams&, const CascadeGroups&)
 ABSENT(input_projection_cpu, const InputProjectionParams&)
 ABSENT(cell_step_cpu, const CellStepParams&)
 ABSENT(spectral_step_cpu, const SpectralParams&)

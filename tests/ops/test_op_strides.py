@@ -30,7 +30,7 @@ def recurrence(name, cell, plan, size, backend):
     h0, c0 = rand(batch, out), rand(batch, hidden) if lstm else None
     bias, before = (rand(hidden), h0) if cell == "gru" else (None, None)
     cap = 0.9 if cell in ("lstm", "gru") else 1.0
-    numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, cap, backend)
+    numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, "auto", False, cap, backend)
     if name == "recurrence":
         return ops.recurrence.default, (xp, w_hh, w_hr, bias, h0, c0, None, None), (*numbers, True)
     y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, bias, h0, c0, None, None, *numbers, True)

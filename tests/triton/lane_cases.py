@@ -28,7 +28,7 @@ def divide(way, monkeypatch):
 
 
 def problem(case) -> Problem:
-    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved(case.batch)
+    return Problem(case.cell, case.steps, case.step, case.stride, case.warmup, cap=case.cap).resolved()
 
 
 def to_device(values):

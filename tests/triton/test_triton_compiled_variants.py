@@ -48,7 +48,7 @@ def compiled(request, monkeypatch):
 
 def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **options):
     gates = 4 if cell == "lstm" else 1
-    p = Problem(cell, steps, batch, stride, warmup, cap=0.5).resolved(batch)
+    p = Problem(cell, steps, batch, stride, warmup, cap=0.5).resolved()
     zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     h, c = zeros(batch, hidden), zeros(batch, hidden) if cell == "lstm" else None
     w = zeros(gates * hidden, hidden)

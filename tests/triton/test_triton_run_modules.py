@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_runs import PLANS, assert_captured, assert_close, made
+from backend_runs import PLANS, PROBES, assert_captured, assert_close, made
 from lane_cases import DEVICE
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,7 +19,7 @@ HIDDEN = [12, 40] if DEVICE == "cpu" else [12, 40, 200]
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_plans(cls, plan, hidden):
     m = made(cls, torch.float32, DEVICE, hidden=hidden, plan=plan)
@@ -71,6 +71,6 @@ def test_training_keeps_the_certificate():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize("plan", PLANS[:3], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS[:3], PLANS[4]], ids=str)
 def test_cuda_graph_capture(plan, hidden):
     assert_captured(made(StableLSTM, torch.float16, DEVICE, hidden=hidden, backend="triton", plan=plan))

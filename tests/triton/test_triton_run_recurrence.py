@@ -24,6 +24,7 @@ from lane_loop import Case
 from stable_rnn.ops.recurrence import reference, verified
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, WindowedInputs, backward_inputs
+from stable_rnn.ops.recurrence.sweeps import Backward, Forward
 
 KINDS = {"float32": dict()}
 if DEVICE == "cuda":  # the interpreter has no bfloat16 products, and no TF32
@@ -256,14 +257,14 @@ def test_verified(cell, way):
     tensors = Inputs(on["xp"], on["w_hh"], None, on["hidden_bias"], on["h0"], on["c0"], *rows(case))
     checked = problem(case)._replace(stride=6, warmup=2, tol=0.0, max_passes=5)
     whole = backend.forward(tensors, problem(case))
-    found, report = verified.run(backend, tensors, checked, save=True)
-    assert report[0] > 1 and report[2:] == [0.0, 0.0]
+    found, report = verified.run(Forward(backend, tensors, checked, True))
+    assert report.passes > 1 and report.left == 0 and not report.why
     assert torch.equal(found.y, whole.y) and torch.equal(found.h_n, whole.h_n)
     saved = found.y, found.saved, found.cells
     ends = on["dh_n"], on["dc_n"] if case.lstm else None
     tensors = backward_inputs(on["dy"], *ends, *saved, tensors, checked)
-    back, report = verified.run_back(backend, tensors, checked)
-    assert report[0] > 1 and report[2:] == [0.0, 0.0]
+    back, report = verified.run(Backward(backend, tensors, checked))
+    assert report.passes > 1 and report.left == 0 and not report.why
     assert torch.equal(back.dz, backend.backward(tensors, problem(case)).dz)
 
 

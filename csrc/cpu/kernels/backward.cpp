@@ -1,6 +1,7 @@
 #include "backward.h"
 
 #include "kernels.h"
+#include "scanned.h"
 #include "stable_rnn/cells.h"
 
 namespace stable_rnn {
@@ -111,6 +112,24 @@ const char* run_backward(const BackwardParams& p, Cell cell, const int64_t* entr
   return nullptr;
 }
 
+template <class T, class Cell>
+const char* scan_backward(const BackwardParams& p, Cell cell, const int64_t* groups, int64_t count,
+                          const int64_t* entries, int64_t rows) {
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  Cascade plan(groups, count, Cell::gates, true, p.threads, rows, p.lanes.steps);
+  const CascadeBackward<T, Cell, Tensors<T, Cell>> panels{cell, p.hidden, in(p.dh_n), in(p.dc_n), Tensors<T, Cell>{p}};
+  return run_cascade(
+      p.lanes, entries, rows, backward_run, plan, Cell::gates * p.hidden,
+      [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); }, panels);
+}
+
+template <class T>
+const char* scanned_of(const BackwardParams& p, const int64_t* groups, int64_t count, const int64_t* entries,
+                       int64_t rows) {
+  const float cap = rounded<T>(Vec(p.cap)).v[0];   // as the saved forget gates were rounded
+  return dispatch_cell(p.cell, cap, [&](auto cell) { return scan_backward<T>(p, cell, groups, count, entries, rows); });
+}
+
 template <class T>
 const char* backward_of(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
   const float cap = rounded<T>(Vec(p.cap)).v[0];   // as the saved forget gates were rounded
@@ -118,6 +137,12 @@ const char* backward_of(const BackwardParams& p, const int64_t* entries, int64_t
 }
 
 }   // namespace
+
+const char* scanned_backward(const BackwardParams& p, const int64_t* groups, int64_t count, const int64_t* entries,
+                             int64_t rows) {
+  return p.dtype == BF16 ? scanned_of<bf16>(p, groups, count, entries, rows)
+                         : scanned_of<float>(p, groups, count, entries, rows);
+}
 
 const char* backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
   return p.dtype == BF16 ? backward_of<bf16>(p, entries, lanes) : backward_of<float>(p, entries, lanes);

@@ -1,6 +1,7 @@
 #include "forward.h"
 
 #include "kernels.h"
+#include "scanned.h"
 #include "stable_rnn/cells.h"
 
 namespace stable_rnn {
@@ -75,7 +76,27 @@ const char* run_forward(const ForwardParams& p, Cell cell, const int64_t* entrie
   return nullptr;
 }
 
+template <class T, class Cell>
+const char* scan_forward(const ForwardParams& p, Cell cell, const int64_t* groups, int64_t count,
+                         const int64_t* entries, int64_t rows) {
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  Cascade plan(groups, count, Cell::gates, false, p.threads, rows, p.lanes.steps);
+  const CascadeForward<T, Cell, Outputs<T, Cell>> panels{cell,     p.hidden,          in(p.xp),           in(p.h0),
+                                                         in(p.c0), in(p.hidden_bias), Outputs<T, Cell>{p}};
+  return run_cascade(
+      p.lanes, entries, rows, forward_run, plan, p.hidden, [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); },
+      panels);
+}
+
 }   // namespace
+
+const char* scanned_forward(const ForwardParams& p, const int64_t* groups, int64_t count, const int64_t* entries,
+                            int64_t rows) {
+  return dispatch_cell(p.cell, p.cap, [&](auto cell) {
+    return p.dtype == BF16 ? scan_forward<bf16>(p, cell, groups, count, entries, rows)
+                           : scan_forward<float>(p, cell, groups, count, entries, rows);
+  });
+}
 
 const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {

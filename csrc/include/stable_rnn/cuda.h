@@ -37,6 +37,57 @@ struct CudaTiling {
   int64_t workspace_bytes;   // that the call needs
 };
 
+// The scans over time of units [unit, unit + units) of a cascade, whose hidden products `sums` are known for all times: gates, the state that
+// a unit keeps itself (c, or h of a cell that carries), and what is saved. The fields that ForwardParams and BackwardParams have too mean
+// the same. Sums and adjoints of sums lie unit by unit, each with its gates, so that any range of units is a range of columns.
+struct ScanParams {
+  int cell, dtype;
+  int64_t hidden, unit, units;
+  float cap;
+  int64_t steps, batch, step;
+  const int64_t* base;
+  const int64_t* length;
+  // inputs
+  const void* xp;            // [N, G*H]
+  const float* sums;         // [N, units*G] or null: zeros
+  const void* hidden_bias;   // [H] or null
+  const void* h0;            // [B, H]
+  const void* c0;            // [B, H], cells that have c
+  // outputs: the columns of these units
+  void* y;        // [N, H]
+  void* h_n;      // [B, H]
+  void* c_n;      // [B, H], cells that have c
+  void* saved;    // [N, S*H] or null
+  float* cells;   // [N, H] or null
+  void* before;   // [N, H] h one step earlier, h0 at time 0: what later groups read
+};
+
+struct ScanBackwardParams {
+  int cell, dtype;
+  int64_t hidden, unit, units;
+  float cap;
+  int64_t steps, batch, step;
+  const int64_t* base;
+  const int64_t* length;
+  // inputs
+  const void* dy;       // [N, H]
+  const void* y;        // [N, H]
+  const void* saved;    // [N, S*H]
+  const float* cells;   // [N, H], cells that have c
+  const void* h0;       // [B, H], cells whose step() reads its own h
+  const void* c0;       // [B, H], cells that have c
+  const void* dh_n;     // [B, H] or null: zeros
+  const void* dc_n;     // [B, H] or null: zeros
+  const float* sums;    // [N, units] adjoints of h by way of later groups' products, or null: zeros
+  // outputs: the columns of these units
+  void* dz;   // [N, G*H]
+  float*
+      dh0;   // [B, H] what reaches h0 without W_hh, cells whose step() reads its own h; where length is 0, nothing of use
+  void* dc0;   // [B, H], cells that have c; dc_n where length is 0
+  void*
+      after;   // [N, H*G] adjoints of the hidden sums one step later: what earlier groups read; not written at the last time
+};
+
 const char* cuda_limits(int device, CudaLimits* limits);
 CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
                                   const CudaLimits& limits);
@@ -44,6 +95,9 @@ int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits& limits)
 
 const char* recurrence_forward_cuda(const ForwardParams&, const CudaLaunch&);   // `threads` is not read
 const char* recurrence_backward_cuda(const BackwardParams&, const CudaLaunch&);
+const char* scan_forward_cuda(const ScanParams&, const CudaLaunch&);
+const char* scan_backward_cuda(const ScanBackwardParams&, const CudaLaunch&);
+int64_t scan_workspace_cuda(int64_t steps, int64_t batch, int64_t units);
 // `matrices` and `bounds` are host memory; W, blocks, norms and near are device memory.
 const char* spectral_step_cuda(const SpectralParams&, const CudaLaunch&);
 

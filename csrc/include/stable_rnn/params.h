@@ -16,7 +16,7 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 3;
+constexpr int interface_number = 5;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is).
@@ -164,9 +164,18 @@ struct CellStepParams {
   void* c_out;   // [B, H], cells that have c
 };
 
+// The runs of ForwardParams and BackwardParams over whole sequences (stride >= T, no selection, no borders, no w_hr), for weights that are
+// a cascade: units stand in groups, and a unit reads (by W_hh of any gate) units of earlier groups only.
+struct CascadeGroups {
+  const int64_t* first;   // [count + 1] the first unit of each group, ascending from 0, and H
+  int64_t count;
+};
+
 // Each returns null, or a message with static lifetime that says what it cannot do.
 const char* recurrence_forward_cpu(const ForwardParams&);
 const char* recurrence_backward_cpu(const BackwardParams&);
+const char* scanned_forward_cpu(const ForwardParams&, const CascadeGroups&);
+const char* scanned_backward_cpu(const BackwardParams&, const CascadeGroups&);
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
 const char* input_projection_cpu(const InputProjectionParams&);
 const char* cell_step_cpu(const CellStepParams&);

@@ -27,6 +27,10 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
     if columns % cell.gates or out != hidden and not projected:
         rows_of = "H" if cell.gates == 1 else f"{cell.gates}H"
         raise ValueError(f"w_hh is {tuple(w_hh.shape)}; expected ({rows_of}, {'P' if projected else 'H'})")
+    if p.scanned and projected:
+        raise ValueError(
+            "Scanned() has no projected states (proj_size, w_hr): a projection mixes all units of a cascade at every step"
+        )
     h_shape, c_shape = (batch, out), (batch, hidden)
     shapes = {
         "xp": (n, columns),

@@ -19,6 +19,7 @@ from . import windows
 from .compiled import Kernels, lanes
 from .fields import LAUNCH, Fields
 from .problem import Problem
+from .scanned import Scanned
 
 PLACES = ("registers", "shared memory", "L2")
 
@@ -102,4 +103,24 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
+
+
+def _scan(backward: bool, fields: Fields) -> None:
+    """The scan of one group of a cascade."""
+    lib, device = cuda_device.lib, fields["y"].device
+    need = lib.scan_workspace_cuda(fields["steps"], fields["batch"], fields["units"])
+    work = torch.empty(need, dtype=torch.uint8, device=device)
+    index = device.index or 0
+    launch = {
+        **LAUNCH,
+        "device": index,
+        "stream": cuda_device.stream(index),
+        "workspace": work,
+        "workspace_bytes": need,
+    }
+    (lib.scan_backward_cuda if backward else lib.scan_forward_cuda)(*addresses((fields | launch).values()))
+
+
+_scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
+scanned_forward, scanned_backward = _scans.forward, _scans.backward
 windowed_backward = partial(windows.windowed_backward, _kernels)

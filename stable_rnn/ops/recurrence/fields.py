@@ -26,3 +26,7 @@ WINDOWED_BACKWARD = _nulls(
     _SHARED + "first last  xp w_hh w_hr h0 c0 dy dh_n dc_n hidden_bias  dz d_hidden h_prev dh m  dxp dh0 dc0"
 )
 LAUNCH = _nulls("device stream workspace workspace_bytes")
+# of one group of a cascade
+_GROUP = "cell dtype hidden unit units cap  steps batch step base length "
+SCAN = _nulls(_GROUP + "xp sums hidden_bias h0 c0  y h_n c_n saved cells before")
+SCAN_BACKWARD = _nulls(_GROUP + "dy y saved cells h0 c0 dh_n dc_n sums  dz dh0 dc0 after")

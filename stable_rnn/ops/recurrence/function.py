@@ -15,16 +15,25 @@ from torch.autograd import forward_ad
 
 from ..outputs import fresh
 from . import native, reference, run
+from .policy import Memory
 from .problem import Adjoint, Inputs, Needs, Problem, WindowedInputs, backward_inputs, unpack, weight_gradients
+from .report import FORWARD_MODE, Run
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
 
 
 class Note:
-    """Where the backward pass of a checked plan leaves its report (4,): an argument that is no tensor."""
+    """An argument of checked plans that is no tensor: what earlier calls found out, and where the backward pass leaves its report."""
 
+    memory: Memory | None = None
     report: Tensor | None = None
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory
+
+    def __getstate__(self) -> dict[str, Any]:  # copies remember nothing
+        return {"report": self.report}
 
 
 class Layer(NamedTuple):
@@ -58,7 +67,7 @@ class Layer(NamedTuple):
 
 
 class FusedRecurrence(torch.autograd.Function):
-    """Recurrent, chunked and verified runs: saves the states, goes back by the adjoint recursion on the same lanes."""
+    """Recurrent, chunked, verified and scanned runs: saves the states, goes back by the adjoint recursion on the same lanes or scans."""
 
     generate_vmap_rule = True
 
@@ -66,8 +75,9 @@ class FusedRecurrence(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         given = Layer(*arguments)
         inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
-        run_forward = run.forward if _plain(*inputs) else _op
-        return fresh(inputs, *run_forward(inputs, given.p, True))
+        if not _plain(*inputs):
+            return fresh(inputs, *_op(inputs, given.p, True))
+        return fresh(inputs, *run.forward(inputs, given.p, True, given.note and given.note.memory))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -154,8 +164,10 @@ def _adjoint(
 ) -> Inputs:
     """The gradients by the adjoint recursion."""
     inputs = backward_inputs(dy, dh_n, dc_n, y, saved, cells, state, p)
-    found = run.backward(inputs, p) if _plain(*inputs) else ops.recurrence_backward(*inputs, *p)
-    *adjoint, report = found
+    if _plain(*inputs):
+        *adjoint, report = run.backward(inputs, p, note and note.memory)
+    else:
+        *adjoint, report = ops.recurrence_backward(*inputs, *p)
     back = Adjoint(*adjoint, *(None,) * 5)
     if note is not None:
         note.report = report
@@ -172,10 +184,7 @@ def _window_adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: T
 
 
 def _reference_backward(given: Layer, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Layer:
-    state, p = (
-        given.inputs(project(given.x, given.w_ih, given.bias)),
-        given.p.resolved(given.h0.shape[0], given.h0.device),
-    )
+    state, p = given.inputs(project(given.x, given.w_ih, given.bias)), given.p.resolved()
     found = reference.gradients(WindowedInputs(dy, dh_n, dc_n if given.c0 is not None else None, *state), p)
     return given.gradients(Inputs(*found, None, None), Layer(*(t is not None for t in given)))
 
@@ -219,8 +228,8 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer and direction over buffer rows: x (N, I) or, without w_ih, (N, G*H) -> y (N, P), h_n (B, P), c_n (B, H), report.
 
-    Rows of x that belong to no time of any sequence give zeros. `report` (4,) of checked plans: passes, lanes run again, largest jump,
-    fell back; else (0,). The backward pass leaves its own in `note`."""
+    Rows of x that belong to no time of any sequence give zeros. `report` of checked plans: a `Run` as numbers; else (0,). The
+    backward pass leaves its own in `note`."""
     tensors = (x, w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0)
     graph = torch.compiler.is_compiling()
     if not graph and torch.jit.is_tracing():  # a trace has fixed T and B, and does not see what the kernels write
@@ -229,10 +238,10 @@ def layer(
             "model, unstabilize(model), or use torch.export or torch.compile"
         )
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
-        p = p.resolved(h0.shape[0], h0.device)
+        p = p.resolved()
         given = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
-        out = reference.forward(given, p.whole() if p.checked else p)
-        return out.y, out.h_n, out.c_n, torch.tensor([1.0, 0.0, 0.0, 1.0][: 4 * p.checked], dtype=torch.float64)
+        out = reference.forward(given, p.differentiable())
+        return out.y, out.h_n, out.c_n, run.report(Run(plain_from=0, why=FORWARD_MODE) if p.checked else None)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
@@ -240,7 +249,8 @@ def layer(
         return y, h_n, c_n, report
     if not graph and _plain(*tensors):
         xp = _project_now(x, w_ih, bias, p.backend, passing=True)
-        y, h_n, c_n, _, _, report = run.forward(Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths), p, False)
+        inputs = Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        y, h_n, c_n, _, _, report = run.forward(inputs, p, False, note and note.memory)
     else:
         save = gradient and not p.windowed
         inputs = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)

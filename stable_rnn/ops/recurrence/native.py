@@ -16,7 +16,7 @@ from ...cells import CELLS
 from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
 from .fields import WINDOWED_BACKWARD, Fields
-from .problem import Problem, WindowedInputs
+from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
@@ -64,6 +64,26 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
+
+
+class _Scanned(_Kernels):
+    """Over a cascade of these groups."""
+
+    def __init__(self, groups: tuple[int, ...]) -> None:
+        self._groups = torch.tensor(groups, device="cpu")
+
+    def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
+        kernel = _native.lib.scanned_backward if backward else _native.lib.scanned_forward
+        return kernel, [*addresses(fields.values()), self._groups.data_ptr(), len(self._groups) - 1], None
+
+
+def scanned_forward(inputs: Inputs, p: Problem, groups: tuple[int, ...], save: bool = True) -> Output:
+    """As `scanned.Scanned.forward`, in one pass over time."""
+    return _Scanned(groups).forward(inputs, p.whole(), save)
+
+
+def scanned_backward(inputs: BackwardInputs, p: Problem, groups: tuple[int, ...]) -> Adjoint:
+    return _Scanned(groups).backward(inputs, p.whole())
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
@@ -160,33 +180,22 @@ def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False)
     return xp
 
 
-def can_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
-    """Whether one step of a cell is one call into C++: no gradient, no transform or mode, plain CPU tensors of one dtype, weights that
-    have the shapes of torch's cell's."""
+def plain_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> bool:
+    """Whether one step of a cell is all there is: no transform, mode or autocast, plain CPU tensors of one dtype, weights that have the
+    shapes of torch's cell's."""
     if (
-        _native.lib is None
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
-    ):
-        return False
-    if (
-        torch._C._are_functorch_transforms_active()
+        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu")
     ):
         return False
-    kind, gradient = x.dtype, torch.is_grad_enabled()
-    inputs, hidden = x.shape[1], h.shape[1]
+    kind, inputs, hidden = x.dtype, x.shape[1], h.shape[1]
     rows = CELLS[cell].gates * hidden
     w_ih, w_hh, b_ih, b_hh = weights
-    if (
-        kind not in CPU_DTYPES
-        or w_ih is None
-        or w_hh is None
-        or w_ih.shape != (rows, inputs)
-        or w_hh.shape != (rows, hidden)
-    ):
+    if w_ih is None or w_hh is None or w_ih.shape != (rows, inputs) or w_hh.shape != (rows, hidden):
         return False
     if b_ih is None or b_hh is None:
         if b_ih is not b_hh:
@@ -195,13 +204,7 @@ def can_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) 
         return False
     for t in (x, h, c, *weights):
         if t is not None and (
-            t.dtype is not kind
-            or not t.is_cpu
-            or type(t) not in PLAIN
-            or t.is_neg()
-            or t.layout is not torch.strided
-            or gradient
-            and t.requires_grad
+            t.dtype is not kind or not t.is_cpu or type(t) not in PLAIN or t.is_neg() or t.layout is not torch.strided
         ):
             return False
     return True
@@ -210,7 +213,7 @@ def can_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) 
 def cell_step(
     cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple, cap: float
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of a cell where it `can_step`: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh."""
+    """One call into C++ for a `plain_step` that `can_run`: x (B, I), h (B, H), c (B, H) or None; weights w_ih, w_hh, b_ih, b_hh."""
     tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, h, c, *weights)]
     h_out, c_out = rows_like(h), None if c is None else rows_like(c)
     addresses = [0 if t is None else t.data_ptr() or at(t) for t in (*tensors, h_out, c_out)]

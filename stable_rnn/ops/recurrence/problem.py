@@ -7,7 +7,6 @@ The words are those of `csrc/include/stable_rnn/params.h`: a *row* is one sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil, log
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from ...cells import CELLS, Cell
 
-CPU = torch.device("cpu")
-LANES = {"cpu": 64, "cuda": 4096}  # that keep a device busy: tiles for its threads, or its multiprocessors
-# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile
-WHOLE, AUTO = 0, -1
+# Strides that stand for T, and for "choose when T is known": they keep T symbolic under torch.compile; and for no lanes at all, a
+# cascade's scans over time (`scanned.py`)
+WHOLE, AUTO, SCANNED = 0, -1, -2
 
 
 class Problem(NamedTuple):
@@ -31,6 +29,8 @@ class Problem(NamedTuple):
     warmup: int = 0
     tol: float = -1.0  # < 0: lanes are not checked
     max_passes: int = 1
+    correct: str = "auto"  # how checked lanes' starts are corrected: none, decay, probes
+    on_output: bool = False  # checked lanes: jumps count by what they do to outputs
     cap: float = 1.0  # upper bound of the forget gate; 1: none
     backend: str = "auto"
 
@@ -43,6 +43,10 @@ class Problem(NamedTuple):
         return self.tol >= 0
 
     @property
+    def scanned(self) -> bool:
+        return self.stride == SCANNED
+
+    @property
     def windowed(self) -> bool:
         """Every lane writes one time: its backward pass is the true gradient of the windowed function."""
         return self.stride == 1 and not self.checked
@@ -51,15 +55,17 @@ class Problem(NamedTuple):
         """The plain recurrence: one lane a row."""
         return self._replace(stride=max(self.steps, 1), warmup=0, tol=-1.0)
 
-    def resolved(self, batch: int, device: torch.device = CPU) -> Problem:
-        """The same problem with numbers for `WHOLE` and `AUTO`."""
+    def differentiable(self) -> Problem:
+        """The problem that plain torch differentiates in this one's place: checked and scanned runs equal the plain recurrence."""
+        return self.whole() if self.checked or self.scanned else self
+
+    def resolved(self) -> Problem:
+        """The same problem with numbers for `WHOLE`. What a checked one leaves open, `policy.py` chooses."""
         stride, warmup = self.stride, self.warmup
+        if self.scanned:
+            return self
         if stride == WHOLE:
             return self._replace(stride=max(self.steps, 1), warmup=0)
-        if warmup == AUTO:
-            warmup = 32 if self.cap >= 1 or self.tol <= 0 else min(256, max(32, ceil(log(self.tol) / log(self.cap))))
-        if stride == AUTO:  # enough lanes, few enough for the warm-up to stay cheap
-            stride = max(4 * warmup, -(-self.steps * batch // LANES.get(device.type, 64)), 1)
         # no lane starts before time 0
         return self._replace(stride=min(stride, max(self.steps, 1)), warmup=min(warmup, self.steps))
 

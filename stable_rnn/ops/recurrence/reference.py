@@ -6,12 +6,14 @@ Arithmetic in float32 (float64 for float64 inputs); h is rounded to the storage 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...cells import NOTHING, Cell, State
+from . import reference_scan
 from .problem import (
     Adjoint,
     BackwardInputs,
@@ -25,6 +27,7 @@ from .problem import (
     row_length,
     weight_gradients,
 )
+from .scanned import Scanned
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +71,14 @@ def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
 def _no_decay(cell: Cell, lanes: int, hidden: int, like: Tensor) -> Tensor:
     """The decay of lanes before their first step."""
     return like.new_ones(lanes, 0 if cell.forgets is None else hidden)
+
+
+def _among(ids: Tensor, found: list[Tensor], lanes: int, others: Sequence[Tensor] | None) -> list[Tensor]:
+    """The borders of all lanes, of which those of `ids` were found: zero where no lane ran, and a decay of 1."""
+    if others is None:
+        others = [new.new_zeros(lanes if new.dim() > 1 else 0, *new.shape[1:]) for new in found]
+        others[-1] = others[-1] + 1
+    return [old.index_copy(0, ids, new) if new.dim() > 1 else new for old, new in zip(others, found, strict=True)]
 
 
 def forward(
@@ -135,7 +146,7 @@ def forward(
     if borders:
         ends = [h_start, c_start, h, c, decay]
         if ids is not None:
-            ends = [old.index_copy(0, ids, new) for old, new in zip(out[5:], ends, strict=True)]
+            ends = _among(ids, ends, p.lanes() * batch, None if out is None else out[5:])
     return Output(
         y,
         saved if save and cell.saved else empty,
@@ -215,7 +226,7 @@ def backward(
     if borders:
         ends = [dh_start, dc_start, dh, dc, decay]
         if ids is not None:
-            ends = [old.index_copy(0, ids, new) for old, new in zip(out[4:], ends, strict=True)]
+            ends = _among(ids, ends, p.lanes() * batch, None if out is None else out[4:])
     return Adjoint(zs, whole if w_hr is not None else empty, dh0, dc0 if cell.has_cell else empty, *ends)
 
 
@@ -266,17 +277,20 @@ def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> 
 def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """Gradients in xp, the weights, h0 and c0 as a differentiable function of everything: what double backward runs.
 
-    Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked plan stands for the whole
-    recurrence, which it equals to its tolerance."""
+    Windows: the derivative of the windowed function. Else the adjoint rule of `backward`; a checked or scanned plan stands for the
+    whole recurrence, which it equals to its tolerance, or to rounding."""
     if p.windowed:
         return windowed_backward(inputs, p)
-    if p.checked:
-        p = p.whole()
+    p = p.differentiable()
     given = inputs.inputs
     out = forward(given, p)
     adjoint = backward(backward_inputs(inputs.dy, inputs.dh_n, inputs.dc_n, out.y, out.saved, out.cells, given, p), p)
     weights = weight_gradients(Needs(), adjoint, out.y, out.saved, out.cells, given, p)
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
+
+
+_scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
+scanned_forward, scanned_backward = _scans.forward, _scans.backward
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

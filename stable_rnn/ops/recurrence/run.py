@@ -1,4 +1,4 @@
-"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes where asked.
+"""What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes or scans where asked.
 
 Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`."""
 
@@ -7,46 +7,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import verified
+from . import cascade, verified
 from .backends import choose
 from .checks import check
+from .policy import Memory
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs
+from .report import Run
+from .sweeps import Backward, Forward
 
 
-def forward(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
-    """y, h_n, c_n, saved, cells, report; `save` asks for what the backward pass needs."""
-    p = p.resolved(inputs.h0.shape[0], inputs.xp.device)
+def forward(inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
+    """y, h_n, c_n, saved, cells, report; `save` asks for what the backward pass needs. `memory`: of checked plans."""
+    p = p.resolved()
     check(p, inputs)
     backend = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr)
     if p.checked:
-        out, found = verified.run(backend, inputs, p, save)
+        out, found = verified.run(Forward(backend, inputs, p, save), memory)
+    elif p.scanned:
+        out, found = backend.scanned_forward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates), save), None
     else:
-        out, found = backend.forward(inputs, p, save=save), []
+        out, found = backend.forward(inputs, p, save=save), None
     return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
 
 
-def backward(inputs: BackwardInputs, p: Problem) -> tuple[Tensor, ...]:
+def backward(inputs: BackwardInputs, p: Problem, memory: Memory | None = None) -> tuple[Tensor, ...]:
     """dz, dh, dh0, dc0, report."""
-    p = p.resolved(inputs.dh_n.shape[0], inputs.dy.device)
+    p = p.resolved()
     check(p, inputs)
     inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
     backend = choose(p, inputs.dy, inputs.w_hh, inputs.w_hr)
     if p.checked:
-        out, found = verified.run_back(backend, inputs, p)
+        out, found = verified.run(Backward(backend, inputs, p), memory)
+    elif p.scanned:
+        out, found = backend.scanned_backward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates)), None
     else:
-        out, found = backend.backward(inputs, p), []
+        out, found = backend.backward(inputs, p), None
     return out.dz, out.dh, out.dh0, out.dc0, report(found)
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
     """Gradients of xp, w_hh, w_hr, hidden_bias, h0, c0."""
-    p = p.resolved(inputs.h0.shape[0], inputs.xp.device)
+    p = p.resolved()
     check(p, inputs)
     inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
     found = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr).windowed_backward(inputs, p)
     return tuple(inputs.xp.new_empty(0) if t is None else t for t in found)
 
 
-def report(numbers: list[float]) -> Tensor:
-    """(4,) float64 on the CPU for checked plans: passes, lanes run again, largest jump, fell back. Else (0,)."""
-    return torch.tensor(numbers, dtype=torch.float64) if numbers else torch.empty(0, dtype=torch.float64)
+def report(found: Run | None) -> Tensor:
+    """(SIZE,) float64 on the CPU for checked plans, else (0,)."""
+    return torch.empty(0, dtype=torch.float64) if found is None else found.tensor()

@@ -28,6 +28,7 @@ from . import windows
 from .compiled import Kernels, lanes
 from .fields import Fields
 from .problem import Problem
+from .scanned import Scanned
 
 ALL_STEPS = 2**31 - 1
 TF32X3 = 4  # a dtype of these kernels alone
@@ -242,6 +243,46 @@ def _launch(
             )
 
 
+_SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length".split())
+_SCANNED = itemgetter(*"y h_n c_n saved cells before".split())
+_SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length".split())
+_SCANNED_BACKWARD = itemgetter(*"dz dh0 dc0 after".split())
+TIMES, COLUMNS = 32, 32  # of a program that scans: chosen to fit registers, not tuned on a device yet
+SCAN_OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
+
+
+def _scan(backward: bool, fields: Fields) -> None:
+    """The scan of one group of a cascade."""
+    kernels = import_module(".triton_scan", __package__)
+    fields = {name: None if isinstance(x, Tensor) and not x.numel() else x for name, x in fields.items()}
+    cell, x, cap = of_code(fields["cell"]), fields["y"], fields["cap"]
+    unit, units, steps, batch = (fields[name] for name in ("unit", "units", "steps", "batch"))
+    if not batch or x is None:
+        return
+    if backward:
+        cap = float(torch.tensor(cap, dtype=x.dtype)) if cap < 1 else float("inf")  # as in `_backward`
+        (dy, q, dh_n, dc_n, *saved, base, lengths), kernel = _SCAN_BACKWARD(fields), kernels.backward
+        totals = kernels.backward_totals, (dy, q, dh_n, *saved, base, lengths)
+        given, out = (dy, q, dh_n, dc_n, *saved, base, lengths), _SCANNED_BACKWARD(fields)
+        start = dc_n if cell.has_cell else None
+    else:
+        (xp, q, bias, h0, c0, base, lengths), kernel = _SCAN(fields), kernels.forward
+        totals = kernels.forward_totals, (xp, q, bias, base, lengths)
+        given, out = (xp, q, bias, h0, c0, base, lengths), _SCANNED(fields)
+        start = c0 if cell.has_cell else h0
+    width = min(COLUMNS, max(1, 1 << (units - 1).bit_length()))
+    chunks, tiles = -(-steps // TIMES), -(-units // width)
+    shape = dict(H=fields["hidden"], TIMES=TIMES, UNITS=width, **SCAN_OPTIONS)
+    numbers = (cap, unit, units, steps, batch, fields["step"], chunks)
+    maps = None
+    with torch.cuda.device_of(x):
+        if cell.has_cell or cell.carries:
+            maps = x.new_empty(batch * chunks * 2 * units, dtype=torch.float32)
+            totals[0][(chunks, batch * tiles)](*totals[1], maps, *numbers, CELL=cell.name, **shape)
+            kernels.starts[(batch * tiles,)](start, maps, unit, units, batch, chunks, **shape)
+        kernel[(chunks, batch * tiles)](*given, maps, *out, *numbers, CELL=cell.name, **shape)
+
+
 def team(tiles: int, blocks: int, programs: int) -> tuple[int, int]:
     """Members of a team, and teams, for so many tiles of lanes and blocks of hidden units, where `programs` may wait for each other."""
     members = min(blocks, max(1, programs // tiles))
@@ -271,4 +312,6 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
+_scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
+scanned_forward, scanned_backward = _scans.forward, _scans.backward
 windowed_backward = partial(windows.windowed_backward, _Kernels(many=True))

@@ -130,14 +130,21 @@ def proven(W: Tensor, limit: Tensor, exponent: Tensor) -> Tensor:
     return torch.where((A == 0).all(-1).all(-1), 0.0, shift(square.sqrt() * (1 + 1e-15), own))
 
 
+def proven_within(W: Tensor, bound: float) -> float:
+    """An upper bound of the norm of W (m, n) if it is proven to be <= bound, else infinity."""
+    limit, exponent = _limit(W, bound)
+    limits = torch.tensor(limit, dtype=torch.float64, device="cpu"), torch.tensor(exponent, device="cpu")
+    return float(proven(W, *limits))
+
+
 def _alone(W: Tensor, bound: float, block: Tensor, scale: bool) -> Found:
     """The target T in float64 is rounded to W's dtype, and what is then proven inside is stored. Where rounding takes it outside again,
     the excess of the rounded matrix is subtracted from T once more: it accumulates there until rounding gives way, which one larger
     step cannot do (a correction below half a unit in the last place vanishes each time). One rounding is enough as a rule.
     """
     number, exponent = _limit(W, bound)
-    limit, unit = torch.tensor(number, dtype=torch.float64, device="cpu"), torch.tensor(exponent, device=W.device)
-    norm = float(proven(W, limit, unit))
+    unit = torch.tensor(exponent, device=W.device)
+    norm = proven_within(W, bound)
     if norm < math.inf:
         return None, norm
     aim = number * (1 - width(max(W.shape), min(W.shape)) - torch.finfo(W.dtype).eps)
@@ -146,7 +153,7 @@ def _alone(W: Tensor, bound: float, block: Tensor, scale: bool) -> Found:
     attempt = 0
     while True:
         stored = shift(T, unit).to(W.dtype)
-        norm = float(proven(stored, limit, unit))
+        norm = proven_within(stored, bound)
         if norm < math.inf:
             return stored, norm
         A, attempt = shift(stored.double(), -unit), attempt + 1
