@@ -166,6 +166,7 @@ def training_steps(table: Table) -> None:
         (nn.LSTMCell, StableLSTMCell, None),
         (nn.LSTMCell, StableLSTMCell, ForgetCap(0.9)),
         (nn.RNNCell, StableRNNCell, None),
+        (nn.GRUCell, StableGRUCell, None),
     ):
         a, b = plain(64, 64), cell(64, 64, stability=cap)
         b.load_state_dict(a.state_dict(), strict=True)

@@ -262,10 +262,11 @@ const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
   if constexpr (is_compiled(layout, element, 1, true))
     if (g.place == in_registers) return launch(&recurrence_forward<dtype, Cell, 1, true>, grid, q);
   if (g.octets == 1) return launch(&recurrence_forward<dtype, Cell, 1, false>, grid, q);
-  if (g.octets == 2) return launch(&recurrence_forward<dtype, Cell, 2, false>, grid, q);
   if constexpr (is_compiled(layout, element, 8, false))
     if (g.octets == 8) return launch(&recurrence_forward<dtype, Cell, 8, false>, grid, q);
-  return launch(&recurrence_forward<dtype, Cell, 4, false>, grid, q);
+  if constexpr (is_compiled(layout, element, 4, false))
+    if (g.octets == 4) return launch(&recurrence_forward<dtype, Cell, 4, false>, grid, q);
+  return launch(&recurrence_forward<dtype, Cell, 2, false>, grid, q);
 }
 
 template <int dtype>

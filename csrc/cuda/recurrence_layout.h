@@ -32,13 +32,17 @@ inline WarpLayout warp_layout(bool backward, int cell) {
 
 // The variants of a kernel that registers suffice for, 8 * octets lanes of a warp, perhaps W held in registers; and the most warps of a
 // block, which is what the variant is compiled for. `element`: bytes, see ProductShape.
+constexpr bool crowded(WarpLayout layout) {   // a thread has three gates of 16 units
+  return layout.backward ? layout.own_gates > 1 : layout.blocks > 2;
+}
 constexpr bool is_compiled(WarpLayout layout, int element, int octets, bool held) {
-  const bool small = element == 2 && layout.blocks <= 2;
-  if (held) return small && octets == 1 && layout.own_gates == 1;
-  return octets <= 4 || (small && !layout.backward);
+  const bool small = element == 2, many = crowded(layout);
+  if (held) return small && !many && octets == 1;
+  if (octets == 8) return small && !many && !layout.backward;
+  return octets <= 2 || !many || (small && !layout.backward);
 }
 constexpr int most_warps(WarpLayout layout, int octets, bool held) {
-  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? (layout.blocks > 2 ? 8 : 12) : 16;
+  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? (crowded(layout) ? 8 : 12) : 16;
 }
 
 }   // namespace stable_rnn

@@ -57,6 +57,8 @@ def exists(machine, variant, backward, case):
     """Whether a kernel is compiled for this, and the device can run it: see `most_warps` and `Search` in csrc/cuda."""
     half = case.dtype.itemsize == 2
     small = half and not case.gru  # a GRU's three gates take more registers
+    if variant.octets == 4 and case.gru and (backward or not half):
+        return False
     if variant.place == REGISTERS and not small or variant.octets == 8 and (backward or not small):
         return False
     unit = units(case.gates, backward)
