@@ -241,14 +241,13 @@ class _Progress:
         self.rounding = False  # what is left is rounding, to which corrections would add
 
     def stalled(self, worst: float, typical: float, count: int, tol: float, correct: str) -> bool:
-        """Whether passes have stopped to pay; probes may take two to begin."""
+        """Whether passes have stopped to pay; corrections may take two to begin. Rounding ends when it does."""
         pays = typical < PAYS * self.typical or count <= PAYS * self.count
         self.rate = typical / self.typical if typical < self.typical else 1.0
         self.idle = 0 if pays else self.idle + 1
-        self.typical, self.count, self.worst = typical, count, worst
-        if self.idle and worst <= NEAR * tol and not self.rounding:
-            self.rounding, self.idle = True, 0
-        return self.idle > (correct == "probes")
+        self.typical, self.count = typical, count
+        self.rounding |= self.idle > 0 and worst <= NEAR * tol
+        return self.idle > (correct != "none") and not self.rounding
 
     def to_come(self, tol: float) -> float:
         """How many more passes it takes if they go on to bring what the last one did."""
