@@ -129,6 +129,10 @@ CellStepParams cell_step_params(int cell, int dtype, int threads, int64_t batch,
           Pointer{w_ih}, Pointer{w_hh}, Pointer{b_ih}, Pointer{b_hh}, Pointer{h_out}, Pointer{c_out}};
 }
 
+CascadeReadsParams cascade_reads_params(int dtype, int64_t gates, int64_t hidden, Address w_hh, Address reads) {
+  return {dtype, gates, hidden, Pointer{w_hh}, Pointer{reads}};
+}
+
 // matrices is a table of int64 with the fields of SpectralMatrix in its columns.
 SpectralParams spectral_params(int threads, bool scale, int iterations, int64_t fresh, uint64_t seed, int64_t count, Address matrices,
                                Address bounds, Address norms, Address near) {
@@ -266,6 +270,8 @@ PYBIND11_MODULE(_C, module) {
              arg("c0") = 0, arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0, arg("dz") = 0,
              arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0, arg("dxp") = 0, arg("dh0") = 0,
              arg("dc0") = 0);
+  module.def("cascade_reads", on_cpu(cascade_reads_params, cascade_reads_cpu), arg("dtype"), arg("gates"),
+             arg("hidden"), arg("w_hh"), arg("reads"));
   module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu), arg("dtype"), arg("threads"),
              arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
   module.def("product", on_cpu(product_params, product_cpu), arg("threads"), arg("transposed"), arg("more"),

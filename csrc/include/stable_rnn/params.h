@@ -181,11 +181,20 @@ struct CascadeGroups {
   int64_t count;
 };
 
+// Which units a weight lets each unit read: 1 + the last, 0 for none.
+struct CascadeReadsParams {
+  int dtype;
+  int64_t gates, hidden;
+  const void* w_hh;   // [G*H, H]
+  int64_t* reads;     // [H], written
+};
+
 // Each returns null, or a message with static lifetime that says what it cannot do.
 const char* recurrence_forward_cpu(const ForwardParams&);
 const char* recurrence_backward_cpu(const BackwardParams&);
 const char* scanned_forward_cpu(const ForwardParams&, const CascadeGroups&);
 const char* scanned_backward_cpu(const BackwardParams&, const CascadeGroups&);
+const char* cascade_reads_cpu(const CascadeReadsParams&);
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
 const char* input_projection_cpu(const InputProjectionParams&);
 const char* product_cpu(const ProductParams&);

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ... import _native
+from ..kernel_args import CPU_DTYPES, DTYPES, at, dense
+
 _found: dict[tuple, tuple[StorageWeakRef, tuple[int, ...]]] = {}
 _MOST = 256  # weights that are remembered
 
@@ -36,16 +39,25 @@ def remembered(w_hh: Tensor, gates: int) -> tuple[int, ...]:
 
 def find(w_hh: Tensor, gates: int) -> tuple[int, ...]:
     """`groups`, by a look at every entry."""
-    hidden = w_hh.shape[1]
-    used = (w_hh.detach().reshape(gates, hidden, hidden) != 0).any(0)
-    reads = (used * torch.arange(1, hidden + 1, device=w_hh.device)).amax(1).tolist() if hidden else []
-    starts = [0]
-    for unit, read in enumerate(reads):  # read: 1 + the last unit that this one reads, or 0
+    hidden, starts = w_hh.shape[1], [0]
+    for unit, read in enumerate(_reads(w_hh, gates)):
         if read > unit:
             raise ValueError(_offence(w_hh, hidden))
         if read > starts[-1]:
             starts.append(unit)
     return *starts, hidden
+
+
+def _reads(w_hh: Tensor, gates: int) -> list[int]:
+    """1 + the last unit that each unit reads by any gate, 0 for none."""
+    hidden = w_hh.shape[1]
+    if _native.lib is not None and w_hh.device.type == "cpu" and w_hh.dtype in CPU_DTYPES:
+        (weight,) = dense(w_hh)
+        reads = torch.empty(hidden, dtype=torch.int64, device="cpu")
+        _native.lib.cascade_reads(DTYPES[w_hh.dtype], gates, hidden, at(weight), at(reads))
+        return reads.tolist()
+    used = (w_hh.detach().reshape(gates, hidden, hidden) != 0).any(0)
+    return (used * torch.arange(1, hidden + 1, device=w_hh.device)).amax(1).tolist() if hidden else []
 
 
 def _offence(w_hh: Tensor, hidden: int) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from ...cells import NOTHING
 from ..kernel_args import DTYPES, dense, rows_like
 from .fields import SCAN, SCAN_BACKWARD, Fields
 from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, row_base, row_length
+
+WIDE_SUMS = "dtype" in torch.ops.aten.mm.overloads()  # products of 16 bits with float32 sums, on CUDA devices
 
 
 class Scanned:
@@ -36,55 +37,56 @@ class Scanned:
 
     def forward(self, inputs: Inputs, p: Problem, groups: tuple[int, ...], save: bool = True) -> Output:
         """As a backend's `forward`, of all lanes. `groups`: first units, and H."""
-        tensors: Any = dense(*inputs)
-        xp, w_hh, _, hidden_bias, h0, c0, base, lengths = tensors
-        n, hidden, cell, empty = xp.shape[0], w_hh.shape[1], p.spec, xp.new_empty(0)
-        make = xp.new_empty if lengths is None else xp.new_zeros  # rows past a length are zero
+        given, cell = Inputs._make(dense(*inputs)), p.spec
+        xp, h0, c0 = given.xp, given.h0, given.c0 if cell.has_cell else None
+        n, hidden, kind, empty = xp.shape[0], given.w_hh.shape[1], self.kind(xp.dtype), xp.new_empty(0)
+        make = xp.new_empty if given.lengths is None else xp.new_zeros  # rows past a length are zero
         out = Output(
             make(n, hidden),
             make(n, cell.saved * hidden) if save and cell.saved else empty,
-            make(n, hidden, dtype=self.kind(xp.dtype)) if save and cell.has_cell else empty,
+            make(n, hidden, dtype=kind) if save and cell.has_cell else empty,
             rows_like(h0),
-            rows_like(c0) if cell.has_cell else empty,
+            empty if c0 is None else rows_like(c0),
             *[empty] * 5,
         )
         if not p.steps or not hidden:
-            return out._replace(h_n=h0.clone(), c_n=c0.clone() if cell.has_cell else empty)
+            return out._replace(h_n=h0.clone(), c_n=empty if c0 is None else c0.clone())
         before = torch.zeros_like(out.y)  # h one step earlier
-        weight = by_unit(w_hh, cell.gates)
-        fields = common(SCAN, p, w_hh, h0.shape[0], base, lengths, xp.dtype)
-        fields.update(zip(out._fields[:5], out), xp=xp, hidden_bias=hidden_bias, h0=h0, c0=c0, before=before)
+        weight = by_unit(given.w_hh, cell.gates)
+        fields = common(SCAN, p, hidden, h0.shape[0], given.base, given.lengths, xp.dtype)
+        fields.update(zip(out._fields[:5], out), xp=xp, hidden_bias=given.hidden_bias, h0=h0, c0=c0, before=before)
         for first, end in pairwise(groups):
             rows = weight[first * cell.gates : end * cell.gates, :first]
-            sums = product(before[:, :first], rows.T, self.kind(xp.dtype)) if first else None
+            sums = product(before[:, :first], rows.T, kind) if first else None
             self.scan(fields | {"unit": first, "units": end - first, "sums": sums})
         return out
 
     def backward(self, inputs: BackwardInputs, p: Problem, groups: tuple[int, ...]) -> Adjoint:
         """As a backend's `backward`, of all lanes."""
-        tensors: Any = dense(*inputs)
-        dy, dh_n, dc_n, y, saved, cells, w_hh, _, h0, c0, base, lengths = tensors
-        n, (columns, hidden), cell, empty = y.shape[0], w_hh.shape, p.spec, y.new_empty(0)
-        make, batch, kind = y.new_empty if lengths is None else y.new_zeros, dh_n.shape[0], self.kind(y.dtype)
+        given, cell = BackwardInputs._make(dense(*inputs)), p.spec
+        y, saved, dh_n, c0 = given.y, given.saved, given.dh_n, given.c0 if cell.has_cell else None
+        n, (columns, hidden), batch, kind = y.shape[0], given.w_hh.shape, dh_n.shape[0], self.kind(y.dtype)
+        make, empty = y.new_empty if given.lengths is None else y.new_zeros, y.new_empty(0)
         dh0 = torch.zeros_like(dh_n, dtype=kind)  # the part that a cell carries
-        out = Adjoint(make(n, columns), empty, dh0, rows_like(c0) if cell.has_cell else empty, *[empty] * 5)
+        out = Adjoint(make(n, columns), empty, dh0, empty if c0 is None else rows_like(c0), *[empty] * 5)
         if not p.steps or not hidden:
-            return out._replace(dh0=dh_n.clone(), dc0=dc_n.clone() if cell.has_cell else empty)
+            return out._replace(dh0=dh_n.clone(), dc0=empty if given.dc_n is None or c0 is None else given.dc_n.clone())
         after = y.new_zeros(n, columns, dtype=self.kept(y.dtype))  # d_hidden one step later
-        weight = by_unit(w_hh, cell.gates)
-        fields = common(SCAN_BACKWARD, p, w_hh, batch, base, lengths, y.dtype)
-        fields.update(dz=out.dz, dh0=dh0, dc0=out.dc0, dy=dy, y=y, saved=saved, cells=cells, h0=h0, c0=c0)
-        fields.update(dh_n=dh_n, dc_n=dc_n, after=after)
+        weight = by_unit(given.w_hh, cell.gates)
+        fields = common(SCAN_BACKWARD, p, hidden, batch, given.base, given.lengths, y.dtype)
+        fields.update(dy=given.dy, y=y, saved=saved, cells=given.cells, h0=given.h0, c0=c0, dh_n=dh_n, dc_n=given.dc_n)
+        fields.update(dz=out.dz, dh0=dh0, dc0=out.dc0, after=after)
         for first, end in reversed(list(pairwise(groups))):
             later = end * cell.gates
             sums = product(after[:, later:], weight[later:, first:end], kind) if later < columns else None
             self.scan_backward(fields | {"unit": first, "units": end - first, "sums": sums})
-        opening = row_base(p, batch, base, y.device)
-        used = row_length(p, batch, lengths, y.device)[:, None] > 0
-        first_rows = torch.where(used[:, 0], opening, 0)
-        kept = saved[first_rows].to(kind) if cell.saved else NOTHING.h
-        through = cell.hidden(out.dz[first_rows].to(kind), kept) @ w_hh.to(kind) if n else dh0
-        return out._replace(dh0=torch.where(used, dh0 + through, dh_n.to(kind)).to(dh_n.dtype))
+        if not n:
+            return out._replace(dh0=dh_n.clone())
+        used = row_length(p, batch, given.lengths, y.device) > 0
+        opening = torch.where(used, row_base(p, batch, given.base, y.device), 0)
+        kept = saved[opening].to(kind) if cell.saved else NOTHING.h
+        dh0 = dh0 + cell.hidden(out.dz[opening].to(kind), kept) @ given.w_hh.to(kind)
+        return out._replace(dh0=torch.where(used[:, None], dh0, dh_n.to(kind)).to(dh_n.dtype))
 
 
 def by_unit(w_hh: Tensor, gates: int) -> Tensor:
@@ -94,14 +96,16 @@ def by_unit(w_hh: Tensor, gates: int) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
-    """a b in the dtype of sums."""
+    """a b in the dtype of sums, on a GPU by its 16-bit products where torch can add them up in float32 (from 2.8 on)."""
+    if a.is_cuda and a.dtype in (torch.float16, torch.bfloat16) and WIDE_SUMS:
+        return torch.mm(a, b, out_dtype=kind)
     return a.to(kind) @ b.to(kind)
 
 
 def common(
     struct: Fields,
     p: Problem,
-    w_hh: Tensor,
+    hidden: int,
     batch: int,
     base: Tensor | None,
     lengths: Tensor | None,
@@ -112,7 +116,7 @@ def common(
         **struct,
         "cell": p.spec.code,
         "dtype": DTYPES.get(dtype, -1),
-        "hidden": w_hh.shape[1],
+        "hidden": hidden,
         "cap": p.cap,
         "steps": p.steps,
         "batch": batch,
