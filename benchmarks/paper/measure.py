@@ -103,7 +103,7 @@ def forgetting(model: Model, rows: Rows) -> dict:
         )  # once the tangent has turned into the slowest direction
         growth += norm(tangent).flatten().clamp(min=1e-38).log()[used].sum().item()
         counted += int(used.sum())
-        tangent = tuple(torch.where(norm(tangent) > 1e-30, d, 1e-30) for d in tangent)
+        tangent = tuple(torch.where(norm(tangent) > 1e-15, d, 1e-15) for d in tangent)  # not 0, whose direction is none
     worst = {}
     spans = [k for k in SPANS if k <= steps]
     able = [(t, b) for b in range(len(rows)) for t in range(int(lengths[b]) - spans[-1] + 1)]
