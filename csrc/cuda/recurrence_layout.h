@@ -42,7 +42,9 @@ constexpr bool is_compiled(WarpLayout layout, int element, int octets, bool held
   return octets <= 2 || !many || (small && !layout.backward);
 }
 constexpr int most_warps(WarpLayout layout, int octets, bool held) {
-  return (held && layout.blocks > 1) || octets >= 4 ? 8 : octets == 2 ? (crowded(layout) ? 8 : 12) : 16;
+  const bool many = crowded(layout);
+  if ((held && layout.blocks > 1) || octets >= 4 || (many && octets == 2)) return 8;
+  return octets == 2 || (many && !layout.backward) ? 12 : 16;
 }
 
 }   // namespace stable_rnn

@@ -31,6 +31,13 @@ CASES = [
     (90, "lstm", "float32", 32, False),
     (100, "lstm", "float16", 128, False),
     (100, "lstm", "bfloat16", 512, True),
+    (80, "gru", "float16", 512, False),
+    (90, "gru", "bfloat16", 128, False),
+    (90, "gru", "bfloat16", 512, True),
+    (90, "gru", "float32", 200, False),
+    (90, "gru", "tf32x3", 64, False),
+    (100, "gru", "tf32x3", 512, True),
+    ("gfx942", "gru", "float16", 32, False),
     ("gfx942", "lstm", "float16", 32, False),
     ("gfx942", "lstm", "bfloat16", 512, False),
 ]

@@ -6,6 +6,7 @@ import triton
 from compiling import device, target
 from triton.runtime.jit import JITFunction
 
+from stable_rnn.cells import CELLS
 from stable_rnn.ops.recurrence import triton as backend
 from stable_rnn.ops.recurrence.problem import BackwardInputs, Inputs, Problem
 from stable_rnn.ops.spectral import triton as spectral
@@ -47,22 +48,24 @@ def compiled(request, monkeypatch):
 
 
 def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **options):
-    gates = 4 if cell == "lstm" else 1
+    gates = CELLS[cell].gates
     p = Problem(cell, steps, batch, stride, warmup, cap=0.5).resolved()
     zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     h, c = zeros(batch, hidden), zeros(batch, hidden) if cell == "lstm" else None
+    bias, before = (zeros(hidden), h) if cell == "gru" else (None, None)
     w = zeros(gates * hidden, hidden)
     out = backend.forward(
-        Inputs(zeros(steps * batch, gates * hidden), w, None, None, h, c, None, lengths), p, **options
+        Inputs(zeros(steps * batch, gates * hidden), w, None, bias, h, c, None, lengths), p, **options
     )
     dy = zeros(steps * batch, hidden)
-    backend.backward(BackwardInputs(dy, h, c, out.y, out.saved, out.cells, w, None, None, c, None, lengths), p)
+    backend.backward(BackwardInputs(dy, h, c, out.y, out.saved, out.cells, w, None, before, c, None, lengths), p)
 
 
 SHAPES = [(5, 3), (1, 1), (16, 16), (17, 1), (300, 2), (1, 64), (4096, 1)]
 
 
 KERNELS = [("lstm", 64, torch.float16), ("rnn_tanh", 130, torch.float32), ("lstm", 500, torch.float16)]
+KERNELS += [("gru", 64, torch.float16), ("gru", 500, torch.float16)]
 
 
 @pytest.mark.parametrize("cell, hidden, dtype", KERNELS)
