@@ -110,6 +110,11 @@ InputProjectionParams input_projection_params(int dtype, int threads, int64_t ro
   return {dtype, threads, rows, input, sums, Pointer{x}, Pointer{w_ih}, Pointer{b_ih}, Pointer{b_hh}, Pointer{xp}};
 }
 
+ProductParams product_params(int threads, bool transposed, bool more, int64_t rows, int64_t inner, int64_t columns,
+                             Address a, Address b, Address c) {
+  return {threads, transposed, more, rows, inner, columns, Pointer{a}, Pointer{b}, Pointer{c}};
+}
+
 CellStepParams cell_step_params(int cell, int dtype, int threads, int64_t batch, int64_t input, int64_t hidden, float cap,
                                 Address x, Address h, Address c, Address w_ih, Address w_hh, Address b_ih, Address b_hh,
                                 Address h_out, Address c_out) {
@@ -231,6 +236,8 @@ PYBIND11_MODULE(_C, module) {
              arg("dc0") = 0);
   module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu), arg("dtype"), arg("threads"),
              arg("rows"), arg("input"), arg("sums"), arg("x"), arg("w_ih"), arg("b_ih"), arg("b_hh"), arg("xp"));
+  module.def("product", on_cpu(product_params, product_cpu), arg("threads"), arg("transposed"), arg("more"),
+             arg("rows"), arg("inner"), arg("columns"), arg("a"), arg("b"), arg("c"));
   module.def("cell_step", on_cpu(cell_step_params, cell_step_cpu), arg("cell"), arg("dtype"), arg("threads"),
              arg("batch"), arg("input"), arg("hidden"), arg("cap"), arg("x"), arg("h"), arg("c"), arg("w_ih"),
              arg("w_hh"), arg("b_ih"), arg("b_hh"), arg("h_out"), arg("c_out"));

@@ -178,7 +178,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         last, (h0, c0), states = x.flatten(0, 1), hx, []
         for level in range(self.num_layers):
             for index in range(level * (1 + self.bidirectional), (level + 1) * (1 + self.bidirectional)):
-                weights = [getattr(self, name) for name in self._all_weights[index]] + [None, None] * (not self.bias)
+                weights = (*(getattr(self, name) for name in self._all_weights[index]), *(None, None) * (not self.bias))
                 h, c = h0[index], None if c0 is None else c0[index]
                 if not native.plain_step(last, h, c, weights):
                     return None

@@ -9,7 +9,7 @@ STABLE_RNN_EACH_ISA(const char* forward(const ForwardParams&, const int64_t* ent
                     const char* backward(const BackwardParams&, const int64_t* entries, int64_t lanes);
                     const char* windowed_backward(const WindowedBackwardParams&, const int64_t* entries, int64_t lanes);
                     const char* input_projection(const InputProjectionParams&);
-                    const char* cell_step(const CellStepParams&);)
+                    const char* product(const ProductParams&); const char* cell_step(const CellStepParams&);)
 
 constexpr const char* out_of_memory = "out of memory";
 

@@ -81,6 +81,12 @@ const char* input_projection_cpu(const InputProjectionParams& p) {
   return p.rows == 0 || p.sums == 0 ? nullptr : STABLE_RNN_DISPATCH(input_projection(p));
 }
 
+const char* product_cpu(const ProductParams& p) {
+  if (p.rows < 0 || p.inner < 1 || p.columns < 0)
+    return "rows and columns must not be negative, and inner must be positive";
+  return p.rows == 0 || p.columns == 0 ? nullptr : STABLE_RNN_DISPATCH(product(p));
+}
+
 const char* cell_step_cpu(const CellStepParams& p) {
   if (const char* problem = check(p)) return problem;
   if (p.batch < 0 || p.input < 0) return "batch and input must not be negative";

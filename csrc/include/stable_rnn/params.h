@@ -16,7 +16,7 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 2;
+constexpr int interface_number = 3;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is).
@@ -144,6 +144,16 @@ struct InputProjectionParams {
   void* xp;           // [rows, sums], written
 };
 
+// The products of the gradients, C = A B, float32: dx = dz W_ih, and dW = dz^T x with A stored (inner, rows).
+struct ProductParams {
+  int threads;
+  bool transposed, more;   // A is stored (inner, rows); C is added to
+  int64_t rows, inner, columns;
+  const float* a;   // [rows, inner], transposed [inner, rows]
+  const float* b;   // [inner, columns]
+  float* c;         // [rows, columns]
+};
+
 // One step of a plain cell, for streaming: xp = x W_ih^T + b_ih + b_hh, rounded to the storage type, then the step of ForwardParams.
 struct CellStepParams {
   int cell, dtype, threads;
@@ -167,6 +177,7 @@ const char* recurrence_forward_cpu(const ForwardParams&);
 const char* recurrence_backward_cpu(const BackwardParams&);
 const char* recurrence_windowed_backward_cpu(const WindowedBackwardParams&);
 const char* input_projection_cpu(const InputProjectionParams&);
+const char* product_cpu(const ProductParams&);
 const char* cell_step_cpu(const CellStepParams&);
 
 }   // namespace stable_rnn

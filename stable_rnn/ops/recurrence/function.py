@@ -6,6 +6,7 @@ is not kept for the backward pass; the gradients of all weights are GEMMs over a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ class Layer(NamedTuple):
         dz, x, w_ih = found.xp, self.x, self.w_ih
         dx, dw_ih, dbias = dz, None, None
         if w_ih is not None:
-            dx, dw_ih = dz @ w_ih if needs.x else None, dz.T @ x if needs.w_ih else None
+            product = _product(self.p.backend, dz, x, w_ih)
+            dx, dw_ih = product(dz, w_ih) if needs.x else None, product(dz.T, x) if needs.w_ih else None
             dbias = dz.sum(0) if needs.bias else None
         return Layer(dx, dw_ih, dbias, *found[1:], note=None, p=None)
 
@@ -135,6 +137,12 @@ def _plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def _product(backend: str, *tensors: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """a @ b for products of these: by the kernel if it may, where no gradient goes through it."""
+    own = backend in ("auto", "cpu") and not torch.is_grad_enabled() and _plain(*tensors)
+    return native.product if own else torch.matmul
+
+
 def _op(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     """As `run.forward`, by way of torch's dispatcher; where nothing watches, that would be the price of an op at every step of a stream."""
     return ops.recurrence(*inputs, *p, save)
@@ -160,7 +168,8 @@ def _adjoint(
     if note is not None:
         note.report = report
     wanted = Needs(needs.w_hh, needs.w_hr, needs.hidden_bias)
-    weights = weight_gradients(wanted, back, y, saved, cells, state, p)
+    product = _product(p.backend, back.dz, y, saved, cells)
+    weights = weight_gradients(wanted, back, y, saved, cells, state, p, product)
     return Inputs(back.dz, *weights, back.dh0, back.dc0 if state.c0 is not None else None, None, None)
 
 

@@ -19,7 +19,7 @@ from .fields import WINDOWED_BACKWARD, Fields
 from .problem import Problem, WindowedInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_ROWS, _WORK = 512, 1 << 26  # rows and multiply-adds from which the packed product beats torch's
+_ROWS, _WORK = 16, 1 << 18  # rows and multiply-adds from which the packed products beat torch's
 _LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
 _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
@@ -108,11 +108,11 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
             dc0=dc0,
         )
         _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
-        dw_hh.addmm_(d_hidden.T, h_prev)
+        product(d_hidden.T, h_prev, dw_hh)
         if d_bias is not None:
             d_bias += d_hidden.chunk(p.spec.gates, 1)[own_bias].sum(0)
         if projected:
-            dw_hr.addmm_(dh.T, m)
+            product(dh.T, m, dw_hr)
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0 = torch.where(none, dh_n.float(), dh0)
@@ -131,12 +131,35 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
         and x.shape[0] * w_ih.numel() >= _WORK
         and x.shape[1] == w_ih.shape[1]
         and (bias is None or bias.shape == w_ih.shape[:1])
-        and all(
-            type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
-            for t in (x, w_ih, bias)
-            if t is not None
-        )
+        and all(map(_plain_floats, (x, w_ih) if bias is None else (x, w_ih, bias)))
     )
+
+
+def _plain_floats(t: Tensor) -> bool:
+    return type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, (m, k), (k, n) -> (m, n), where nothing watches: by the kernel where that takes less time, for an a stored by rows or, as
+    the transposed of such, by columns. `out` is added to."""
+    (m, k), n = a.shape, b.shape[1]
+    if _native.lib is None or k < _ROWS or m * k * n < _WORK or not (_plain_floats(a) and _plain_floats(b)):
+        return a @ b if out is None else out.addmm_(a, b)
+    transposed = a.stride(0) == 1 and a.stride(1) == m
+    (a,), (b,) = ((a,) if transposed else dense(a)), dense(b)
+    found = _make(b, False, m, n) if out is None else out
+    _native.lib.product(
+        threads=torch.get_num_threads(),
+        transposed=transposed,
+        more=out is not None,
+        rows=m,
+        inner=k,
+        columns=n,
+        a=at(a),
+        b=at(b),
+        c=at(found),
+    )
+    return found
 
 
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:

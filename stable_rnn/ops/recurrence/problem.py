@@ -6,7 +6,7 @@ The words are those of `csrc/include/stable_rnn/params.h`: a *row* is one sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, log
 from typing import Any, NamedTuple, TypeVar
 
@@ -230,7 +230,14 @@ class Needs(NamedTuple):
 
 
 def weight_gradients(
-    needs: Needs, found: Adjoint, y: Tensor, saved: Tensor, cells: Tensor, given: Inputs, p: Problem
+    needs: Needs,
+    found: Adjoint,
+    y: Tensor,
+    saved: Tensor,
+    cells: Tensor,
+    given: Inputs,
+    p: Problem,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of w_hh, w_hr and hidden_bias as products and sums over all times at once: those that are needed, of weights that are
     given."""
@@ -239,9 +246,9 @@ def weight_gradients(
     if needs.w_hh or own is not None:
         d_hidden = cell.hidden(found.dz, saved)
         if needs.w_hh:
-            dw_hh = d_hidden.T @ previous_states(y, given.h0, given.base, given.lengths, p)
+            dw_hh = product(d_hidden.T, previous_states(y, given.h0, given.base, given.lengths, p))
         if own is not None:
             d_bias = d_hidden.chunk(cell.gates, 1)[own].sum(0)
     if needs.w_hr and given.w_hr is not None:
-        dw_hr = found.dh.T @ cell.output(saved, cells).to(found.dh.dtype)
+        dw_hr = product(found.dh.T, cell.output(saved, cells).to(found.dh.dtype))
     return dw_hh, dw_hr, d_bias
