@@ -173,6 +173,7 @@ py::dict recurrence_tiling(bool backward, int cell, int dtype, int64_t hidden, i
 py::dict cpu_features() {
   py::dict features;
   features["isa"] = isa_name();
+  features["bfloat16"] = multiplies_bfloat16();
 #ifdef _OPENMP
   features["openmp"] = true;
 #else
@@ -262,7 +263,8 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"),
       arg("bytes"), "A hint for large outputs that nobody has written yet: far fewer page faults.");
-  module.def("cpu_features", cpu_features, "{'isa': plain | avx2 | avx512, 'openmp': bool}");
+  module.def("cpu_features", cpu_features,
+             "{'isa': plain | avx2 | avx512, 'openmp': bool, 'bfloat16': whether the machine multiplies it}");
   module.def(
       "crowd", known_crowd,
       "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");

@@ -202,7 +202,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, steps: int, batch: int) -> bool:
+    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, steps: int | None, batch: int) -> bool:
         name = requested(self.backend)
         if name not in ("auto", "torch"):
             return False
@@ -226,7 +226,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             hx = self._zeros(x, int(sizes[0])) if hx is None else hx
             self._check_args(x, hx, sizes)
             hx = self._permute(hx, order)
-            if self._runs_on_torch(x, None, len(sizes), hx[0].shape[1]):
+            if self._runs_on_torch(x, None, None, hx[0].shape[1]):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, put = layout.packed(PackedSequence(x, sizes))

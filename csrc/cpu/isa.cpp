@@ -44,6 +44,14 @@ Choice choice;
 Isa isa() { return choice.isa; }
 const char* isa_name() { return names[static_cast<int>(choice.isa)]; }
 bool set_isa(const char* name) { return find(name, choice.isa); }
+bool multiplies_bfloat16() {
+#if STABLE_RNN_X86
+  __builtin_cpu_init();
+  return best() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
 const char* isa_problem() {
   return choice.known ? nullptr : "STABLE_RNN_ISA must be plain, avx2 or avx512, and one that this machine can run";
 }

@@ -19,6 +19,7 @@ enum class Isa { plain, avx2, avx512 };
 Isa isa();   // the best of this machine, or what STABLE_RNN_ISA or set_isa asked for
 const char* isa_name();
 bool set_isa(const char* name);   // false where the name is unknown or the machine cannot run it
+bool multiplies_bfloat16();       // the machine has products of bfloat16, which oneDNN takes (ours are of float32)
 const char* isa_problem();        // null, or what is wrong with STABLE_RNN_ISA
 
 }   // namespace stable_rnn

@@ -34,21 +34,27 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
     return RECURRENCE.choose(name, x.device, p, x, w_hh, w_hr)
 
 
+_MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["bfloat16"]
 SHORT, SMALL, FEW = 8, 1 << 13, 8  # steps; states of all steps but the first; rows
 
 
-def leave_to_torch(x: Tensor, cell: str, steps: int, batch: int, hidden: int) -> bool:
-    """Whether `auto` gives a plain recurrence of so many steps to torch's own: other devices, dtypes without a kernel here, no compiled
-    module. On GPUs cuDNN keeps every plain recurrence until the kernels here are measured against it. On CPUs a few steps take less time
-    in torch's RNN, which is a loop, and in oneDNN's LSTM, but for a single step, for small batches (benchmarks/README.md) and where it is
-    trained: it cannot be differentiated twice. Packed input is ours."""
+def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: int) -> bool:
+    """Whether `auto` gives a plain recurrence of so many steps (None: packed) to torch's own.
+
+    Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
+    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM, but for a
+    single step, for small batches and where it is trained; and so does an LSTM of bfloat16 where the machine multiplies that, which our
+    kernels widen (benchmarks/README.md)."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
-    if x.dtype is not torch.float32 or steps > SHORT:
+    if steps is None:
         return False
     if cell == "lstm":
-        return steps > 1 and batch >= FEW and not torch.is_grad_enabled()
-    return cell in ("rnn_tanh", "rnn_relu") and (steps - 1) * batch * hidden <= SMALL
+        if steps == 1 or torch.is_grad_enabled():
+            return False
+        return steps <= SHORT and batch >= FEW if x.dtype is torch.float32 else _MULTIPLIES_BFLOAT16
+    loop = cell in ("rnn_tanh", "rnn_relu") and x.dtype is torch.float32
+    return loop and steps <= SHORT and (steps - 1) * batch * hidden <= SMALL
 
 
 def backends() -> list[Backend]:
