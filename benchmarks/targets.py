@@ -1,6 +1,6 @@
-"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--only WORD]`.
+"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] [--only WORD]`.
 
-Float32, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
+Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
 """
 
 from __future__ import annotations
@@ -186,6 +186,64 @@ def training_steps(table: Table) -> None:
         table.add(name, f"nn.{plain.__name__}", loop(b), loop(a), 0.83)
 
 
+def short_calls(table: Table) -> None:
+    """A few steps at a time: what a call costs."""
+    for plain in (nn.RNN, nn.LSTM):
+        for steps in (1, 4, 8):
+            for batch, size in ((1, 64), (16, 64), (1, 256), (16, 256)):
+                a, b = pair(plain, size)
+                x = torch.randn(steps, batch, size)
+                name, over = f"{plain.__name__} Recurrent B={batch} H={size} T={steps}", f"nn.{plain.__name__}"
+                with torch.no_grad():
+                    table.add(name + " forward", over, lambda: b(x), lambda: a(x), 0.91)  # noqa: B023
+                table.add(name + " forward+backward", over, training(b, x), training(a, x), 0.91)
+
+
+def trained(table: Table) -> None:
+    """An LSTM's training, for some batches."""
+    for batch in (4, 16, 64, 256):
+        a, b = pair(nn.LSTM, 256)
+        x = torch.randn(256, batch, 256)
+        name = f"LSTM Recurrent B={batch} H=256 T=256 forward+backward"
+        table.add(name, "nn.LSTM", training(b, x), training(a, x), 1.0)
+
+
+def trained_windows(table: Table) -> None:
+    for plain in (nn.RNN, nn.LSTM):
+        a, b = pair(plain, 256)
+        x, k = torch.randn(1024, 1, 256), 32
+        shifted = shifted_products(a, x, k)
+
+        def theirs(a=a, shifted=shifted) -> None:
+            a.zero_grad()
+            shifted().sum().backward()
+
+        with use_plan(b, Windowed(k)):
+            name = f"{plain.__name__} Windowed(32) B=1 T=1024 H=256 forward+backward"
+            table.add(name, "k shifted GEMMs, eager gates", training(b, x), theirs, 1.3)
+
+
+def narrow(table: Table) -> None:
+    """bfloat16, and float32 weights under autocast."""
+    a, b = pair(nn.LSTM, 128)
+    x = torch.randn(200, 16, 128)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        table.add("LSTM Recurrent B=16 T=200 H=128 autocast", "nn.LSTM", lambda: b(x), lambda: a(x), 1.0)
+    a, b, x = a.bfloat16(), b.bfloat16(), x.bfloat16()
+    with torch.no_grad():
+        table.add("LSTM Recurrent B=16 T=200 H=128 bfloat16", "nn.LSTM", lambda: b(x), lambda: a(x), 1.0)
+    a, b = (m.bfloat16() for m in pair(nn.LSTM, 256))
+    x = torch.randn(8192, 1, 256).bfloat16()
+    with torch.no_grad(), use_plan(b, Chunked(256, 32)):
+        table.add(
+            "LSTM Chunked(256, 32) B=1 T=8192 H=256 bfloat16",
+            "overlap chunks, one batch through nn.LSTM",
+            lambda: b(x),
+            overlap_chunks(a, x, 256, 32),
+            1.2,
+        )
+
+
 def saved_bytes(table: Table) -> None:
     for plain in STABLE:
         found = []
@@ -211,9 +269,24 @@ def saved_bytes(table: Table) -> None:
         )
 
 
+PARTS = (
+    recurrent,
+    trained,
+    long_sequence,
+    windows,
+    trained_windows,
+    short_calls,
+    narrow,
+    single_step,
+    training_steps,
+    saved_bytes,
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--part", choices=[part.__name__ for part in PARTS], action="append", help="these alone")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
     parser.add_argument("--only", default="", metavar="WORD", help="cases that have it in their name, such as GRU")
     options = parser.parse_args()
@@ -223,8 +296,9 @@ def main() -> None:
         parser.error(str(error))
     torch.manual_seed(0)
     table = Table(options.seconds, log, options.only)
-    for part in (recurrent, long_sequence, windows, single_step, training_steps, saved_bytes):
-        part(table)
+    for part in PARTS:
+        if not options.part or part.__name__ in options.part:
+            part(table)
 
 
 if __name__ == "__main__":

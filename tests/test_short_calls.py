@@ -1,8 +1,11 @@
 """Calls that `auto` gives to torch's own recurrence or to one call a layer: which they are, and that they are the same function."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from stable_rnn import ForgetCap, StableLSTM, StableRNN, Windowed, _native, modules
 from stable_rnn.ops.recurrence import backends
@@ -22,6 +25,13 @@ def ran(monkeypatch):
     return found
 
 
+@contextmanager
+def use_backend(module, name):
+    module.backend = name
+    yield
+    module.backend = "auto"
+
+
 @compiled
 @pytest.mark.parametrize("options", [{}, dict(batch_first=True, bidirectional=True, num_layers=2), dict(bias=False)])
 @pytest.mark.parametrize("stability", [None, ForgetCap(0.55)], ids=str)
@@ -35,7 +45,8 @@ def test_one_step_of_a_stream(stability, options, ran):
         with torch.no_grad():
             y, (h, c) = ours(x, state)
         assert ran == ["step"] * layers
-        expected, (h_n, c_n) = ours(x, state)
+        with use_backend(ours, "cpu"):
+            expected, (h_n, c_n) = ours(x, state)
         assert ran.pop() == "stack"
         for left, right in ((y, expected), (h, h_n), (c, c_n)):
             assert left.shape == right.shape
@@ -50,10 +61,9 @@ def test_one_step_of_a_stream(stability, options, ran):
 def test_what_is_no_single_step(ran):
     """Gradients, other plans, lengths, projections and dropout go their way."""
     x = torch.randn(1, 2, 5)
-    plain = StableLSTM(5, 7, stability=None)
-    plain(x)
+    StableLSTM(5, 70, stability=None)(x)
     with torch.no_grad():
-        plain(x, lengths=torch.tensor([1, 0]))
+        StableLSTM(5, 7, stability=None)(x, lengths=torch.tensor([1, 0]))
         StableLSTM(5, 7, stability=None, plan=Windowed(3))(x)
         StableLSTM(5, 7, stability=None, proj_size=3)(x)
         StableLSTM(5, 7, 2, dropout=0.5, stability=None)(x)
@@ -64,7 +74,7 @@ def test_what_is_no_single_step(ran):
 @compiled
 @pytest.mark.parametrize("kind, plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM)])
 def test_a_few_steps(kind, plain, ran):
-    """An RNN's with and without gradients, an LSTM's without and for some rows; with torch's own results."""
+    """torch's own results, with and without gradients, and twice differentiable; not in forward mode, nor packed, nor with lengths."""
     ours = kind(5, 7, stability=None)
     theirs = plain(5, 7)
     theirs.load_state_dict(ours.state_dict())
@@ -81,8 +91,17 @@ def test_a_few_steps(kind, plain, ran):
                 torch.testing.assert_close(left, right)
         elif ran[-1] == "torch":
             assert torch.equal(y, expected)
-    assert ran == (["torch", "torch"] if kind is StableRNN else ["torch", "stack"])
+    found = []
+    for m in (ours, theirs.double()):
+        x2 = x.to(m.weight_hh_l0.dtype).requires_grad_()
+        (slope,) = torch.autograd.grad(m(x2)[0].square().sum(), x2, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), x2)[0].double())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert ran == ["torch"] * 3
     ran.clear()
+    with forward_ad.dual_level():
+        ours(forward_ad.make_dual(x, x))
+    assert ran.pop() == "stack"
     with torch.no_grad():
         ours(nn.utils.rnn.pack_padded_sequence(x, [4] * 8))
         ours(x, lengths=torch.full((8,), 4))
@@ -101,7 +120,8 @@ def test_the_rule(monkeypatch):
         assert not leave_to_torch(x, "lstm", None, 8, 64) and not leave_to_torch(narrow, "lstm", None, 8, 64)
         assert not leave_to_torch(x, "lstm", 1, 8, 64) and leave_to_torch(x, "lstm", 2, 8, 64)
         assert not leave_to_torch(x, "lstm", 2, 7, 64) and not leave_to_torch(x, "lstm", 9, 8, 64)
-    assert not leave_to_torch(narrow, "lstm", 100, 1, 64) and not leave_to_torch(x, "lstm", 2, 8, 64)
+    assert not leave_to_torch(narrow, "lstm", 8, 1, 64) and leave_to_torch(x, "lstm", 8, 1, 64)
+    assert not leave_to_torch(x, "lstm", 8, 1, 65) and not leave_to_torch(x, "lstm", 9, 1, 64)
     assert leave_to_torch(x, "rnn_relu", 1, 1000, 1000) and not leave_to_torch(x, "rnn_relu", 2, 1000, 1000)
     assert leave_to_torch(x.double(), "lstm", 100, 1, 64)
 

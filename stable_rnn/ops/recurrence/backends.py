@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ... import _native
 from .. import cuda_device
@@ -35,22 +36,24 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
 
 
 _MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["bfloat16"]
-SHORT, SMALL, FEW = 8, 1 << 13, 8  # steps; states of all steps but the first; rows
+SHORT, SMALL, FEW, NARROW = 8, 1 << 13, 8, 64  # steps; states of all steps but the first; rows; units
 
 
 def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: int) -> bool:
     """Whether `auto` gives a plain recurrence of so many steps (None: packed) to torch's own.
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
-    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM, but for a
-    single step, for small batches and where it is trained; and so does an LSTM of bfloat16 where the machine multiplies that, which our
+    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM: of more
+    than one step for batches, and trained of few units; and so does an LSTM of bfloat16 where the machine multiplies that, which our
     kernels widen (benchmarks/README.md)."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
-    if steps is None:
+    if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode
         return False
     if cell == "lstm":
-        if steps == 1 or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            return x.dtype is torch.float32 and steps <= SHORT and hidden <= NARROW
+        if steps == 1:
             return False
         return steps <= SHORT and batch >= FEW if x.dtype is torch.float32 else _MULTIPLIES_BFLOAT16
     loop = cell in ("rnn_tanh", "rnn_relu") and x.dtype is torch.float32
