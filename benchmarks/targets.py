@@ -1,6 +1,7 @@
 """Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] [--only WORD]`.
 
-Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster), of medians.
+Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster),
+of medians.
 """
 
 from __future__ import annotations
