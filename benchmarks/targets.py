@@ -1,4 +1,4 @@
-"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] [--only WORD]`.
+"""Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] ...`.
 
 Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster),
 of medians.
