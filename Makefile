@@ -75,7 +75,7 @@ wheel: .venv-wheel/installed
 	  else cp build/wheel/*.whl dist; fi
 	$(PYTHON) -m venv build/wheel/fresh
 	build/wheel/fresh/bin/pip install --quiet "$(TORCH)" pytest numpy dist/*.whl
-	cp -r tests build/wheel/tests
+	cp -r tests build/wheel/tests; touch build/wheel/pytest.ini   # the wheel is imported, not the sources above
 	cd build/wheel && fresh/bin/python -m pytest -q $(WHEEL_TESTS)
 
 sdist: .venv-wheel/installed

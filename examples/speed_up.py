@@ -29,7 +29,7 @@ with torch.inference_mode():
     stabilize(model)  # in place: same weights, same results
     model[0].plan = Verified()  # in chunks, their borders checked; where they disagree for long, as before
     after, fast = timed(model)
-    print(f"{slow * 1e3:.1f} ms, now {fast * 1e3:.1f} ms: {slow / fast:.1f} times as fast as nn.LSTM")
+    print(f"{slow * 1e3:.1f} ms, now {fast * 1e3:.1f} ms: {slow / fast:.2g} times as fast as nn.LSTM")
     print(f"largest difference {(after - before).abs().max():.1e}; {model[0].last_report}")
 
 assert torch.allclose(after, before, atol=1e-5)
