@@ -30,7 +30,7 @@ def addresses(fields: Iterable[Any]) -> list[Any]:
     return [0 if x is None else x if type(x) in _NUMBERS else x.data_ptr() or x.numel() and at(x) for x in fields]
 
 
-def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+def dense(*tensors: Tensor | None) -> list[Any]:
     """Row by row in memory, with the values that are read there (a negative view of torch's holds the others)."""
     return [None if t is None else t.resolve_neg().contiguous() for t in tensors]
 

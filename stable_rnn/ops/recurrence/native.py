@@ -132,7 +132,7 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
         product(d_hidden.T, h_prev, dw_hh)
         if d_bias is not None:
             d_bias += d_hidden.chunk(p.spec.gates, 1)[own_bias].sum(0)
-        if projected:
+        if dh is not None and m is not None and dw_hr is not None:
             product(dh.T, m, dw_hr)
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]

@@ -8,6 +8,7 @@ far: equal calls decide alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, log
 from typing import NamedTuple
@@ -179,7 +180,7 @@ def longer(choice: Choice, ledger: Ledger) -> Choice | None:
     return replace(choice, p=p._replace(stride=stride), why=DONE) if passes <= ledger.left(stride) else None
 
 
-def needed_warmup(jumps: list[float], lengths: list[int], tol: float) -> float:
+def needed_warmup(jumps: list[float], lengths: Sequence[int], tol: float) -> float:
     """The warm-up after which the state agrees to `tol`, from the largest differences after `lengths` (two, ascending): the first
     that did, or by the exponential through both."""
     for jump, length in zip(jumps, lengths):

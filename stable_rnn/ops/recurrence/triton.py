@@ -88,8 +88,8 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
 @cache
 def missing() -> str:
     """Why triton cannot be used, or nothing. Imports it."""
-    found = find_spec("triton")
-    if found is None or found.origin is None:  # a folder of that name is no package
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name is no package
         return "triton is not installed (pip install triton)"
     try:
         found = version()

@@ -157,7 +157,7 @@ class _Lanes:
             rows = sweep.rows_of(places) if p.on_output and not sweep.backward else None
             outputs = None if rows is None else sweep.out.y[rows].float()
             sweep.rerun(places, h.flatten(0, 1)[again], c.flatten(0, 1)[again] if c.numel() else None)
-            if rows is not None:
+            if outputs is not None:
                 quiet = _quiet(quiet, chosen, again, _change(outputs, sweep.out.y[rows].float()) <= p.tol)
             ledger.spent += price
             found.rerun += len(again)

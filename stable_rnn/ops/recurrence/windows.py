@@ -7,7 +7,9 @@ additions to one place at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: 
     windows = p.lanes() * batch
     width = 2 * xp.shape[1] + w_hh.shape[0] + 3 * w_hh.shape[1]  # xp, what is saved, dz; y, dy and the cells
     group = max(1, min(windows, WORKSPACE // (k * max(1, width))))
-    f32 = dict(dtype=torch.float32, device=device)
+    f32: dict[str, Any] = dict(dtype=torch.float32, device=device)
     dxp = torch.zeros(n + 1, xp.shape[1], **f32)  # the last row takes what belongs to no time
     totals = [None if w is None else torch.zeros(w.shape, **f32) for w in (w_hh, w_hr, hidden_bias)]
     from_start = min(k, p.steps)
@@ -42,18 +44,18 @@ def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: 
         steps = torch.where(t < length[b], t + 1 - begin, 0)  # of each window
         q = torch.arange(k, device=device)
         rows = torch.where(q < steps[:, None], first_row[b][:, None] + (begin[:, None] + q) * p.step, n)  # (windows, k)
-        some = lambda x, keep: None if x is None else torch.where(keep[:, None], x[b], 0)  # noqa: B023, E731
-        begins = [some(x, t < k) for x in (h0, c0)]
-        ends = [some(x, last) for x in (dh_n, dc_n)]
+        some: Callable = lambda x, keep: None if x is None else torch.where(keep[:, None], x[b], 0)  # noqa: B023, E731
+        h_begin, c_begin = (some(x, t < k) for x in (h0, c0))
+        dh_end, dc_end = (some(x, last) for x in (dh_n, dc_n))
         xs = _rows(xp, rows.flatten())
         dys = torch.zeros(len(ids), k, dy.shape[1], dtype=dy.dtype, device=device)
         at_end = (steps - 1).clamp(min=0)
         dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
         places = torch.arange(len(ids), device=device) * k
-        given = Inputs(xs, w_hh, w_hr, hidden_bias, *begins, places, steps)
+        given = Inputs(xs, w_hh, w_hr, hidden_bias, h_begin, c_begin, places, steps)
         out = backend.forward(given, local)
         kept = out.y, out.saved, out.cells
-        back = backend.backward(backward_inputs(dys.flatten(0, 1), *ends, *kept, given, local), local)
+        back = backend.backward(backward_inputs(dys.flatten(0, 1), dh_end, dc_end, *kept, given, local), local)
         dz = back.dz.view(len(ids), k, -1)
         for j in range(k):  # the steps that are j before a window's last: no two windows share their rows
             at = steps - 1 - j
@@ -62,16 +64,16 @@ def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: 
                 0, torch.where(at >= 0, here, n), dz[torch.arange(len(ids), device=device), at.clamp(min=0)].float()
             )
         for total, part in zip(totals, weight_gradients(Needs(), back, *kept, given, local)):
-            if total is not None:
+            if total is not None and part is not None:
                 total += part
         for total, part in ((dh0, back.dh0), (dc0, back.dc0)):
             if total is not None and first < early:
                 total[first : first + len(ids)] = part[: early - first]
-    dh0, dc0 = (None if x is None else x.view(from_start, batch, x.shape[1]).sum(0) for x in (dh0, dc0))
+    starts = [None if x is None else x.view(from_start, batch, x.shape[1]).sum(0) for x in (dh0, dc0)]
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
-        none = (lengths == 0)[:, None]
-        dh0, dc0 = (None if x is None else torch.where(none, end.float(), x) for x, end in ((dh0, dh_n), (dc0, dc_n)))
-    return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], *totals, dh0, dc0))
+        none, ends = (lengths == 0)[:, None], (dh_n, dc_n)
+        starts = [x if x is None or end is None else torch.where(none, end.float(), x) for x, end in zip(starts, ends)]
+    return tuple(None if x is None else x.to(xp.dtype) for x in (dxp[:n], *totals, *starts))
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
