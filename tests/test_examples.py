@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SIZES = {"speed_up": ["600"], "streaming": ["200"], "long_series": ["400", "3"], "train_certified": ["10"]}
+SIZES = {
+    "speed_up": ["600"],
+    "streaming": ["200"],
+    "long_series": ["400", "3"],
+    "train_certified": ["10"],
+    "train_cascade": ["--steps", "300", "--updates", "2"],
+}
 
 
 def run(*arguments, **variables):
