@@ -10,16 +10,17 @@ from stable_rnn import Recurrent, Verified, stabilize, use_plan
 from . import deer
 from .networks import Layer
 
-CHUNK, WARMUP, MOST, TOL = 256, 32, 64, 2e-6
+CHUNK, WARMUP, MOST, TOL = 256, 32, 16, 2e-6
+MOST_STEPS = 64  # passes of the single steps
 METHODS = ("none", "decay", "probes", "quasi-DEER")
 
 
 @torch.no_grad()
 def count(layer: Layer, method: str) -> int | None:
-    """Passes of a method until all borders (quasi-DEER: all states) agree to TOL; None: not within MOST."""
+    """Passes of a method until all borders (quasi-DEER: all states) agree to TOL; None: not within MOST (MOST_STEPS)."""
     if method == "quasi-DEER":
         with torch.enable_grad():
-            return deer.passes(layer.module, layer.x, TOL, MOST)
+            return deer.passes(layer.module, layer.x, TOL, MOST_STEPS)
     module = stabilized(layer)
     with use_plan(module, Verified(tol=TOL, chunk=CHUNK, warmup=WARMUP, max_passes=MOST, correct=method)):
         module(layer.x)
