@@ -19,7 +19,7 @@ optimizer = torch.optim.Adam([*lstm.parameters(), *readout.parameters()], lr=3e-
 x = torch.randn(options.steps, 1, 8)
 target = torch.cat([torch.zeros(3, 1, 8), x[:-3]])  # the input of three steps ago
 
-for update in range(options.updates):
+for _ in range(options.updates):
     loss = (readout(lstm(x)[0]) - target).square().mean()
     optimizer.zero_grad()
     loss.backward()
