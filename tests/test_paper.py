@@ -148,7 +148,7 @@ def test_configurations():
 
 
 @pytest.mark.parametrize(
-    "name", ["gru", "lstm/odd", "lstm/certified:rate=2", "rnn/forgetcap:.9", "tcn/certified", "lstm/certified:x", ""]
+    "name", ["qrnn", "lstm/odd", "lstm/certified:rate=2", "rnn/forgetcap:.9", "tcn/certified", "lstm/certified:x", ""]
 )
 def test_bad_configurations_are_one_line(name, root, capsys):
     assert main(["jsb", "--data", str(root), "--config", name]) == 2

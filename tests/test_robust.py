@@ -12,6 +12,7 @@ from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 from stable_rnn import (
+    Cascade,
     Certified,
     Chunked,
     ForgetCap,
@@ -152,6 +153,17 @@ def test_copies_after_a_checked_run():
     copy.deepcopy(m)
     m(x)
     assert pickle.loads(pickle.dumps(m)).last_report == m.last_report
+
+
+@pytest.mark.parametrize("cls", [StableRNN, StableGRU, StableLSTM])
+@pytest.mark.parametrize("stability", [Certified(), Cascade()], ids=repr)
+def test_made_on_meta(cls, stability):
+    """Modules whose values come later, in every set: what is computed of the set alone is computed on the CPU."""
+    with torch.device("meta"):
+        m = cls(4, 8, stability=stability)
+    m = m.to_empty(device="cpu")
+    m.reset_parameters()
+    assert m.certificate().rate < 1
 
 
 def test_meta_and_fake():

@@ -28,7 +28,7 @@ def depth(w: LayerWeights) -> int | None:
     if w.w_hr is not None:
         return None
     reads = (w.w_hh.unflatten(0, (-1, w.hidden)) != 0).any(0).double()  # (H, H)
-    rest, rounds = torch.ones(w.hidden, dtype=torch.float64), 0
+    rest, rounds = torch.ones(w.hidden, dtype=torch.float64, device="cpu"), 0
     while rest.any():
         after = rest * (reads @ rest > 0)  # those that read one of the rest
         if torch.equal(after, rest):
@@ -39,7 +39,7 @@ def depth(w: LayerWeights) -> int | None:
 
 def settled(needed: Callable[[Tensor], Tensor], units: int, rounds: int) -> Tensor | None:
     """v (units,) = max(1, needed(v)), which is found within so many rounds where no unit needs itself; None if it is too large a number."""
-    v = torch.ones(units, dtype=torch.float64)
+    v = torch.ones(units, dtype=torch.float64, device="cpu")
     for _ in range(rounds):
         v = needed(v).clamp(min=1.0)
     return v if torch.isfinite(v).all() else None
@@ -108,7 +108,7 @@ class Comparison:
 
     def _push(self, dc: float, dh: float) -> Tensor:
         others = len(self.box) - self.hidden
-        return torch.tensor([dc] * others + [dh] * self.hidden, dtype=torch.float64)
+        return torch.tensor([dc] * others + [dh] * self.hidden, dtype=torch.float64, device="cpu")
 
     def _errors(self, a: Tensor) -> Errors:
         h = a[-self.hidden :]

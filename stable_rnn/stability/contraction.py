@@ -139,7 +139,7 @@ def exceeds(matrix: Tensor, bound: float) -> bool:
 
 
 def _start(matrix: Tensor) -> Tensor:
-    return 1 + (torch.arange(matrix.shape[1]) % 7).float() / 10
+    return 1 + (torch.arange(matrix.shape[1], device=matrix.device) % 7).float() / 10
 
 
 def _power(a: Tensor, x: Tensor) -> tuple[float, Tensor]:

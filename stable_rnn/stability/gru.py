@@ -55,10 +55,11 @@ class Gru(CellStability):
         )  # z moves h - n <= 2 by a quarter of its error, r and m each n by no more than theirs
 
     def check(self, limits: Limits) -> None:
-        z = torch.tensor([limits.forget], dtype=torch.float64)
+        with torch.device("cpu"):  # whatever device the module is made on
+            alpha = float(_alpha(torch.tensor([limits.forget], dtype=torch.float64), ZETA))
         if limits.norm == "inf" and not limits.forget < limits.rate:
             raise ValueError(f"Certified: forget must be below the rate {limits.rate}, got {limits.forget}")
-        if limits.norm != "inf" and not float(_alpha(z, ZETA)) < limits.rate**2:
+        if limits.norm != "inf" and not alpha < limits.rate**2:
             raise ValueError(
                 f"Certified: at the rate {limits.rate} a GRU's update gate needs a lower bound than forget={limits.forget}"
                 f"{'' if limits.clamp else ', with clamp=True'}"
@@ -109,11 +110,11 @@ class GruBounds:
 def gru_bounds(w: LayerWeights, drive: Drive, cap: float) -> GruBounds:
     """h is a convex combination of 0 and of all n so far, so each bound of |n| is one of |h|; from |h| <= 1, each round is valid for all
     times."""
-    b_hn = torch.zeros(w.hidden, dtype=torch.float64) if w.bias_hh is None else w.bias_hh.chunk(3)[2]
+    b_hn = torch.zeros(w.hidden, dtype=torch.float64, device="cpu") if w.bias_hh is None else w.bias_hh.chunk(3)[2]
     low, high = drive.low.chunk(3)[2] - b_hn, drive.high.chunk(3)[2] - b_hn  # W_in x + b_in alone
     alone = torch.maximum(-low, high)
     alone = alone + (alone + 2 * b_hn.abs()) * 2.0**-50
-    h = torch.ones(w.hidden, dtype=torch.float64)
+    h = torch.ones(w.hidden, dtype=torch.float64, device="cpu")
     for _ in range(ROUNDS):
         of_r, of_z, of_n = times(w.abs_hh, h).chunk(3)
         m = up(of_n + b_hn.abs(), 2)
