@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lane_cases import DEVICE
-from test_cascade import check
+from test_cascade_runs import check
 from test_recurrence import CELLS
 
 from stable_rnn.ops.recurrence import triton
