@@ -80,8 +80,9 @@ def test_lanes_end_where_their_rows_do(cell, backend):
         c0=None if kept.c0 is None else before(out.cells, kept.c0),
     )
     adjoint_ends = module.adjoint_ends(kept._replace(**of_rows, dh_n=None, dc_n=None), rows, *starts)
-    exact = dict(rtol=0, atol=0) if module is not reference else dict(rtol=1e-5, atol=1e-5)  # torch's products
-    # a row's own c before its time 0 is stored in 16 bits
+    # torch's products sum in an order that depends on the number of rows: some float32 roundings, 1e-7 each, over a lane's steps
+    exact = dict(rtol=0, atol=0) if module is not reference else dict(rtol=1e-5, atol=1e-5)
+    # a row's own c before its time 0 is stored in bfloat16, of 8 bits: a unit and a half, relative, and the same of values near 0.25
     close = exact if dtype != torch.bfloat16 else dict(rtol=2**-7, atol=2**-9)
     for found, want, start in (
         (ends[0], out.h_end, out.h_start),
@@ -127,6 +128,7 @@ def test_decay_is_the_derivative_of_an_end_by_its_start(cell, backend):
 
     moved = torch.func.jacrev(end)(state)  # (H, lanes, H): of the sum over lanes
     exact = moved.diagonal(dim1=0, dim2=2)
+    # float64: the same products in another order
     torch.testing.assert_close(out.decay, exact, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(back.decay, exact, rtol=1e-12, atol=1e-12)
 
