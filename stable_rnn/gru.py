@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .common import autocast_dtype
 from .modules import OneStateBase
-from .plans import Plan, Recurrent
+from .plans import PlanLike, Recurrent
 from .stability import Certified, Stability
 
 
@@ -44,7 +44,7 @@ class StableGRU(OneStateBase):
         dtype: Any = None,
         *,
         stability: Stability | None = Certified(),
-        plan: Plan = Recurrent(),
+        plan: PlanLike = Recurrent(),
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernel_args import DTYPES, TF32, dense, rows_like
 from .fields import BACKWARD, FORWARD, Fields
-from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem
+from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedInputs
 
 __all__ = ["DTYPES", "TF32", "Kernels", "lanes", "shared"]
 
@@ -19,16 +19,15 @@ def shared(
     struct: Fields,
     p: Problem,
     dtype: int,
-    w_hh: Tensor,
+    tensors: Inputs | BackwardInputs | WindowedInputs,
     batch: int,
-    base: Tensor | None,
-    lengths: Tensor | None,
     ids: Tensor | None = None,
 ) -> Fields:
-    """A struct's fields, of which those that every struct begins with have values."""
-    (columns, out), cell = w_hh.shape, p.spec
+    """A struct's fields, with the values of those that every struct begins with, and of the op's tensors, which have the same names."""
+    (columns, out), cell = tensors.w_hh.shape, p.spec
     return {
         **struct,
+        **{name: t for name, t in tensors._asdict().items() if name in struct},
         "cell": cell.code,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
@@ -40,8 +39,7 @@ def shared(
         "step": p.step,
         "stride": p.stride,
         "warmup": p.warmup,
-        "base": base,
-        "length": lengths,
+        "length": tensors.lengths,
         "select": ids,
         "n_select": 0 if ids is None else len(ids),
     }
@@ -91,8 +89,9 @@ class Kernels:
         out: Output | None = None,
     ) -> Output:
         """As `reference.forward`; `out` is written in place."""
-        xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, h_init, c_init = dense(*inputs, h_init, c_init)
-        n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], w_hh.shape, p.spec
+        given = Inputs._make(dense(*inputs))
+        xp, h0, c0, lengths = given.xp, given.h0, given.c0, given.lengths
+        n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], given.w_hh.shape, p.spec
         hidden = columns // cell.gates
         if out is None:
             empty = xp.new_empty(0)
@@ -105,21 +104,12 @@ class Kernels:
                 saved,
                 cells,
                 rows_like(h0),
-                rows_like(c0) if cell.has_cell else empty,
+                rows_like(c0) if cell.has_cell and c0 is not None else empty,
                 *ends,
             )
-        fields = shared(FORWARD, p, self.dtype(xp), w_hh, batch, base, lengths, ids)
-        fields.update(
-            zip(out._fields, out),
-            xp=xp,
-            w_hh=w_hh,
-            w_hr=w_hr,
-            hidden_bias=hidden_bias,
-            h0=h0,
-            c0=c0,
-            h_init=h_init,
-            c_init=c_init,
-        )
+        h_init, c_init = dense(h_init, c_init)
+        fields = shared(FORWARD, p, self.dtype(xp), given, batch, ids)
+        fields.update(zip(out._fields, out), h_init=h_init, c_init=c_init)
         kernel, values, _held = self.call(False, fields)
         kernel(*values)
         return out
@@ -135,10 +125,9 @@ class Kernels:
         out: Adjoint | None = None,
     ) -> Adjoint:
         """As `reference.backward`; `out` is written in place."""
-        dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, dh_init, dc_init = dense(
-            *inputs, dh_init, dc_init
-        )
-        n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], w_hh.shape, p.spec
+        given = BackwardInputs._make(dense(*inputs))
+        y, dh_n, c0, w_hr, lengths = given.y, given.dh_n, given.c0, given.w_hr, given.lengths
+        n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], given.w_hh.shape, p.spec
         hidden = columns // cell.gates
         if out is None:
             empty = y.new_empty(0)
@@ -148,44 +137,23 @@ class Kernels:
                 make(y, padded, n, columns),
                 empty if w_hr is None else make(y, padded, n, width),
                 rows_like(dh_n),
-                rows_like(c0) if cell.has_cell else empty,
+                rows_like(c0) if cell.has_cell and c0 is not None else empty,
                 *ends,
             )
-        fields = shared(BACKWARD, p, self.dtype(dy), w_hh, batch, base, lengths, ids)
-        fields.update(
-            zip(out._fields, out),
-            dy=dy,
-            y=y,
-            saved=saved,
-            cells=cells,
-            w_hh=w_hh,
-            w_hr=w_hr,
-            h0=h0,
-            c0=c0,
-            dh_n=dh_n,
-            dc_n=dc_n,
-            dh_init=dh_init,
-            dc_init=dc_init,
-        )
+        dh_init, dc_init = dense(dh_init, dc_init)
+        fields = shared(BACKWARD, p, self.dtype(y), given, batch, ids)
+        fields.update(zip(out._fields, out), dh_init=dh_init, dc_init=dc_init)
         kernel, values, _held = self.call(True, fields)
         kernel(*values)
         return out
 
     def ends(self, inputs: Inputs, p: Problem, h_init: Tensor, c_init: Tensor | None) -> tuple[Tensor, Tensor]:
         """As `reference.ends`."""
-        xp, w_hh, w_hr, hidden_bias, _, _, base, lengths, h_init, c_init = dense(*inputs, h_init, c_init)
-        fields = shared(FORWARD, p.whole(), self.dtype(xp), w_hh, len(h_init), base, lengths)
+        given = Inputs._make(dense(*inputs))
+        h_init, c_init = dense(h_init, c_init)
         h_end, c_end = _ends(h_init, c_init)
-        fields.update(
-            xp=xp,
-            w_hh=w_hh,
-            w_hr=w_hr,
-            hidden_bias=hidden_bias,
-            h_init=h_init,
-            c_init=c_init,
-            h_end=h_end,
-            c_end=c_end,
-        )
+        fields = shared(FORWARD, p.whole(), self.dtype(given.xp), given, len(h_init))
+        fields.update(h0=None, c0=None, h_init=h_init, c_init=c_init, h_end=h_end, c_end=c_end)
         kernel, values, _held = self.call(False, fields)
         kernel(*values)
         return h_end, c_end
@@ -194,25 +162,11 @@ class Kernels:
         self, inputs: BackwardInputs, p: Problem, dh_init: Tensor, dc_init: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """As `reference.adjoint_ends`."""
-        dy, _, _, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, dh_init, dc_init = dense(
-            *inputs, dh_init, dc_init
-        )
-        fields = shared(BACKWARD, p.whole(), self.dtype(y), w_hh, len(dh_init), base, lengths)
+        given = BackwardInputs._make(dense(*inputs))
+        dh_init, dc_init = dense(dh_init, dc_init)
         dh_end, dc_end = _ends(dh_init, dc_init)
-        fields.update(
-            dy=dy,
-            y=y,
-            saved=saved,
-            cells=cells,
-            w_hh=w_hh,
-            w_hr=w_hr,
-            h0=h0,
-            c0=c0,
-            dh_init=dh_init,
-            dc_init=dc_init,
-            dh_end=dh_end,
-            dc_end=dc_end,
-        )
+        fields = shared(BACKWARD, p.whole(), self.dtype(given.y), given, len(dh_init))
+        fields.update(dh_n=None, dc_n=None, dh_init=dh_init, dc_init=dc_init, dh_end=dh_end, dc_end=dc_end)
         kernel, values, _held = self.call(True, fields)
         kernel(*values)
         return dh_end, dc_end

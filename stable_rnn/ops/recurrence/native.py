@@ -88,7 +88,8 @@ def scanned_backward(inputs: BackwardInputs, p: Problem, groups: tuple[int, ...]
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
-    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = dense(*inputs)
+    given = WindowedInputs._make(dense(*inputs))
+    _, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, _, lengths = given
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
     hidden = w_hh.shape[0] // p.spec.gates
     made = partial(_make, xp, True, dtype=torch.float32)
@@ -106,19 +107,10 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         d_hidden = projected.pop() if own_bias is not None else dz
         dh, m = projected or (None, None)
-        fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], w_hh, batch, base, lengths)
+        fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], given, batch)
         fields.update(
             first=first,
             last=last,
-            xp=xp,
-            w_hh=w_hh,
-            w_hr=w_hr,
-            h0=h0,
-            c0=c0,
-            dy=dy,
-            dh_n=dh_n,
-            dc_n=dc_n,
-            hidden_bias=hidden_bias,
             dz=dz,
             d_hidden=None if own_bias is None else d_hidden,
             h_prev=h_prev,
@@ -130,14 +122,14 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
         )
         _native.lib.recurrence_windowed_backward(*addresses(fields.values()))
         product(d_hidden.T, h_prev, dw_hh)
-        if d_bias is not None:
+        if d_bias is not None and own_bias is not None:
             d_bias += d_hidden.chunk(p.spec.gates, 1)[own_bias].sum(0)
         if dh is not None and m is not None and dw_hr is not None:
             product(dh.T, m, dw_hr)
     if lengths is not None:  # empty sequences: dh0 = dh_n, dc0 = dc_n
         none = (lengths == 0)[:, None]
         dh0 = torch.where(none, dh_n.float(), dh0)
-        dc0 = dc0 if c0 is None else torch.where(none, dc_n.float(), dc0)
+        dc0 = dc0 if dc_n is None else torch.where(none, dc_n.float(), dc0)
     found = (dxp, dw_hh, dw_hr, d_bias, dh0, None if c0 is None else dc0)
     return tuple(None if t is None else t.to(xp.dtype) for t in found)
 
