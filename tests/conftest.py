@@ -20,7 +20,8 @@ CHECK = (
     "test_triton_compiled_scan",
     "test_triton_compiled_spectral",  # builds
     "test_paper",
-    "test_speed",  # benchmarks
+    "test_speed",
+    "test_gpu_check",  # benchmarks
     "test_sharded",  # processes
     "test_docs",
     "test_examples",

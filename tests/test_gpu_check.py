@@ -1,0 +1,83 @@
+"""The check on a GPU, as far as it goes without one."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the suite belongs to the repository, not to the package
+from benchmarks import gpu_report, gpu_table, gpu_targets, jsonl  # noqa: E402
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_says_that_there_is_no_gpu():
+    python = os.environ | {"PYTHON": sys.executable}
+    run = subprocess.run(["bash", ROOT / "benchmarks/gpu_check.sh"], env=python, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert (
+        run.stderr.startswith("gpu_check: no GPU (")
+        and f"torch {torch.__version__}" in run.stderr
+        and run.stderr.count("\n") == 1
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_targets_say_that_there_is_no_gpu(tmp_path, capsys):
+    assert gpu_targets.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "benchmarks.gpu_targets: no GPU: torch finds no usable one here\n"
+
+
+def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
+    def breaks(table):
+        raise RuntimeError("a launch failed")
+
+    monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
+    parts = [word for name in ("windows", "stacks", "projections", "others") for word in ("--only", name)]
+    assert (
+        gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1
+    )  # a part broke, the others ran
+    about, rows = jsonl.read(tmp_path / "gpu_targets.jsonl")
+    assert about["finished"] and about["rehearsal"] and [row["case"] for row in rows if row["wrong"]] == ["others"]
+    measured = [row for row in rows if not row["wrong"]]
+    assert len(measured) >= 14 and all((row.get("ratio") or row.get("value")) > 0 for row in measured)
+    for row in measured:
+        assert row["met"] is (None if row["target"] is None else met(row))
+        assert row["tolerance"] is None or row["error"] <= row["tolerance"]
+    assert "A rehearsal" in (tmp_path / "gpu_targets.md").read_text()
+
+
+def met(row):
+    return row["value"] <= row["target"] if row.get("most") else (row.get("ratio") or row["value"]) >= row["target"]
+
+
+def test_a_wrong_row_of_the_targets_gets_no_ratio():
+    table = gpu_table.Table(argparse.Namespace(rehearse=True, seconds=0.01), jsonl.Log(None))
+    right = {"name": "a", "seconds": {"median": 1.0}, "wrong": None, "error_of_function": 0.0, "tolerance": 1.0}
+    assert table.versus("x", right, right | {"name": "b", "seconds": {"median": 3.0}}, 2.0)["met"] is True
+    for ours, theirs in ((right | {"wrong": "output error"}, right), (right, right | {"wrong": "output error"})):
+        row = table.versus("x", ours, theirs, 0.0)
+        assert row["ratio"] is None and row["met"] is None and "output error" in row["wrong"]
+    assert table.versus("x", None, right, 1.0)["note"] == "not measured: no contestant"
+
+
+def test_report_of_the_check(tmp_path):
+    (tmp_path / "stages.tsv").write_text(
+        "build\t0\t12\t170\ntests\t124\t100\t100\nspeed\tskipped\t0\t0\nloads\t3\t1\t30\n"
+    )
+    (tmp_path / "tests.log").write_text("x" * 5000 + "the end")
+    jsonl.Log(tmp_path / "targets" / "gpu_targets.jsonl").add({"case": "a"}, {"case": "b"}, finished=True)
+    out = tmp_path / "out"
+    assert gpu_report.main(tmp_path, out, "abc") == 0
+    (file,) = out.glob("*.jsonl")
+    about, rows = jsonl.read(file)
+    stages = [row for row in rows if row["part"] == "stages"]
+    assert [s["status"] for s in stages] == ["passed", "stopped after 100 s", "no time left", "failed, exit status 3"]
+    assert about["environment"]["commit"] == "abc" and about["targets"] == {"finished": True} and "speed" not in about
+    assert [row["case"] for row in rows if row["part"] == "targets"] == ["a", "b"]
+    assert stages[1]["log_tail"].endswith("the end") and len(stages[1]["log_tail"]) == gpu_report.TAIL
+    assert "| tests | stopped after 100 s | 100 |" in file.with_suffix(".md").read_text()
