@@ -61,7 +61,7 @@ def test_corrections_follow_the_cell(cell, asked, found):
 
 def test_a_clamped_gate_needs_no_trial():
     choice = choose(problem(8192, 1, cap=0.9), 1, 4 * 128 * 128, "cpu")
-    assert choice.p.warmup == 125 and not choice.measure  # ln(2e-6) / ln(0.9) = 124.5
+    assert choice.p.warmup == 147 and not choice.measure  # ln(2e-6 / 10) / ln(0.9) = 146.4
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ NEARLY = 1.15  # costs that make no difference
 TRIED = 0.5  # of what a call may lose, for the trial
 WARMUP = 32  # steps, where nothing is known
 LONGEST_WARMUP = 1024
+MARGIN = 10  # for cells larger than 1, and gates that only reach the clamp: a lane that just misses `tol` costs a pass
 TRIAL = (16, 32, 64)  # steps after which a trial compares states
 LONGER = 4  # times as long are the chunks that are tried before giving up
 
@@ -118,7 +119,7 @@ def choose(p: Problem, batch: int, weights: int, device: str) -> Choice:
     known = p.warmup != AUTO or p.cap < 1 and p.tol > 0
     warmup = p.warmup if p.warmup != AUTO else WARMUP
     if p.warmup == AUTO and known:  # what a clamped forget gate needs to forget
-        warmup = min(256, max(WARMUP, ceil(log(p.tol) / log(p.cap))))
+        warmup = min(256, max(WARMUP, ceil(log(p.tol / MARGIN) / log(p.cap))))
     warmup, free = min(warmup, p.steps), p.stride != AUTO
     chunk = min(p.stride if free else costs.chunk(warmup), max(p.steps, 1))
     forgets = p.spec.forgets is not None
