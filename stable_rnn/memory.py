@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from . import layout, plans
+from . import layout
 from ._numbers import to_int
 from .cells import MODES, Cell
 from .ops.recurrence import run
 from .ops.recurrence.function import project
 from .ops.recurrence.problem import Inputs, Problem
 from .ops.recurrence.reference import arithmetic
-from .plans import Chunked, Plan, Recurrent, Verified, Windowed, written
+from .plans import Chunked, Plan, Recurrent, Scanned, Verified, Windowed, written
 from .stability.comparison import depth
 from .stability.weights import LayerWeights, layer_names, on_cpu, read_module
 from .validate import describe
@@ -31,14 +31,10 @@ LEAST_STARTS, MOST_STARTS, RUNS = 3, 8, 64  # of each sequence, and about how ma
 WORKSPACE = 2**24  # numbers of the input projection that runs copy at a time
 TANGENTS, TANGENT_STEPS = 32, 256  # side by side, and how many steps each goes
 KEPT = 1e-3  # a cell is slow where the product of its forget gates over a chunk exceeds this
-SHORT, FEWER, SMALL = (
-    128,
-    16,
-    8,
-)  # steps that are not worth cutting; T / k from which cutting pays; k that windows are for
-GROWING = (
-    0.01  # an exponent from which differences grow: the measured ones of perfect integrators are 0, within their spread
-)
+# steps that are not worth cutting; T / k from which cutting pays; k that windows are for
+SHORT, FEWER, SMALL = 128, 16, 8
+# an exponent from which differences grow: the measured ones of perfect integrators are 0, within their spread
+GROWING = 0.01
 SHOWN = 16  # slow cells that are listed
 
 
@@ -156,9 +152,9 @@ def memory(
 def advise(layers: list[LayerMemory], steps: int, scannable: bool = False) -> tuple[Plan, str]:
     """The plan for a module with such layers, and the reason. `scannable`: the layers are cascades in the order of their units."""
     groups = [layer.groups for layer in layers if layer.groups is not None]
-    if scannable and hasattr(plans, "Scanned") and FEWER * max(groups) <= steps:
+    if scannable and FEWER * max(groups) <= steps:
         many = f"{max(groups)} group" + "s" * (max(groups) > 1)
-        return plans.Scanned(), f"the weights are a cascade of {many}: all times at once, however long it remembers"
+        return Scanned(), f"the weights are a cascade of {many}: all times at once, however long it remembers"
     if steps < SHORT:
         return Recurrent(), f"{steps} steps are too few to gain by cutting them"
     after, longest = max((layer.outputs[TOLERANCES[-1]] or math.inf, layer.name) for layer in layers)

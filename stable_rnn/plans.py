@@ -117,7 +117,7 @@ class Verified(Plan):
     chunk       steps; None: chosen by what a pass costs on the device, and the plain recurrence where no choice is worth it. A given chunk
                 is run as told, up to `max_passes` or until the passes are as deep as the plain recurrence
     warmup      steps that a chunk runs before its first, from a zero state; None: found by a trial, or 32, or what a clamped forget gate
-                needs to forget down to `tol`
+                needs to forget down to a tenth of `tol`
     max_passes  of each chunk
     correct     what a change of a chunk's start is taken to do to its end: "none" nothing; "decay" the product of the forget gates on
                 each unit; "probes" what moving each slow unit by itself was seen to do (more chunks, worth it on GPUs only); "auto" decay,

@@ -15,12 +15,11 @@ from rich.console import Console
 from torch import nn
 
 import stable_rnn
-from stable_rnn import Chunked, Recurrent, StableLSTM, Verified, Windowed
+from stable_rnn import Chunked, Recurrent, Scanned, StableLSTM, Verified, Windowed
 from stable_rnn._errors import UserError
 from stable_rnn.cli import main
 from stable_rnn.demo import compare, data, parse_plan, picture, progress, report, train
 
-SCANS = hasattr(stable_rnn, "Scanned")  # then cascades have one more way
 TEXT = "it was the best of times, it was the worst of times;\n" * 400
 
 
@@ -56,7 +55,8 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
         "verified",
         "--plan",
         "chunked:64,16",
-        *["--plan", "scanned"] * SCANS,
+        "--plan",
+        "scanned",
     ]
     run = subprocess.run(
         command,
@@ -73,11 +73,11 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     assert (
         all(
             f"train {name}: 3 steps" in lines
-            and f"run {name}: {(25 + 5 * SCANS) if name == 'Cascade()' else 25} turns" in lines
+            and f"run {name}: {30 if name == 'Cascade()' else 25} turns" in lines
             and f"windows of {name}: 9 windows" in lines
             for name in train.LAYERS
         )
-        and f"speed of Cascade(): {125 + 25 * SCANS} turns" in lines
+        and "speed of Cascade(): 150 turns" in lines
     )
 
     found = json.loads((out / "demo.json").read_text())
@@ -86,7 +86,7 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     for name, model in found["models"].items():
         assert name in run.stdout and 0 < model["bits_per_character"] < 10
         ways = {way["way"]: way for way in model["ways"]}
-        scanned = ["Scanned()"] * (SCANS and name == "Cascade()")
+        scanned = ["Scanned()"] * (name == "Cascade()")
         assert list(ways)[2:] == ["Windowed(4)", "Verified()", "Chunked(64, 16)", *scanned]
         assert all(
             0 < way["seconds"]["low"] <= way["seconds"]["median"] <= way["seconds"]["high"] for way in ways.values()
@@ -99,8 +99,7 @@ def test_small_demo_writes_a_picture_and_numbers(text, tmp_path):
     for name in ("Certified()", "Cascade()"):
         certified = found["models"][name]
         assert certified["certificate"]["stable"] and certified["windows"][-1]["bound"] is not None
-    if SCANS:
-        assert {way["way"]: way for way in found["models"]["Cascade()"]["ways"]}["Scanned()"]["error"] < 1e-5
+    assert {way["way"]: way for way in found["models"]["Cascade()"]["ways"]}["Scanned()"]["error"] < 1e-5
     assert all(len(seconds) == len(found["speed"]["lengths"]) for seconds in found["speed"]["seconds"].values())
 
 
@@ -242,9 +241,6 @@ def test_passes_of_verified_runs_are_told():
 
 
 def test_a_cascade_alone_is_scanned():
-    class Scanned(Recurrent):
-        pass
-
     plain, cascade = train.LAYERS["Certified()"](3, 8), train.LAYERS["Cascade()"](3, 8)
     names = [[way.name for way in compare.ways(layer, [Verified(), Scanned()])] for layer in (plain, cascade)]
     assert names[1] == [*names[0], "Scanned()"] and names[0][-1] == "Verified()"

@@ -11,9 +11,19 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import stable_rnn
-from stable_rnn import Cascade, Chunked, ForgetCap, Recurrent, StableLSTM, StableRNN, Verified, Windowed, memory
+from stable_rnn import (
+    Cascade,
+    Chunked,
+    ForgetCap,
+    Recurrent,
+    Scanned,
+    StableLSTM,
+    StableRNN,
+    Verified,
+    Windowed,
+    memory,
+)
 from stable_rnn.cells import MODES
-from stable_rnn.plans import written
 
 PARTS = sys.modules["stable_rnn.memory"]
 LayerMemory, advise = PARTS.LayerMemory, PARTS.advise
@@ -86,11 +96,7 @@ def test_a_nilpotent_rnn_remembers_exactly_k_steps(k):
     (layer,) = found.layers
     assert layer.outputs == layer.states == {1e-3: k, 1e-6: k}
     assert layer.exponent == -math.inf and layer.groups == k
-    assert (
-        written(found.plan) == "Scanned()"
-        if hasattr(stable_rnn, "Scanned")
-        else isinstance(found.plan, (Windowed, Chunked))
-    )
+    assert found.plan == Scanned()
 
 
 def test_a_chaotic_rnn_never_agrees():
@@ -248,7 +254,6 @@ def test_advice(layers, steps, plan, why):
     assert found == plan and re.search(why, reason)
 
 
-@pytest.mark.skipif(not hasattr(stable_rnn, "Scanned"), reason="no plan Scanned")
 def test_cascades_in_the_order_of_their_units_are_scanned():
     module, x = StableLSTM(3, 16, 2, stability=Cascade(4)), torch.randn(300, 1, 3)
     found = memory(module, x)

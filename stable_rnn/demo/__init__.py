@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from rich.console import Console
 
-from .. import Chunked, Recurrent, Verified, Windowed, plans
+from .. import Chunked, Recurrent, Scanned, Verified, Windowed
 from .._errors import UserError, printable
 from ..plans import Plan
 from . import data, report
@@ -17,16 +17,14 @@ from .compare import Result, Speed, run_text, speed, worthwhile
 from .progress import Schedule
 from .train import LAYERS, rehearsal, train_model
 
-PLANS: list[Plan] = [Recurrent(), Windowed(32), Chunked(256, 32), Verified()]
+PLANS: list[Plan] = [Recurrent(), Windowed(32), Chunked(256, 32), Verified(), Scanned()]
 FORMS: dict[str, tuple[type[Plan], tuple[type, ...]]] = {
     "recurrent": (Recurrent, ()),
     "windowed": (Windowed, (int,)),
     "chunked": (Chunked, (int, int)),
     "verified": (Verified, (float,)),
+    "scanned": (Scanned, ()),
 }
-if hasattr(plans, "Scanned"):
-    PLANS.append(plans.Scanned())
-    FORMS["scanned"] = plans.Scanned, ()
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -97,6 +95,6 @@ def parse_plan(text: str) -> Plan:
     except ValueError as error:
         why = str(error) or "wrong numbers"
     raise UserError(
-        f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified, verified:TOL"
-        + " and scanned" * ("scanned" in FORMS)
+        f"--plan {printable(text)}: {why}; allowed are recurrent, windowed:K, chunked:CHUNK,WARMUP, verified, "
+        "verified:TOL and scanned"
     )

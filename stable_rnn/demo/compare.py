@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import Cascade, Chunked, Recurrent, StableLSTM, Verified, Windowed, use_plan
+from .. import Cascade, Chunked, Recurrent, Scanned, StableLSTM, Verified, Windowed, use_plan
 from ..plans import Plan, written
 from ..stability import Certificate
 from .progress import Part, Schedule
@@ -141,7 +141,7 @@ def ways(layer: StableLSTM, plans: list[Plan]) -> list[Way]:
 
 def fits(plan: Plan, layer: StableLSTM) -> bool:
     """`Scanned()` is for cascades."""
-    return written(plan) != "Scanned()" or isinstance(layer.stability, Cascade)
+    return not isinstance(plan, Scanned) or isinstance(layer.stability, Cascade)
 
 
 def under(layer: StableLSTM, x: Tensor, plan: Plan) -> Tensor:
