@@ -1,6 +1,6 @@
 """Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] ...`.
 
-Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster),
+Float32 but for `bfloat16`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster),
 of medians.
 """
 
@@ -224,8 +224,8 @@ def trained_windows(table: Table) -> None:
             table.add(name, "k shifted GEMMs, eager gates", training(b, x), theirs, 1.3)
 
 
-def narrow(table: Table) -> None:
-    """bfloat16, and float32 weights under autocast."""
+def bfloat16(table: Table) -> None:
+    """Tensors of bfloat16, float32 under autocast, and float32 whose state weights torch's switch rounds."""
     a, b = pair(nn.LSTM, 128)
     x = torch.randn(200, 16, 128)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -243,6 +243,16 @@ def narrow(table: Table) -> None:
             overlap_chunks(a, x, 256, 32),
             1.2,
         )
+    before = torch.get_float32_matmul_precision()
+    for size in (512, 1024):
+        a, b = pair(nn.LSTM, size)
+        x = torch.randn(2048, 1, size)
+        with torch.no_grad():
+            table.add(f"LSTM Recurrent B=1 T=2048 H={size} float32", "nn.LSTM", lambda: b(x), lambda: a(x), None)  # noqa: B023
+            torch.set_float32_matmul_precision("medium")
+            case = f"LSTM Recurrent B=1 T=2048 H={size} float32, weights rounded to bfloat16"
+            table.add(case, "nn.LSTM", lambda: b(x), lambda: a(x), 2.0)  # noqa: B023
+            torch.set_float32_matmul_precision(before)
 
 
 def saved_bytes(table: Table) -> None:
@@ -277,7 +287,7 @@ PARTS = (
     windows,
     trained_windows,
     short_calls,
-    narrow,
+    bfloat16,
     single_step,
     training_steps,
     saved_bytes,

@@ -1,4 +1,4 @@
-"""How products of float32 are rounded on GPUs, as torch's and Triton's switches say."""
+"""How products of float32 are rounded, as torch's and Triton's switches say."""
 
 from __future__ import annotations
 
@@ -22,8 +22,19 @@ def tf32x3_asked() -> bool:
     return os.environ.get("TRITON_F32_DEFAULT") == "tf32x3"
 
 
+def bfloat16_weights_allowed() -> bool:
+    """Whether float32 recurrences on the CPU may round their state weights to bfloat16: torch's switch for recurrences there says so
+    (`torch.backends.mkldnn.rnn.fp32_precision = "bf16"`) or, where it says nothing, that for matrix products
+    (`torch.set_float32_matmul_precision("medium")`)."""
+    recurrences = getattr(torch.backends.mkldnn, "rnn", None)  # torch 2.9
+    if recurrences is None:
+        return torch.get_float32_matmul_precision() == "medium"
+    asked = recurrences.fp32_precision
+    return (torch.backends.mkldnn.matmul.fp32_precision if asked == "none" else asked) == "bf16"
+
+
 def products_eps() -> float:
-    """The relative rounding error of float32 products, at most."""
+    """The relative rounding error of float32 products on GPUs, at most."""
     return TF32_EPS if tf32_allowed() else TF32X3_EPS if tf32x3_asked() else torch.finfo(torch.float32).eps
 
 

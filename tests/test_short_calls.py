@@ -113,9 +113,9 @@ def test_a_few_steps(kind, plain, ran):
 def test_the_rule(monkeypatch):
     x, narrow = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
     with torch.no_grad():
-        for multiplies in (False, True):
-            monkeypatch.setattr(backends, "_MULTIPLIES_BFLOAT16", multiplies)
-            assert leave_to_torch(narrow, "lstm", 100, 1, 64) is multiplies
+        for tiles in (False, True):
+            monkeypatch.setattr(backends, "_TILES_OF_BFLOAT16", tiles)
+            assert leave_to_torch(narrow, "lstm", 100, 1, 64) is tiles
             assert not leave_to_torch(narrow, "rnn_tanh", 2, 1, 64)
         assert not leave_to_torch(x, "lstm", None, 8, 64) and not leave_to_torch(narrow, "lstm", None, 8, 64)
         assert not leave_to_torch(x, "lstm", 1, 8, 64) and leave_to_torch(x, "lstm", 2, 8, 64)
@@ -128,7 +128,7 @@ def test_the_rule(monkeypatch):
 
 @compiled
 def test_narrow_inference_is_as_exact_as_ours():
-    """oneDNN's LSTM of bfloat16, if this machine takes it, against our kernel's error from float64."""
+    """oneDNN's LSTM of bfloat16, if this machine takes it for `auto`, against our kernel's error from float64."""
     ours = StableLSTM(24, 32, stability=None)
     x, errors = torch.randn(50, 4, 24), []
     with torch.no_grad():

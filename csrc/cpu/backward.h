@@ -9,18 +9,20 @@ namespace stable_rnn {
 namespace STABLE_RNN_NS {
 
 // Packed for this direction: carry = dz W_hh, and dm = dh W_hr where there is a projection.
+template <class W>
 struct BackwardWeights {
-  Panels gates, projection;
+  Panels<W> gates, projection;
   bool projected;
 
-  BackwardWeights(int64_t hidden, int64_t out, int gates, bool projected, int threads)
-      : gates(hidden * gates, out, 1, threads), projection(out, hidden, 1, threads), projected(projected) {}
+  BackwardWeights(int64_t hidden, int64_t out, int gates, bool projected, const Tiling& tiling)
+      : gates(hidden * gates, out, 1, tiling.panel_threads(), tiling.few()),
+        projection(out, hidden, 1, tiling.panel_threads(), tiling.few()), projected(projected) {}
   int64_t bytes() const {
-    return Workspace::bytes<float>(gates.floats()) + (projected ? Workspace::bytes<float>(projection.floats()) : 0);
+    return Workspace::bytes<float>(gates.words()) + (projected ? Workspace::bytes<float>(projection.words()) : 0);
   }
   void take(Workspace& memory) {
-    gates.data = memory.take<float>(gates.floats());
-    if (projected) projection.data = memory.take<float>(projection.floats());
+    gates.data = memory.take<float>(gates.words());
+    if (projected) projection.data = memory.take<float>(projection.words());
   }
   template <class T>
   void pack(const Team& team, const T* w_hh, const T* w_hr) {
@@ -31,20 +33,20 @@ struct BackwardWeights {
   }
 };
 
-// T is the storage type of the starting adjoints. A Port has, with r the lane's row in the tile and n how many units exist:
+// T is the storage type of the starting adjoints, W that of the packed weights. A Port has, with r the lane's row in the tile and n how many units exist:
 //   output_gradient(r, run, s, unit, n) -> dy        whole(r, run, s, unit, n, dh)        dh with dy
 //   carried(r, run, s, unit, n, dh)                  dh as a stage finds it, without dy; s == run.steps: for the time before
 //   carried_cell(r, run, s, unit, n, dc)             the same for the cell
 //   saved(r, run, s, unit, n, kept)                  fills kept[Cell::saved]
 //   before(r, run, s, unit, n) -> State              what the cell wants of the states before the step, and after(...) after it
 //   gradient(r, run, s, unit, n, dz, d_hidden)       adjoints of the gates' x and of their hidden sums
-template <class T, class Cell, class Port>
+template <class T, class W, class Cell, class Port>
 struct BackwardTile {
   Cell cell;
   int64_t hidden, out;
   const T *dh_n, *dc_n;
   const float *dh_init, *dc_init;
-  const BackwardWeights& weights;
+  const BackwardWeights<W>& weights;
   Port port;
   int64_t h_stride, c_stride, z_stride;
   float* carry =
@@ -52,7 +54,7 @@ struct BackwardTile {
   float *z_now = nullptr, *z_next = nullptr, *c = nullptr;
   Run* runs = nullptr;
 
-  BackwardTile(const BackwardWeights& weights, const Port& port, Cell cell, int64_t hidden, int64_t out,
+  BackwardTile(const BackwardWeights<W>& weights, const Port& port, Cell cell, int64_t hidden, int64_t out,
                const void* dh_n, const void* dc_n, const float* dh_init, const float* dc_init)
       : cell(cell), hidden(hidden), out(out), dh_n(static_cast<const T*>(dh_n)), dc_n(static_cast<const T*>(dc_n)),
         dh_init(dh_init), dc_init(dc_init), weights(weights), port(port), h_stride(state_stride(out)),

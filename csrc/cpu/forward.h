@@ -1,6 +1,7 @@
 // The forward recurrence of a tile of lanes: at each step one product with the packed weights and, on its sums while they are at
 // hand, the gate arithmetic. What is kept of it all is up to a Sink: the caller's outputs (forward.cpp), or the workspace of windows.
 #pragma once
+#include "approximate.h"
 #include "stable_rnn/cell.h"
 #include "tiles.h"
 
@@ -8,18 +9,20 @@ namespace stable_rnn {
 namespace STABLE_RNN_NS {
 
 // The weights of a problem, packed: z = h W_hh^T, and h = m W_hr^T where there is a projection.
+template <class W>
 struct ForwardWeights {
-  Panels gates, projection;
+  Panels<W> gates, projection;
   bool projected;
 
-  ForwardWeights(int64_t hidden, int64_t out, int gates, bool projected, int threads)
-      : gates(out, hidden, gates, threads), projection(hidden, out, 1, threads), projected(projected) {}
+  ForwardWeights(int64_t hidden, int64_t out, int gates, bool projected, const Tiling& tiling)
+      : gates(out, hidden, gates, tiling.panel_threads(), tiling.few()),
+        projection(hidden, out, 1, tiling.panel_threads(), tiling.few()), projected(projected) {}
   int64_t bytes() const {
-    return Workspace::bytes<float>(gates.floats()) + (projected ? Workspace::bytes<float>(projection.floats()) : 0);
+    return Workspace::bytes<float>(gates.words()) + (projected ? Workspace::bytes<float>(projection.words()) : 0);
   }
   void take(Workspace& memory) {
-    gates.data = memory.take<float>(gates.floats());
-    if (projected) projection.data = memory.take<float>(projection.floats());
+    gates.data = memory.take<float>(gates.words());
+    if (projected) projection.data = memory.take<float>(projection.words());
   }
   template <class T>
   void pack(const Team& team, const T* w_hh, const T* w_hr) {
@@ -30,11 +33,13 @@ struct ForwardWeights {
   }
 };
 
-// T is the storage type. A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
-//   hidden(r, run, s, unit, n, before, h)     h of units [unit, unit + n) before step s (an address) and after it
+// T is the storage type, W that of the packed weights. A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
+//   hidden(r, run, s, unit, n, before, h)     h of units [unit, unit + n) before step s (an address) and after it, not yet rounded to T
 //   step(r, run, s, unit, n, c_before, now)   what else the step made (Cell::Step)
-template <class T, class Cell, class Sink>
+template <class T, class W, class Cell, class Sink>
 struct ForwardTile {
+  using S = StateOf<T>;
+  using Real = RealOf<T>;
   static_assert(Cell::gates <= panel_vectors, "a panel holds all gates of a unit");
   static_assert(!(Cell::projects && Cell::h_before), "a projected h is not the unit's own");
 
@@ -43,14 +48,15 @@ struct ForwardTile {
   int64_t hidden, out;
   const T *xp, *h0, *c0, *bias;
   const float *h_init, *c_init;
-  const ForwardWeights& weights;
+  const ForwardWeights<W>& weights;
   Sink sink;
   // the memory of a tile
   int64_t h_stride, c_stride;
-  float *h_now = nullptr, *h_next = nullptr, *c = nullptr, *m = nullptr;
+  S *h_now = nullptr, *h_next = nullptr;
+  float *c = nullptr, *m = nullptr;
   Run* runs = nullptr;
 
-  ForwardTile(const ForwardWeights& weights, const Sink& sink, Cell cell, const void* xp, const void* h0,
+  ForwardTile(const ForwardWeights<W>& weights, const Sink& sink, Cell cell, const void* xp, const void* h0,
               const void* c0, const void* hidden_bias, const float* h_init, const float* c_init)
       : cell(cell), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)),
         h0(static_cast<const T*>(h0)), c0(static_cast<const T*>(c0)), bias(static_cast<const T*>(hidden_bias)),
@@ -58,13 +64,13 @@ struct ForwardTile {
         c_stride(state_stride(hidden)) {}
 
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out, bool projected) {
-    return 2 * Workspace::bytes<float>(rows * state_stride(out)) +
+    return 2 * Workspace::bytes<S>(rows * state_stride(out)) +
            (Cell::has_cell + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) +
            Workspace::bytes<Run>(rows);
   }
   void take(Workspace& memory, int64_t rows) {
-    h_now = memory.take<float>(rows * h_stride);
-    h_next = memory.take<float>(rows * h_stride);
+    h_now = memory.take<S>(rows * h_stride);
+    h_next = memory.take<S>(rows * h_stride);
     if (Cell::has_cell) c = memory.take<float>(rows * c_stride);
     if (weights.projected) m = memory.take<float>(rows * c_stride);
     runs = memory.take<Run>(rows);
@@ -80,7 +86,7 @@ struct ForwardTile {
     for (int64_t s = 0; s < runs[0].steps; ++s) {
       while (runs[active - 1].steps <= s) --active;
       step(team, s, active, zeros && s == 0 ? nullptr : h_now);   // a product with zeros is zero
-      float* last = h_now;
+      S* last = h_now;
       h_now = h_next;
       h_next = last;
     }
@@ -96,12 +102,12 @@ struct ForwardTile {
                   c_init ? c_init + run.entry * hidden : nullptr);
   }
 
-  void step(Team& team, int64_t s, int64_t active, const float* state) {
+  void step(Team& team, int64_t s, int64_t active, const S* state) {
     each_panel(team, weights.gates, s, [&](int64_t p) {
       const int64_t unit = weights.gates.first(p) * width;
       const int size = weights.gates.size(p);
       multiply(state, h_stride, active, weights.gates, p, [&](int64_t r, const Vec* z) {
-        for (int v = 0; v < (Cell::gates == 1 ? size : 1); ++v) units(r, s, unit + v * width, z + v);
+        for (int v = 0; v < size / Cell::gates; ++v) units(r, s, unit + v * width, z + v * Cell::gates);
       });
     });
     team.sync();
@@ -120,16 +126,17 @@ struct ForwardTile {
     const Run& run = runs[r];
     const int64_t n = hidden - unit;
     const T* at = xp + (run.first + s * run.move) * Cell::gates * hidden + unit;
-    Vec x[Cell::gates];
+    Real z[Cell::gates], x[Cell::gates];
     for (int gate = 0; gate < Cell::gates; ++gate) {
       __builtin_prefetch(at + (run.move * Cell::gates + gate) * hidden);   // of the next step
+      z[gate] = sums[gate];
       x[gate] = load(at + gate * hidden, n);
     }
-    State<Vec> before{Vec(0.f), Vec(0.f)};
+    State<Real> before{Real(0.f), Real(0.f)};
     if constexpr (Cell::h_before) before.h = load(h_now + r * h_stride + unit);
     if constexpr (Cell::has_cell) before.c = load(c + r * c_stride + unit);
-    const Vec b = Cell::hidden_bias >= 0 && bias ? load(bias + unit, n) : Vec(0.f);
-    const auto now = cell.step(sums, x, b, before);
+    const Real b = Cell::hidden_bias >= 0 && bias ? load(bias + unit, n) : Vec(0.f);
+    const auto now = cell.step(z, x, b, before);
     if constexpr (Cell::has_cell) store(c + r * c_stride + unit, now.c);
     sink.step(r, run, s, unit, n, before.c, now);
     if (Cell::projects && weights.projected) store(m + r * c_stride + unit, now.h);
@@ -137,8 +144,7 @@ struct ForwardTile {
   }
 
   STABLE_RNN_INLINE void emit(int64_t r, int64_t s, int64_t unit, Vec h) {
-    h = rounded<T>(h);
-    store(h_next + r * h_stride + unit, h);
+    store_rounded<T>(h_next + r * h_stride + unit, h);
     sink.hidden(r, runs[r], s, unit, out - unit, h_now + r * h_stride + unit, h);
   }
 };

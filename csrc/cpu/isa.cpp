@@ -5,33 +5,41 @@
 #if STABLE_RNN_X86 && defined(_WIN32)
 #include <intrin.h>
 #include <windows.h>
+#elif STABLE_RNN_X86
+#include <cpuid.h>
 #endif
 
 namespace stable_rnn {
 namespace {
 
-constexpr const char* names[] = {"plain", "avx2", "avx512"};
+constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16"};
 
-#if STABLE_RNN_X86 && defined(_WIN32)
-// __builtin_cpu_supports needs a runtime library of Clang's that is not linked there.
-bool has(int leaf, int word, int bit) {   // words of a leaf: eax, ebx, ecx, edx
+#if STABLE_RNN_X86
+bool has(unsigned leaf, unsigned part, int word, int bit) {   // words of a part of a leaf of cpuid: eax, ebx, ecx, edx
+#if defined(_WIN32)
   int words[4];
-  __cpuidex(words, leaf, 0);
+  __cpuidex(words, leaf, part);
+#else
+  unsigned words[4] = {};
+  __get_cpuid_count(leaf, part, &words[0], &words[1], &words[2], &words[3]);
+#endif
   return words[word] >> bit & 1;
 }
 #endif
 
 Isa best() {
 #if STABLE_RNN_X86 && defined(_WIN32)
-  const bool fma = has(1, 2, 12), bw = has(7, 1, 30), dq = has(7, 1, 17), vl = has(7, 1, 31);
+  // __builtin_cpu_supports needs a runtime library of Clang's that is not linked there.
+  const bool fma = has(1, 0, 2, 12), bw = has(7, 0, 1, 30), dq = has(7, 0, 1, 17), vl = has(7, 0, 1, 31);
   if (!IsProcessorFeaturePresent(PF_AVX2_INSTRUCTIONS_AVAILABLE) || !fma) return Isa::plain;
-  return IsProcessorFeaturePresent(PF_AVX512F_INSTRUCTIONS_AVAILABLE) && bw && dq && vl ? Isa::avx512 : Isa::avx2;
+  if (!IsProcessorFeaturePresent(PF_AVX512F_INSTRUCTIONS_AVAILABLE) || !bw || !dq || !vl) return Isa::avx2;
+  return has(7, 1, 0, 5) ? Isa::avx512bf16 : Isa::avx512;
 #elif STABLE_RNN_X86
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::plain;
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide ? Isa::avx512 : Isa::avx2;
+  return !wide ? Isa::avx2 : __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
 #else
   return Isa::plain;
 #endif
@@ -61,16 +69,16 @@ Choice choice;
 Isa isa() { return choice.isa; }
 const char* isa_name() { return names[static_cast<int>(choice.isa)]; }
 bool set_isa(const char* name) { return find(name, choice.isa); }
-bool multiplies_bfloat16() {
+bool has_amx_bfloat16() {
 #if STABLE_RNN_X86
-  __builtin_cpu_init();
-  return best() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has(7, 0, 3, 22);
 #else
   return false;
 #endif
 }
 const char* isa_problem() {
-  return choice.known ? nullptr : "STABLE_RNN_ISA must be plain, avx2 or avx512, and one that this machine can run";
+  return choice.known ? nullptr
+                      : "STABLE_RNN_ISA must be plain, avx2, avx512 or avx512bf16, and one that this machine can run";
 }
 
 }   // namespace stable_rnn

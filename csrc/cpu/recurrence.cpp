@@ -9,13 +9,14 @@ namespace stable_rnn {
 namespace {
 
 constexpr const char* bad_dtype = "dtype must be 0 (float32) or 1 (bfloat16)";
+constexpr const char* bad_recurrence_dtype =
+    "dtype must be 0 (float32), 1 (bfloat16) or 5 (float32 with weights in bfloat16)";
 
 constexpr int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
 
 template <class Params>
 const char* check(const Params& p) {
   if (!is_cell(p.cell)) return unknown_cell;
-  if (p.dtype != F32 && p.dtype != BF16) return bad_dtype;
   if (p.hidden < 0 || !(p.cap > 0 && p.cap <= 1)) return "hidden must not be negative, and cap must lie in (0, 1]";
   return nullptr;
 }
@@ -23,6 +24,7 @@ const char* check(const Params& p) {
 template <class Params>
 const char* check_recurrence(const Params& p) {
   if (const char* problem = check(p)) return problem;
+  if (p.dtype != F32 && p.dtype != BF16 && p.dtype != BF16_WEIGHTS) return bad_recurrence_dtype;
   const Lanes& lanes = p.lanes;
   if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
     return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
@@ -38,7 +40,9 @@ void copy_row(void* to, const void* from, int64_t b, int64_t bytes) {
   else std::memset(static_cast<char*>(to) + b * bytes, 0, bytes);
 }
 
-const char* check(const CascadeGroups& groups, const Lanes& lanes, int64_t hidden, const void* w_hr, const void* init) {
+const char* check(const CascadeGroups& groups, int dtype, const Lanes& lanes, int64_t hidden, const void* w_hr,
+                  const void* init) {
+  if (dtype != F32 && dtype != BF16) return bad_dtype;
   if (w_hr || init || lanes.select || lanes.stride < lanes.steps || lanes.warmup)
     return "a cascade is run over whole sequences, from h0, without a projection (w_hr)";
   if (groups.count < (hidden > 0) || !groups.first || groups.first[0] != 0 || groups.first[groups.count] != hidden)
@@ -58,7 +62,7 @@ const char* run(const ForwardParams& p, const CascadeGroups* groups) {
       if (has_cell(p.cell)) copy_row(p.c_n, p.c0, b, p.hidden * size_of(p.dtype));
     }
   if (groups)
-    if (const char* problem = check(*groups, p.lanes, p.hidden, p.w_hr, p.h_init)) return problem;
+    if (const char* problem = check(*groups, p.dtype, p.lanes, p.hidden, p.w_hr, p.h_init)) return problem;
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), forward_run, p.h_init != nullptr);
   const int64_t* first = entries.data();
@@ -76,7 +80,7 @@ const char* run(const BackwardParams& p, const CascadeGroups* groups) {
       if (has_cell(p.cell)) copy_row(p.dc0, p.dc_n, b, p.hidden * size_of(p.dtype));
     }
   if (groups)
-    if (const char* problem = check(*groups, p.lanes, p.hidden, p.w_hr, p.dh_init)) return problem;
+    if (const char* problem = check(*groups, p.dtype, p.lanes, p.hidden, p.w_hr, p.dh_init)) return problem;
   if (p.hidden == 0) return nullptr;
   const auto entries = longest_first(p.lanes, 0, entries_of(p.lanes), backward_run, p.dh_init != nullptr);
   const int64_t* first = entries.data();
@@ -116,6 +120,7 @@ const char* product_cpu(const ProductParams& p) {
 
 const char* cell_step_cpu(const CellStepParams& p) {
   if (const char* problem = check(p)) return problem;
+  if (p.dtype != F32 && p.dtype != BF16) return bad_dtype;
   if (p.batch < 0 || p.input < 0) return "batch and input must not be negative";
   return p.hidden == 0 || p.batch == 0 ? nullptr : STABLE_RNN_DISPATCH(cell_step(p));
 }

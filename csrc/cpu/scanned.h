@@ -8,6 +8,7 @@
 // Threads: sequences of their own where there are enough. Else the panels are cut into as many *stages*, of about equal cost, which
 // follow each other through the blocks: in turn (tick) n, stage s works on block n - s, and all meet after each.
 #pragma once
+#include "approximate.h"
 #include "stable_rnn/cell.h"
 #include "tiles.h"
 
@@ -109,32 +110,34 @@ struct Cascade {
 };
 
 // Memory of a run's blocks: the states that products read, and what a panel leaves to itself in the next block.
+template <class S>
 struct CascadeMemory {
   int64_t stride, size;
-  float *states, *last, *c, *h;   // [stages][block + 1][columns]: row i is before step i; its last row; of each unit
+  S *states, *last;   // [stages][block + 1][columns]: row i is before step i; its last row
+  float *c, *h;       // of each unit
 
   static int64_t bytes(const Cascade& plan, int64_t columns) {
     const int64_t row = state_stride(columns);
-    return Workspace::bytes<float>(plan.stages * (plan.block + 1) * row) + Workspace::bytes<float>(row) +
+    return Workspace::bytes<S>(plan.stages * (plan.block + 1) * row) + Workspace::bytes<S>(row) +
            2 * Workspace::bytes<float>(state_stride(plan.hidden));
   }
   CascadeMemory(char* memory, const Cascade& plan, int64_t columns)
       : stride(state_stride(columns)), size((plan.block + 1) * stride) {
     Workspace piece(memory);
-    states = piece.take<float>(plan.stages * size);
-    last = piece.take<float>(stride);
+    states = piece.take<S>(plan.stages * size);
+    last = piece.take<S>(stride);
     c = piece.take<float>(state_stride(plan.hidden));
     h = piece.take<float>(state_stride(plan.hidden));
   }
 };
 
 // Runs every sequence: pack(panel) first, then run(panel, run, block, states, memory) in the order that panels and blocks need.
-template <class Pack, class RunPanel>
+template <class S, class Pack, class RunPanel>
 const char* run_cascade(const Lanes& lanes, const int64_t* entries, int64_t rows, RunOf run_of, Cascade& plan,
                         int64_t columns, const Pack& pack, const RunPanel& run) {
   int64_t count = 0;
   for (int64_t r = 0; r < rows; ++r) count += ceil_div(run_of(lanes, entries[r], false).stages, plan.block);
-  const int64_t slot_bytes = CascadeMemory::bytes(plan, columns), slots = plan.stages > 1 ? 1 : plan.threads;
+  const int64_t slot_bytes = CascadeMemory<S>::bytes(plan, columns), slots = plan.stages > 1 ? 1 : plan.threads;
   Workspace memory;
   if (!memory.allocate(plan.bytes() + Workspace::bytes<Run>(rows) + Workspace::bytes<Block>(count) +
                        Workspace::bytes<int64_t>(rows + 1) + slots * slot_bytes))
@@ -158,23 +161,23 @@ const char* run_cascade(const Lanes& lanes, const int64_t* entries, int64_t rows
     for (int64_t i = team.begin(plan.panels); i < team.end(plan.panels); ++i) pack(plan.panel[i]);
     team.sync();
     // Blocks [begin, end): each passes the stages one after the other, a tick for each, and each stage takes them in order.
-    const auto pass = [&](Team& own, const CascadeMemory& m, int64_t begin, int64_t end) {
+    const auto pass = [&](Team& own, const CascadeMemory<S>& m, int64_t begin, int64_t end) {
       for (int64_t tick = begin; tick < end + plan.stages - 1; ++tick) {
         for (int64_t s = own.begin(plan.stages); s < own.end(plan.stages); ++s) {
           const int64_t i = tick - s;
           if (i < begin || i >= end) continue;
-          float* states = m.states + i % plan.stages * m.size;
+          S* states = m.states + i % plan.stages * m.size;
           for (int64_t q = plan.cut[s]; q < plan.cut[s + 1]; ++q)
             run(plan.panel[q], runs[blocks[i].row], blocks[i], states, m);
         }
         own.sync();
       }
     };
-    if (plan.stages > 1) pass(team, CascadeMemory(slot, plan, columns), 0, count);
+    if (plan.stages > 1) pass(team, CascadeMemory<S>(slot, plan, columns), 0, count);
     else
       for (int64_t r; (r = counter.next()) < rows;) {
         Team alone;
-        pass(alone, CascadeMemory(slot + team.rank * slot_bytes, plan, columns), first[r], first[r + 1]);
+        pass(alone, CascadeMemory<S>(slot + team.rank * slot_bytes, plan, columns), first[r], first[r + 1]);
       }
     team.sync();
   });
@@ -182,23 +185,23 @@ const char* run_cascade(const Lanes& lanes, const int64_t* entries, int64_t rows
 }
 
 // acc[r][v]: the sums of `rows` rows of states, over `parts` times the panel's columns, `gap` apart; v < size.
-STABLE_RNN_INLINE void cascade_sums(const CascadePanel& q, int size, int rows, const float* states, int64_t stride,
+template <class W, class S>
+STABLE_RNN_INLINE void cascade_sums(const CascadePanel& q, int size, int rows, const S* states, int64_t stride,
                                     int parts, int64_t gap, Vec* acc) {
   for (int i = 0; i < rows * size; ++i) acc[i] = Vec(0.f);
   if (!q.columns) return;
   for (int part = 0; part < parts; ++part) {
-    const float* a = states + part * gap + q.from;
+    const S* a = states + part * gap + q.from;
     const float* w = q.weights + part * q.columns * size * width;
-    if (size == 4) multiply_rows<4, true>(rows, a, stride, w, q.columns, acc);
-    else if (size == 3) multiply_rows<3, true>(rows, a, stride, w, q.columns, acc);
-    else if (size == 2) multiply_rows<2, true>(rows, a, stride, w, q.columns, acc);
-    else multiply_rows<1, true>(rows, a, stride, w, q.columns, acc);
+    multiply_panel<W, true>(size, rows, a, stride, w, q.columns, acc);
   }
 }
 
 // A panel through a block of times. A Sink is that of forward.h.
 template <class T, class Cell, class Sink>
 struct CascadeForward {
+  using S = StateOf<T>;
+  using Real = RealOf<T>;
   Cell cell;
   int64_t hidden;
   const T *xp, *h0, *c0, *bias;
@@ -209,12 +212,12 @@ struct CascadeForward {
     const int size = q.vectors * Cell::gates;
     for (int v = 0; v < q.vectors; ++v)
       for (int gate = 0; gate < Cell::gates; ++gate)
-        pack_transposed(w_hh + (gate * hidden + q.unit + v * width) * hidden, hidden, q.units - v * width, q.columns,
-                        q.weights + (v * Cell::gates + gate) * width, int64_t(size) * width);
+        pack_transposed<S>(w_hh + (gate * hidden + q.unit + v * width) * hidden, hidden, q.units - v * width, q.columns,
+                           q.weights + (v * Cell::gates + gate) * width, int64_t(size) * width);
   }
 
-  void operator()(const CascadePanel& q, const Run& run, const Block& block, float* states,
-                  const CascadeMemory& m) const {
+  void operator()(const CascadePanel& q, const Run& run, const Block& block, S* states,
+                  const CascadeMemory<S>& m) const {
     const int size = q.vectors * Cell::gates;
     for (int v = 0; v < q.vectors; ++v) {
       const int64_t unit = q.unit + v * width, n = q.units - v * width;
@@ -225,7 +228,7 @@ struct CascadeForward {
     for (int64_t i = 0; i < block.n; i += block_rows) {
       const int rows = int(block.n - i < block_rows ? block.n - i : block_rows);
       Vec sums[block_rows * panel_vectors];
-      cascade_sums(q, size, rows, states + i * m.stride, m.stride, 1, 0, sums);
+      cascade_sums<S>(q, size, rows, states + i * m.stride, m.stride, 1, 0, sums);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < q.vectors; ++v)
           units(run, block.begin + i + r, q.unit + v * width, q.units - v * width, sums + r * size + v * Cell::gates,
@@ -236,23 +239,24 @@ struct CascadeForward {
   }
 
  private:
-  STABLE_RNN_INLINE void units(const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* sums, float* states,
-                               const CascadeMemory& m) const {
+  STABLE_RNN_INLINE void units(const Run& run, int64_t s, int64_t unit, int64_t n, const Vec* sums, S* states,
+                               const CascadeMemory<S>& m) const {
     const T* at = xp + (run.first + s * run.move) * Cell::gates * hidden + unit;
-    Vec x[Cell::gates];
+    Real z[Cell::gates], x[Cell::gates];
     for (int gate = 0; gate < Cell::gates; ++gate) {
       __builtin_prefetch(at + (block_rows * run.move * Cell::gates + gate) * hidden);
+      z[gate] = sums[gate];
       x[gate] = load(at + gate * hidden, n);
     }
-    State<Vec> before{Vec(0.f), Vec(0.f)};
+    State<Real> before{Real(0.f), Real(0.f)};
     if constexpr (Cell::h_before) before.h = load(states + unit, n);
     if constexpr (Cell::has_cell) before.c = load(m.c + unit, n);
-    const auto now = cell.step(sums, x, Cell::hidden_bias >= 0 && bias ? load(bias + unit, n) : Vec(0.f), before);
+    const Real b = Cell::hidden_bias >= 0 && bias ? load(bias + unit, n) : Vec(0.f);
+    const auto now = cell.step(z, x, b, before);
     if constexpr (Cell::has_cell) store(m.c + unit, now.c, n);
     sink.step(0, run, s, unit, n, before.c, now);
-    const Vec h = rounded<T>(now.h);
-    store(states + m.stride + unit, h, n);
-    sink.hidden(0, run, s, unit, n, states + unit, h);
+    store_rounded<T>(states + m.stride + unit, now.h, n);
+    sink.hidden(0, run, s, unit, n, states + unit, now.h);
   }
 };
 
@@ -273,7 +277,7 @@ struct CascadeBackward {
   }
 
   void operator()(const CascadePanel& q, const Run& run, const Block& block, float* states,
-                  const CascadeMemory& m) const {
+                  const CascadeMemory<float>& m) const {
     for (int v = 0; v < q.vectors; ++v) {
       const int64_t unit = q.unit + v * width, n = q.units - v * width;
       const auto given = [&](const T* x) { return x ? load(x + run.b * hidden + unit, n) : Vec(0.f); };
@@ -286,7 +290,7 @@ struct CascadeBackward {
     for (int64_t i = 0; i < block.n; i += block_rows) {
       const int rows = int(block.n - i < block_rows ? block.n - i : block_rows);
       Vec sums[block_rows * panel_vectors];
-      cascade_sums(q, q.vectors, rows, states + i * m.stride, m.stride, Cell::gates, hidden, sums);
+      cascade_sums<float>(q, q.vectors, rows, states + i * m.stride, m.stride, Cell::gates, hidden, sums);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < q.vectors; ++v)
           units(run, block.begin + i + r, q.unit + v * width, q.units - v * width, sums[r * q.vectors + v],
@@ -300,7 +304,7 @@ struct CascadeBackward {
 
  private:
   STABLE_RNN_INLINE void units(const Run& run, int64_t s, int64_t unit, int64_t n, Vec dh, float* states,
-                               const CascadeMemory& m) const {
+                               const CascadeMemory<float>& m) const {
     if (s == 0) dh = load(m.h + unit, n);
     else if constexpr (Cell::h_before) dh = dh + load(m.h + unit, n);
     port.carried(0, run, s, unit, n, dh);

@@ -29,6 +29,12 @@ struct bf16 {
   uint16_t bits;
 };
 
+#if defined(__AVX512BF16__)
+constexpr bool multiplies_bf16 = true;   // sums of products of bfloat16 in float32, two terms at a time
+#else
+constexpr bool multiplies_bf16 = false;
+#endif
+
 struct Vec {
   typedef float Floats __attribute__((vector_size(width * 4)));
   typedef int32_t Ints __attribute__((vector_size(width * 4)));
@@ -88,12 +94,23 @@ STABLE_RNN_INLINE Vec load(const float* p) {
 }
 STABLE_RNN_INLINE void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof x.v); }
 
-STABLE_RNN_INLINE Vec widen(Vec::Halves h) { return (Vec::Floats)(__builtin_convertvector(h, Vec::Ints) << 16); }
+STABLE_RNN_INLINE Vec::Ints extended(Vec::Halves h) {
+#if defined(__AVX512F__)
+  return (Vec::Ints)_mm512_maskz_cvtepu16_epi32(-1, (__m256i)h);   // GCC 12 makes four instructions of the other form
+#else
+  return __builtin_convertvector(h, Vec::Ints);
+#endif
+}
+STABLE_RNN_INLINE Vec widen(Vec::Halves h) { return (Vec::Floats)(extended(h) << 16); }
 STABLE_RNN_INLINE Vec::Halves narrow(Vec x) {   // to nearest, ties to even; a NaN stays one
+#if defined(__AVX512BF16__)
+  return (Vec::Halves)_mm512_cvtneps_pbh(x.v);   // which flushes denormal numbers to zero, as the products do
+#else
   const Vec::Ints bits = (Vec::Ints)x.v;
   const Vec::Ints nearest = bits + 0x7fff + ((bits >> 16) & 1);
   const Vec::Ints kept = x.v == x.v ? nearest : bits | 0x400000;
   return __builtin_convertvector(kept >> 16, Vec::Halves);
+#endif
 }
 
 STABLE_RNN_INLINE Vec load(const bf16* p) {
@@ -134,11 +151,58 @@ STABLE_RNN_INLINE void store(T* p, Vec x, int64_t n) {
 #endif
 }
 
+// A word: 32 bits that are a float, or two bfloat16 of consecutive k, the even one below.
+STABLE_RNN_INLINE Vec even(Vec words) { return (Vec::Floats)((Vec::Ints)words.v << 16); }
+STABLE_RNN_INLINE Vec odd(Vec words) { return (Vec::Floats)((Vec::Ints)words.v & -0x10000); }
+STABLE_RNN_INLINE Vec pairs(Vec even, Vec odd) {
+  return (Vec::Floats)(extended(narrow(even)) | extended(narrow(odd)) << 16);
+}
+
+// The first n elements at p as words of W: width of them, or twice as many bfloat16; what is missing is zero.
+template <class W, class T>
+STABLE_RNN_INLINE Vec load_words(const T* p, int64_t n) {
+  if constexpr (sizeof(W) == 4) {
+    return load(p, n);
+  } else {
+    bf16 part[2 * width] = {};
+    if constexpr (sizeof(T) == 2) {
+      if (n >= 2 * width) return load(reinterpret_cast<const float*>(p));
+      for (int64_t k = 0; k < n; ++k) part[k] = p[k];
+    } else {
+      store(part, load(p, n));
+      if (n > width) store(part + width, load(p + width, n - width));
+    }
+    return load(reinterpret_cast<const float*>(part));
+  }
+}
+
+// Everywhere the word at p, of a pair its first element alone where n is 1.
+STABLE_RNN_INLINE Vec broadcast(const float* p, int) { return Vec(*p); }
+STABLE_RNN_INLINE Vec broadcast(const bf16* p, int n) {
+  int32_t pair = 0;
+  std::memcpy(&pair, p, n * sizeof *p);
+  return (Vec::Floats)(Vec::Ints{} + pair);
+}
+
+#if defined(__AVX512BF16__)
+// sum + the products of words of pairs: the odd term first, each rounded to nearest, denormal numbers taken and given as zero.
+STABLE_RNN_INLINE Vec add_products(Vec a, Vec b, Vec sum) {
+  return _mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v);
+}
+#endif
+
 // What x becomes when it is written as T and read again.
 template <class T>
 STABLE_RNN_INLINE Vec rounded(Vec x) {
   if constexpr (sizeof(T) == 4) return x;
   else return widen(narrow(x));
+}
+
+// x rounded to T, at p: a float, or a T.
+template <class T, class S, class... Count>
+STABLE_RNN_INLINE void store_rounded(S* p, Vec x, Count... n) {
+  if constexpr (sizeof(S) == sizeof(T)) store(p, x, n...);
+  else store(p, rounded<T>(x), n...);
 }
 
 // Elements of a (those with the bit s of their index clear) and of b, interleaved in blocks of s: the lower or the upper ones.

@@ -44,6 +44,7 @@ struct Tiling {
     count = ceil_div(lanes, rows);
   }
   int panel_threads() const { return together ? threads : 1; }
+  bool few() const { return rows <= few_rows; }
   int64_t teams() const { return together ? 1 : threads; }
 };
 
@@ -79,12 +80,12 @@ class Workspace {
   char* next_ = nullptr;
 };
 
-// Floats from one row of a tile's state to the next: room for whole vectors, and rows do not all fall on the same cache sets.
+// Elements from one row of a tile's state to the next: room for whole vectors, and rows do not all fall on the same cache sets.
 constexpr int64_t state_stride(int64_t n) { return round_up(n, 16) + 16; }
 
 // A row of n state values from the caller's, or else from `init`, or else zeros.
-template <class T>
-STABLE_RNN_INLINE void begin_state(float* state, int64_t n, const T* given, const float* init) {
+template <class S, class T>
+STABLE_RNN_INLINE void begin_state(S* state, int64_t n, const T* given, const float* init) {
   for (int64_t u = 0; u < n; u += width)
     store(state + u, given ? load(given + u, n - u) : init ? load(init + u, n - u) : Vec(0.f));
 }
@@ -96,8 +97,8 @@ STABLE_RNN_INLINE void multiply_decay(float* decay, bool first, Vec forget, int6
 
 // body(p) for this thread's panels, at step s: in turn upwards and downwards, so that what the cache still holds from the end of one
 // step begins the next.
-template <class Body>
-STABLE_RNN_INLINE void each_panel(const Team& team, const Panels& panels, int64_t s, const Body& body) {
+template <class W, class Body>
+STABLE_RNN_INLINE void each_panel(const Team& team, const Panels<W>& panels, int64_t s, const Body& body) {
   const int64_t begin = team.begin(panels.count), end = team.end(panels.count);
   for (int64_t i = begin; i < end; ++i) body(s % 2 ? begin + end - 1 - i : i);
 }

@@ -13,8 +13,14 @@ from stable_rnn import _native
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 CAPPED = ("lstm", "gru")  # cells with a gate that forgets
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TF32 = 3
+TF32, BF16_WEIGHTS = 3, 5
 NAN = float("nan")
+
+
+def instruction_sets():
+    """Those of this machine that the kernels are compiled for."""
+    order = ["plain", "avx2", "avx512", "avx512bf16"]
+    return order[: order.index(_native.lib.cpu_features()["isa"]) + 1] if _native.lib else order[:1]
 
 
 @dataclass
@@ -36,6 +42,7 @@ class Case:
     init: bool = False
     threads: int = 1
     tf32: bool = False  # products of float32 rounded to TF32
+    bf16_weights: bool = False  # state weights of float32 rounded to bfloat16
     device: str = "cpu"  # where kernels run; the loops run on the CPU
 
     def __post_init__(self):
@@ -307,7 +314,7 @@ def _head(case):
     ]
     return (
         CELLS.index(case.cell),
-        TF32 if case.tf32 else DTYPES[case.dtype],
+        TF32 if case.tf32 else BF16_WEIGHTS if case.bf16_weights else DTYPES[case.dtype],
         case.threads,
         case.hidden,
         case.p,

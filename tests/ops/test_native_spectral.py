@@ -12,16 +12,6 @@ pytestmark = pytest.mark.skipif(_native.lib is None, reason=f"compiled module: {
 SHAPES = ((1, 1), (2, 2), (1, 9), (9, 1), (5, 3), (31, 33), (63, 127), (200, 16), (16, 200), (256, 256), (1100, 20))
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
-def isa(request):
-    before = _native.lib.cpu_features()["isa"]
-    if ["plain", "avx2", "avx512"].index(request.param) > ["plain", "avx2", "avx512"].index(before):
-        pytest.skip("not on this machine")
-    _native.lib.set_isa(request.param)
-    yield request.param
-    _native.lib.set_isa(before)
-
-
 def block(W, k=16):
     return torch.randn(W.shape[1], min(k, *W.shape))
 

@@ -83,11 +83,11 @@ struct Tensors {
   }
 };
 
-template <class T, class Cell>
+template <class T, class W, class Cell>
 const char* run_backward(const BackwardParams& p, Cell cell, const int64_t* entries, int64_t lanes) {
-  using Tile = BackwardTile<T, Cell, Tensors<T, Cell>>;
+  using Tile = BackwardTile<T, W, Cell, Tensors<T, Cell>>;
   const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, Cell::gates * p.hidden * p.out);
-  BackwardWeights weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling.panel_threads());
+  BackwardWeights<W> weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling);
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out);
   if (!memory.allocate(weights.bytes() + tiling.teams() * tile_bytes)) return out_of_memory;
@@ -118,7 +118,7 @@ const char* scan_backward(const BackwardParams& p, Cell cell, const int64_t* gro
   const auto in = [](const void* x) { return static_cast<const T*>(x); };
   Cascade plan(groups, count, Cell::gates, true, p.threads, rows, p.lanes.steps);
   const CascadeBackward<T, Cell, Tensors<T, Cell>> panels{cell, p.hidden, in(p.dh_n), in(p.dc_n), Tensors<T, Cell>{p}};
-  return run_cascade(
+  return run_cascade<float>(
       p.lanes, entries, rows, backward_run, plan, Cell::gates * p.hidden,
       [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); }, panels);
 }
@@ -130,10 +130,10 @@ const char* scanned_of(const BackwardParams& p, const int64_t* groups, int64_t c
   return dispatch_cell(p.cell, cap, [&](auto cell) { return scan_backward<T>(p, cell, groups, count, entries, rows); });
 }
 
-template <class T>
+template <class T, class W>
 const char* backward_of(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
   const float cap = rounded<T>(Vec(p.cap)).v[0];   // as the saved forget gates were rounded
-  return dispatch_cell(p.cell, cap, [&](auto cell) { return run_backward<T>(p, cell, entries, lanes); });
+  return dispatch_cell(p.cell, cap, [&](auto cell) { return run_backward<T, W>(p, cell, entries, lanes); });
 }
 
 }   // namespace
@@ -145,7 +145,9 @@ const char* scanned_backward(const BackwardParams& p, const int64_t* groups, int
 }
 
 const char* backward(const BackwardParams& p, const int64_t* entries, int64_t lanes) {
-  return p.dtype == BF16 ? backward_of<bf16>(p, entries, lanes) : backward_of<float>(p, entries, lanes);
+  return p.dtype == BF16           ? backward_of<bf16, bf16>(p, entries, lanes)
+         : p.dtype == BF16_WEIGHTS ? backward_of<float, bf16>(p, entries, lanes)
+                                   : backward_of<float, float>(p, entries, lanes);
 }
 
 }   // namespace STABLE_RNN_NS

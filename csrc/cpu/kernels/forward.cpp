@@ -13,14 +13,14 @@ template <class T, class Cell>
 struct Outputs {
   const ForwardParams& p;
 
-  STABLE_RNN_INLINE void hidden(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before,
+  STABLE_RNN_INLINE void hidden(int64_t, const Run& run, int64_t s, int64_t unit, int64_t n, const StateOf<T>* before,
                                 Vec h) const {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
     if (p.y) store(static_cast<T*>(p.y) + row * p.out + unit, h, n);
     if (s == run.warm && p.h_start) store(p.h_start + run.id * p.out + unit, load(before), n);
     if (s + 1 < run.steps) return;
-    if (p.h_end) store(p.h_end + run.id * p.out + unit, h, n);
+    if (p.h_end) store(p.h_end + run.id * p.out + unit, rounded<T>(h), n);
     if (p.h_n && run.last) store(static_cast<T*>(p.h_n) + run.b * p.out + unit, h, n);
   }
 
@@ -30,7 +30,7 @@ struct Outputs {
     if (s < run.warm) return;
     const int64_t row = run.first + s * run.move;
     if (Cell::saved && (p.saved || p.decay)) {
-      Saved<Cell, Vec> kept;
+      Saved<Cell, RealOf<T>> kept;
       now.save(kept);
       if constexpr (Cell::forgets >= 0)
         if (p.decay) multiply_decay(p.decay + run.id * p.hidden + unit, s == run.warm, kept[Cell::forgets], n);
@@ -47,11 +47,11 @@ struct Outputs {
   }
 };
 
-template <class T, class Cell>
+template <class T, class W, class Cell>
 const char* run_forward(const ForwardParams& p, Cell cell, const int64_t* entries, int64_t lanes) {
-  using Tile = ForwardTile<T, Cell, Outputs<T, Cell>>;
+  using Tile = ForwardTile<T, W, Cell, Outputs<T, Cell>>;
   const Tiling tiling(p.threads, lanes, most_steps(p.lanes), p.hidden, Cell::gates * p.hidden * p.out);
-  ForwardWeights weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling.panel_threads());
+  ForwardWeights<W> weights(p.hidden, p.out, Cell::gates, p.w_hr != nullptr, tiling);
   Workspace memory;
   const int64_t tile_bytes = Tile::bytes(tiling.rows, p.hidden, p.out, weights.projected);
   if (!memory.allocate(weights.bytes() + tiling.teams() * tile_bytes)) return out_of_memory;
@@ -83,7 +83,7 @@ const char* scan_forward(const ForwardParams& p, Cell cell, const int64_t* group
   Cascade plan(groups, count, Cell::gates, false, p.threads, rows, p.lanes.steps);
   const CascadeForward<T, Cell, Outputs<T, Cell>> panels{cell,     p.hidden,          in(p.xp),           in(p.h0),
                                                          in(p.c0), in(p.hidden_bias), Outputs<T, Cell>{p}};
-  return run_cascade(
+  return run_cascade<StateOf<T>>(
       p.lanes, entries, rows, forward_run, plan, p.hidden, [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); },
       panels);
 }
@@ -100,7 +100,9 @@ const char* scanned_forward(const ForwardParams& p, const int64_t* groups, int64
 
 const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
-    return p.dtype == BF16 ? run_forward<bf16>(p, cell, entries, lanes) : run_forward<float>(p, cell, entries, lanes);
+    return p.dtype == BF16           ? run_forward<bf16, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16_WEIGHTS ? run_forward<float, bf16>(p, cell, entries, lanes)
+                                     : run_forward<float, float>(p, cell, entries, lanes);
   });
 }
 

@@ -8,27 +8,27 @@ namespace {
 
 template <class T>
 const char* project(const InputProjectionParams& p) {
-  constexpr bool convert = sizeof(T) != sizeof(float);
+  using S = StateOf<T>;
+  constexpr bool convert = sizeof(T) != sizeof(S);
   const auto in = [](const void* x) { return static_cast<const T*>(x); };
   const Tiling tiling(p.threads, p.rows, 1, p.sums, p.sums * p.input);
-  Panels panels(p.input, p.sums, 1, tiling.panel_threads());
+  Panels<S> panels(p.input, p.sums, 1, tiling.panel_threads());
   const int64_t stride = convert ? state_stride(p.input) : p.input;
-  const int64_t tile_floats = convert ? tiling.rows * stride : 0;
+  const int64_t tile_size = convert ? tiling.rows * stride : 0;
   Workspace memory;
-  if (!memory.allocate(Workspace::bytes<float>(panels.floats()) +
-                       Workspace::bytes<float>(tiling.teams() * tile_floats)))
+  if (!memory.allocate(Workspace::bytes<float>(panels.words()) + Workspace::bytes<S>(tiling.teams() * tile_size)))
     return out_of_memory;
-  panels.data = memory.take<float>(panels.floats());
-  float* tiles = memory.take<float>(tiling.teams() * tile_floats);
+  panels.data = memory.take<float>(panels.words());
+  S* tiles = memory.take<S>(tiling.teams() * tile_size);
   Counter counter;
 
   parallel(tiling.threads, tiling.together, [&](Team& team) {
     for (int64_t i = team.begin(panels.count); i < team.end(panels.count); ++i) pack_rows(panels, i, in(p.w_ih));
     team.sync();
     for_each_tile(team, tiling, p.rows, counter, [&](Team& own, int64_t first, int64_t n, int64_t slot) {
-      const float* rows = static_cast<const float*>(p.x) + first * p.input;
+      const S* rows = static_cast<const S*>(p.x) + first * p.input;
       if constexpr (convert) {
-        float* tile = tiles + slot * tile_floats;
+        S* tile = tiles + slot * tile_size;
         own.sync();   // nobody reads the last tile any more
         for (int64_t r = own.begin(n); r < own.end(n); ++r)
           begin_state(tile + r * stride, p.input, in(p.x) + (first + r) * p.input, nullptr);

@@ -16,7 +16,7 @@ constexpr int64_t slice = 256, tile_rows = 32 * block_rows;
 // to[r * stride + j] = a[j * ld + r]: `rows` columns of a, each with k values, become rows.
 void turn(const float* a, int64_t ld, int64_t rows, int64_t k, float* to, int64_t stride) {
   for (int64_t j = 0; j < k; j += width)
-    pack_transposed(a + j * ld, ld, k - j < width ? k - j : width, rows, to + j, stride);
+    pack_transposed<float>(a + j * ld, ld, k - j < width ? k - j : width, rows, to + j, stride);
 }
 
 }   // namespace
@@ -27,15 +27,15 @@ const char* product(const ProductParams& p) {
   const int threads = useful < 2 ? 1 : uncrowded(useful < p.threads ? int(useful) : p.threads);
   const int64_t span = p.transposed && slice < p.inner ? slice : p.inner;   // of k, packed at a time
   const int64_t stride = state_stride(slice), tile_floats = p.transposed ? tile_rows * stride : 0;
-  Panels whole(span, p.columns, 1, 1);
+  Panels<float> whole(span, p.columns, 1, 1);
   Workspace memory;
-  if (!memory.allocate(Workspace::bytes<float>(whole.floats()) + Workspace::bytes<float>(threads * tile_floats)))
+  if (!memory.allocate(Workspace::bytes<float>(whole.words()) + Workspace::bytes<float>(threads * tile_floats)))
     return out_of_memory;
-  whole.data = memory.take<float>(whole.floats());
+  whole.data = memory.take<float>(whole.words());
   float* tiles = memory.take<float>(threads * tile_floats);
   const auto part = [&](int64_t start,
                         int64_t k) {   // the panels of the slice that begins at k, in the span from start
-    Panels panels = whole;
+    Panels<float> panels = whole;
     panels.data += (k - start) * whole.vectors * width;
     panels.k = p.inner - k < slice ? p.inner - k : slice;
     return panels;
@@ -46,7 +46,7 @@ const char* product(const ProductParams& p) {
       const int64_t slices = ceil_div(span, slice), all = slices * whole.count;
       for (int64_t i = team.begin(all); i < team.end(all); ++i) {
         const int64_t k = start + i / whole.count * slice;
-        Panels panels = part(start, k);
+        Panels<float> panels = part(start, k);
         pack_columns(panels, i % whole.count, p.b + k * p.columns);
       }
       team.sync();
@@ -54,7 +54,7 @@ const char* product(const ProductParams& p) {
       for (int64_t first = team.begin(p.rows); first < last; first += tile_rows) {
         const int64_t n = last - first < tile_rows ? last - first : tile_rows;
         for (int64_t k = start; k < start + span && k < p.inner; k += slice) {
-          const Panels panels = part(start, k);
+          const Panels<float> panels = part(start, k);
           const float* rows = p.a + first * p.inner + k;
           if (p.transposed) {
             float* tile = tiles + team.rank * tile_floats;

@@ -89,15 +89,15 @@ struct Recorder {   // a Sink
   const Windows<T, Cell>& w;
   States<Cell> states;
 
-  STABLE_RNN_INLINE void hidden(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, const float* before,
+  STABLE_RNN_INLINE void hidden(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, const StateOf<T>* before,
                                 Vec h) const {
     store(w.h_prev(run, s) + unit, load(before), n);
-    if (Cell::h_after && s + 1 == run.steps) store(states.last + r * w.h_stride + unit, h);
+    if (Cell::h_after && s + 1 == run.steps) store(states.last + r * w.h_stride + unit, rounded<T>(h));
   }
   template <class Step>
   STABLE_RNN_INLINE void step(int64_t r, const Run& run, int64_t s, int64_t unit, int64_t n, Vec c_before,
                               const Step& now) const {
-    Saved<Cell, Vec> kept;
+    Saved<Cell, RealOf<T>> kept;
     now.save(kept);
     float* to = saved_of(w, states, r, run, s) + unit;
     for (int i = 0; i < Cell::saved; ++i) store(to + i * w.p.hidden, kept[i], n);
@@ -171,15 +171,15 @@ STABLE_RNN_INLINE Run turned(Run run) {
   return run;
 }
 
-template <class T, class Cell>
+template <class T, class W, class Cell>
 const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int64_t lanes) {
-  using Forward = ForwardTile<T, Cell, Recorder<T, Cell>>;
-  using Backward = BackwardTile<T, Cell, Player<T, Cell>>;
+  using Forward = ForwardTile<T, W, Cell, Recorder<T, Cell>>;
+  using Backward = BackwardTile<T, W, Cell, Player<T, Cell>>;
   const bool projected = p.w_hr != nullptr;
   Windows<T, Cell> windows(p);
   const Tiling tiling(p.threads, lanes, 2 * windows.most_steps, p.hidden, Cell::gates * p.hidden * p.out);
-  ForwardWeights forward_weights(p.hidden, p.out, Cell::gates, projected, tiling.panel_threads());
-  BackwardWeights backward_weights(p.hidden, p.out, Cell::gates, projected, tiling.panel_threads());
+  ForwardWeights<W> forward_weights(p.hidden, p.out, Cell::gates, projected, tiling);
+  BackwardWeights<W> backward_weights(p.hidden, p.out, Cell::gates, projected, tiling);
   const int64_t starts = windows.from_zero();
   const int64_t cells = Cell::has_cell ? tiling.rows * (windows.most_steps + 1) * windows.c_stride : 0;
   const int64_t last = Cell::h_after ? tiling.rows * windows.h_stride : 0;
@@ -237,7 +237,9 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
 
 const char* windowed_backward(const Params& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
-    return p.dtype == BF16 ? run_windowed<bf16>(p, cell, entries, lanes) : run_windowed<float>(p, cell, entries, lanes);
+    return p.dtype == BF16           ? run_windowed<bf16, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16_WEIGHTS ? run_windowed<float, bf16>(p, cell, entries, lanes)
+                                     : run_windowed<float, float>(p, cell, entries, lanes);
   });
 }
 

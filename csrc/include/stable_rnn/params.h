@@ -19,8 +19,9 @@ namespace stable_rnn {
 constexpr int interface_number = 6;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
-// (CUDA only, as F16 is).
-enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3 };
+// (CUDA only, as F16 is). BF16_WEIGHTS is stored as float32, the state weights w_hh and w_hr alone are rounded to bfloat16 (CPU only).
+// 4 is a type of the Triton kernels.
+enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3, BF16_WEIGHTS = 5 };
 
 struct Lanes {
   int64_t steps;            // T: the largest length

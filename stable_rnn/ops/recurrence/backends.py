@@ -35,7 +35,7 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
     return RECURRENCE.choose(name, x.device, p, x, w_hh, w_hr)
 
 
-_MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["bfloat16"]
+_TILES_OF_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["amx_bfloat16"]
 SHORT, SMALL, FEW, NARROW = 8, 1 << 13, 8, 64  # steps; states of all steps but the first; rows; units
 
 
@@ -44,8 +44,8 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
     here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM: of more
-    than one step for batches, and trained of few units; and so does an LSTM of bfloat16 where the machine multiplies that, which our
-    kernels widen (benchmarks/README.md)."""
+    than one step for batches, and trained of few units; and so may an LSTM of bfloat16 where the machine has tiles of that (AMX),
+    which no kernel here uses."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode
@@ -55,7 +55,7 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
             return x.dtype is torch.float32 and steps <= SHORT and hidden <= NARROW
         if steps == 1:
             return False
-        return steps <= SHORT and batch >= FEW if x.dtype is torch.float32 else _MULTIPLIES_BFLOAT16
+        return steps <= SHORT and batch >= FEW if x.dtype is torch.float32 else _TILES_OF_BFLOAT16
     loop = cell in ("rnn_tanh", "rnn_relu") and x.dtype is torch.float32
     return loop and steps <= SHORT and (steps - 1) * batch * hidden <= SMALL
 

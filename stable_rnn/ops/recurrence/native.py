@@ -1,4 +1,8 @@
-"""The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`)."""
+"""The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`).
+
+State weights of float32 are rounded to bfloat16, half the bytes of each step, where torch's switches allow that (`bfloat16_weights_allowed`
+in `precision.py`); states, sums and the input projection stay float32.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,16 @@ from torch.autograd import forward_ad
 
 from ... import _native
 from ...cells import CELLS
-from ..kernel_args import CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
+from ...precision import bfloat16_weights_allowed
+from ..kernel_args import BF16_WEIGHTS, CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
 from .fields import WINDOWED_BACKWARD, Fields
 from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedInputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 16, 1 << 18  # rows and multiply-adds from which the packed products beat torch's
-_LARGE, _KEPT = 1 << 22, 1 << 26  # bytes
+_SMALL, _LARGE, _KEPT = 1 << 18, 1 << 22, 1 << 26  # bytes
+_MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] == "avx512bf16"
 _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
@@ -43,18 +49,21 @@ def _make(like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = Non
     return t.zero_() if zero else t
 
 
-def _borrow(*shape: int) -> Tensor:
-    """Float32 memory of this thread: what the allocator would map and clear anew at each call of this size is kept, up to a limit."""
-    size = prod(shape)
-    if not _LARGE <= 4 * size <= _KEPT:
-        return torch.empty(shape, dtype=torch.float32, device="cpu")
+def _borrow(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory of this thread: what the allocator would map and clear anew at each call of this size is kept, up to a limit."""
+    size = dtype.itemsize * prod(shape)
+    if not _SMALL <= size <= _KEPT:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
-        _scratch.memory = _make(torch.empty(0, dtype=torch.float32, device="cpu"), False, size)
-    return _scratch.memory[:size].view(shape)
+        _scratch.memory = _make(torch.empty(0, dtype=torch.uint8, device="cpu"), False, size)
+    return _scratch.memory[:size].view(dtype).view(shape)
 
 
 class _Kernels(Kernels):
     make = staticmethod(_make)
+
+    def dtype(self, x: Tensor) -> int:
+        return BF16_WEIGHTS if x.dtype is torch.float32 and bfloat16_weights_allowed() else DTYPES[x.dtype]
 
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
         lib = _native.lib
@@ -71,6 +80,9 @@ class _Scanned(_Kernels):
 
     def __init__(self, groups: tuple[int, ...]) -> None:
         self._groups = torch.tensor(groups, device="cpu")
+
+    def dtype(self, x: Tensor) -> int:  # a weight of a panel serves all times of a block, whatever its bytes
+        return DTYPES[x.dtype]
 
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
         kernel = _native.lib.scanned_backward if backward else _native.lib.scanned_forward
@@ -107,7 +119,7 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
         dz, h_prev, *projected = (s[: (last - first) * k] for s in space)
         d_hidden = projected.pop() if own_bias is not None else dz
         dh, m = projected or (None, None)
-        fields = shared(WINDOWED_BACKWARD, p, DTYPES[w_hh.dtype], given, batch)
+        fields = shared(WINDOWED_BACKWARD, p, _kernels.dtype(xp), given, batch)
         fields.update(
             first=first,
             last=last,
@@ -135,7 +147,7 @@ def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None
 
 
 def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> bool:
-    """Whether the kernel computes xp: float32, and enough rows to pay for packing the weights (in bfloat16 torch's product is faster)."""
+    """Whether the kernel computes xp: float32, or bfloat16 where it multiplies that, and enough rows to pay for packing the weights."""
     return (
         _native.lib is not None
         and backend in ("auto", "cpu")
@@ -144,19 +156,21 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
         and x.shape[0] * w_ih.numel() >= _WORK
         and x.shape[1] == w_ih.shape[1]
         and (bias is None or bias.shape == w_ih.shape[:1])
-        and all(map(_plain_floats, (x, w_ih) if bias is None else (x, w_ih, bias)))
+        and (x.dtype is torch.float32 or _MULTIPLIES_BFLOAT16 and x.dtype is torch.bfloat16)
+        and all(_plain(t, x.dtype) for t in ((x, w_ih) if bias is None else (x, w_ih, bias)))
     )
 
 
-def _plain_floats(t: Tensor) -> bool:
-    return type(t) in PLAIN and t.dtype is torch.float32 and t.is_cpu and not t.is_neg()
+def _plain(t: Tensor, dtype: torch.dtype) -> bool:
+    return type(t) in PLAIN and t.dtype is dtype and t.is_cpu and not t.is_neg()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, (m, k), (k, n) -> (m, n), where nothing watches: by the kernel where that takes less time, for an a stored by rows or, as
     the transposed of such, by columns. `out` is added to."""
     (m, k), n = a.shape, b.shape[1]
-    if _native.lib is None or k < _ROWS or m * k * n < _WORK or not (_plain_floats(a) and _plain_floats(b)):
+    plain = _plain(a, torch.float32) and _plain(b, torch.float32)
+    if _native.lib is None or k < _ROWS or m * k * n < _WORK or not plain:
         return a @ b if out is None else out.addmm_(a, b)
     transposed = a.stride(0) == 1 and a.stride(1) == m
     (a,), (b,) = ((a,) if transposed else dense(a)), dense(b)
@@ -178,7 +192,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
     """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S). `passing`: it lies in this thread's scratch memory, until the next call."""
     x, w_ih, bias = dense(x, w_ih, bias)
-    xp = (_borrow if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
+    xp = (partial(_borrow, x.dtype) if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
     (rows, inputs), sums = x.shape, w_ih.shape[0]
     _native.lib.input_projection(
         dtype=DTYPES[x.dtype],
