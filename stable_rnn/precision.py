@@ -9,6 +9,8 @@ import torch
 TF32_EPS = 2.0**-10  # 10 bits behind the point
 TF32X3_EPS = 2.0**-20  # a factor is the sum of two TF32 numbers, and the product of the small ones is left out
 
+_recurrences, _products = (getattr(torch.backends.mkldnn, name, None) for name in ("rnn", "matmul"))  # torch 2.9
+
 
 def tf32_allowed() -> bool:
     """Whether torch's matrix products may round float32 to TF32 (`torch.set_float32_matmul_precision("high")`): then so do ours."""
@@ -26,11 +28,10 @@ def bfloat16_weights_allowed() -> bool:
     """Whether float32 recurrences on the CPU may round their state weights to bfloat16: torch's switch for recurrences there says so
     (`torch.backends.mkldnn.rnn.fp32_precision = "bf16"`) or, where it says nothing, that for matrix products
     (`torch.set_float32_matmul_precision("medium")`)."""
-    recurrences = getattr(torch.backends.mkldnn, "rnn", None)  # torch 2.9
-    if recurrences is None:
+    if _recurrences is None or _products is None:
         return torch.get_float32_matmul_precision() == "medium"
-    asked = recurrences.fp32_precision
-    return (torch.backends.mkldnn.matmul.fp32_precision if asked == "none" else asked) == "bf16"
+    asked = _recurrences.fp32_precision
+    return (_products.fp32_precision if asked == "none" else asked) == "bf16"
 
 
 def products_eps() -> float:

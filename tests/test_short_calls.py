@@ -113,10 +113,12 @@ def test_a_few_steps(kind, plain, ran):
 def test_the_rule(monkeypatch):
     x, narrow = torch.empty(0), torch.empty(0, dtype=torch.bfloat16)
     with torch.no_grad():
-        for tiles in (False, True):
+        for tiles, pairs in ((False, False), (True, True), (False, True)):
             monkeypatch.setattr(backends, "_TILES_OF_BFLOAT16", tiles)
-            assert leave_to_torch(narrow, "lstm", 100, 1, 64) is tiles
-            assert not leave_to_torch(narrow, "rnn_tanh", 2, 1, 64)
+            monkeypatch.setattr(backends.native, "MULTIPLIES_BFLOAT16", pairs)
+            assert leave_to_torch(narrow, "lstm", 17, 1, 64) is leave_to_torch(narrow, "lstm", 16, 1, 128) is tiles
+            assert leave_to_torch(narrow, "lstm", 16, 1, 127) is pairs
+            assert not leave_to_torch(narrow, "lstm", 1, 1, 64) and not leave_to_torch(narrow, "rnn_tanh", 2, 1, 64)
         assert not leave_to_torch(x, "lstm", None, 8, 64) and not leave_to_torch(narrow, "lstm", None, 8, 64)
         assert not leave_to_torch(x, "lstm", 1, 8, 64) and leave_to_torch(x, "lstm", 2, 8, 64)
         assert not leave_to_torch(x, "lstm", 2, 7, 64) and not leave_to_torch(x, "lstm", 9, 8, 64)

@@ -126,12 +126,16 @@ struct ForwardTile {
     const Run& run = runs[r];
     const int64_t n = hidden - unit;
     const T* at = xp + (run.first + s * run.move) * Cell::gates * hidden + unit;
+    const T* next = at + run.move * Cell::gates * hidden;   // of the next step
     Real z[Cell::gates], x[Cell::gates];
     for (int gate = 0; gate < Cell::gates; ++gate) {
-      __builtin_prefetch(at + (run.move * Cell::gates + gate) * hidden);   // of the next step
+      __builtin_prefetch(next + gate * hidden);
       z[gate] = sums[gate];
-      x[gate] = load(at + gate * hidden, n);
     }
+    if (n >= width)   // one question for all gates
+      for (int gate = 0; gate < Cell::gates; ++gate) x[gate] = load(at + gate * hidden);
+    else
+      for (int gate = 0; gate < Cell::gates; ++gate) x[gate] = load(at + gate * hidden, n);
     State<Real> before{Real(0.f), Real(0.f)};
     if constexpr (Cell::h_before) before.h = load(h_now + r * h_stride + unit);
     if constexpr (Cell::has_cell) before.c = load(c + r * c_stride + unit);

@@ -38,14 +38,15 @@ const char* project(const InputProjectionParams& p) {
       each_panel(own, panels, first / tiling.rows, [&](int64_t i) {
         const int64_t unit = panels.first(i) * width;
         const int size = panels.size(i);
+        const auto bias = [&](const void* b, int v) {
+          return b ? load(in(b) + unit + v * width, p.sums - unit - v * width) : Vec(0.f);
+        };
+        Vec b_ih[panel_vectors], b_hh[panel_vectors];
+        for (int v = 0; v < size; ++v) b_ih[v] = bias(p.b_ih, v), b_hh[v] = bias(p.b_hh, v);
         multiply(rows, stride, n, panels, i, [&](int64_t r, const Vec* sums) {
-          for (int v = 0; v < size; ++v) {
-            const int64_t at = unit + v * width, left = p.sums - at;
-            Vec xp = sums[v];
-            if (p.b_ih) xp = xp + load(in(p.b_ih) + at, left);
-            if (p.b_hh) xp = xp + load(in(p.b_hh) + at, left);
-            store(static_cast<T*>(p.xp) + (first + r) * p.sums + at, xp, left);
-          }
+          T* xp = static_cast<T*>(p.xp) + (first + r) * p.sums + unit;
+          for (int v = 0; v < size; ++v)
+            store(xp + v * width, (sums[v] + b_ih[v]) + b_hh[v], p.sums - unit - v * width);
         });
       });
     });

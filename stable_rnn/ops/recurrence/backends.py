@@ -44,8 +44,8 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
     here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM: of more
-    than one step for batches, and trained of few units; and so may an LSTM of bfloat16 where the machine has tiles of that (AMX),
-    which no kernel here uses."""
+    than one step for batches, and trained or in bfloat16 of few units; and so may any inference of an LSTM in bfloat16 where the
+    machine has tiles of that (AMX), which no kernel here uses."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode
@@ -55,7 +55,10 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
             return x.dtype is torch.float32 and steps <= SHORT and hidden <= NARROW
         if steps == 1:
             return False
-        return steps <= SHORT and batch >= FEW if x.dtype is torch.float32 else _TILES_OF_BFLOAT16
+        if x.dtype is torch.float32:
+            return steps <= SHORT and batch >= FEW
+        few = native.MULTIPLIES_BFLOAT16 and steps <= 2 * SHORT and hidden < 2 * NARROW
+        return _TILES_OF_BFLOAT16 or few
     loop = cell in ("rnn_tanh", "rnn_relu") and x.dtype is torch.float32
     return loop and steps <= SHORT and (steps - 1) * batch * hidden <= SMALL
 

@@ -26,7 +26,7 @@ from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedI
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 16, 1 << 18  # rows and multiply-adds from which the packed products beat torch's
 _SMALL, _LARGE, _KEPT = 1 << 18, 1 << 22, 1 << 26  # bytes
-_MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] == "avx512bf16"
+MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] == "avx512bf16"
 _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
@@ -156,7 +156,7 @@ def can_project(x: Tensor, w_ih: Tensor, bias: Tensor | None, backend: str) -> b
         and x.shape[0] * w_ih.numel() >= _WORK
         and x.shape[1] == w_ih.shape[1]
         and (bias is None or bias.shape == w_ih.shape[:1])
-        and (x.dtype is torch.float32 or _MULTIPLIES_BFLOAT16 and x.dtype is torch.bfloat16)
+        and (x.dtype is torch.float32 or MULTIPLIES_BFLOAT16 and x.dtype is torch.bfloat16)
         and all(_plain(t, x.dtype) for t in ((x, w_ih) if bias is None else (x, w_ih, bias)))
     )
 
