@@ -24,6 +24,9 @@ from .scanned import Scanned
 PLACES = ("registers", "shared memory", "L2")
 
 
+takes_resets = False  # rows come cut into pieces
+
+
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
     reason = cuda_device.missing()
     if reason:

@@ -50,6 +50,7 @@ class Layer(NamedTuple):
     c0: Tensor | None
     base: Tensor | None
     lengths: Tensor | None
+    resets: Tensor | None
     note: Note | None
     p: Problem
 
@@ -232,6 +233,7 @@ def layer(
     c0: Tensor | None,
     base: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     p: Problem,
     note: Note | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,20 +250,20 @@ def layer(
         )
     if not graph and forward_ad._current_level >= 0:  # forward mode: plain torch carries the tangents
         p = p.resolved()
-        given = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        given = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets)
         out = reference.forward(given, p.differentiable())
         return out.y, out.h_n, out.c_n, run.report(Run(plain_from=0, why=FORWARD_MODE) if p.checked else None)
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not graph and (gradient or torch._C._are_functorch_transforms_active()):  # torch.func hides requires_grad
         function = WindowedRecurrence if p.windowed else FusedRecurrence
-        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, note, p)
+        y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, resets, note, p)
         return y, h_n, c_n, report
     if not graph and _plain(*tensors):
         xp = _project_now(x, w_ih, bias, p.backend, passing=True)
-        inputs = Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        inputs = Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets)
         y, h_n, c_n, _, _, report = run.forward(inputs, p, False, note and note.memory)
     else:
         save = gradient and not p.windowed
-        inputs = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths)
+        inputs = Inputs(project(x, w_ih, bias), w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets)
         y, h_n, c_n, _, _, report = _op(inputs, p, save)
     return y, h_n, c_n, report

@@ -93,7 +93,7 @@ def forward(
 ) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
-    xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
+    xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, _ = inputs
     kind, cell = arithmetic(xp.dtype), p.spec
     batch, hidden = h0.shape[0], w_hh.shape[0] // cell.gates
     c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
@@ -168,7 +168,7 @@ def backward(
 ) -> Adjoint:
     """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
     zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
-    dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths = inputs
+    dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, _ = inputs
     kind, cell = arithmetic(y.dtype), p.spec
     batch, n, width = dh_n.shape[0], y.shape[0], w_hh.shape[0]
     hidden = width // cell.gates
@@ -247,7 +247,7 @@ def adjoint_ends(inputs: BackwardInputs, p: Problem, dh_init: Tensor, dc_init: T
 
 def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> tuple[Tensor | None, ...]:
     """The true gradient of windows (stride 1) in xp, the weights, h0 and c0: `group` lanes at a time run again and go back."""
-    dy, dh_n, dc_n, *differentiable, base, lengths = inputs
+    dy, dh_n, dc_n, *differentiable, base, lengths, resets = inputs
     xp, h0, c0 = inputs.xp, inputs.h0, inputs.c0
     batch, n = h0.shape[0], xp.shape[0]
     wanted = [x for x in differentiable if x is not None]
@@ -260,7 +260,7 @@ def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> 
     def states(ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         moved = (None if x is None else next(left) for x in differentiable)
-        out = forward(Inputs(*moved, base, lengths), p, ids=ids)
+        out = forward(Inputs(*moved, base, lengths, resets), p, ids=ids)
         return (out.y,) if c0 is None else (out.y, out.cells)
 
     total = [torch.zeros_like(x) for x in wanted]
@@ -291,6 +291,9 @@ def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
 
 _scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
 scanned_forward, scanned_backward = _scans.forward, _scans.backward
+
+
+takes_resets = False  # rows come cut into pieces
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

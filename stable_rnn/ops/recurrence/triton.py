@@ -54,6 +54,9 @@ class Config(NamedTuple):
     stages: int
 
 
+takes_resets = False  # rows come cut into pieces
+
+
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
     if x.dtype not in DTYPES:
         return False, f"the Triton kernels take float32, float16 and bfloat16, not {x.dtype}"

@@ -22,7 +22,7 @@ WORKSPACE = 1 << 25  # elements that a group may use at once
 
 def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`, by `backend.forward` and `backend.backward`."""
-    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
+    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets = inputs
     n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
     first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
     windows = p.lanes() * batch
