@@ -15,6 +15,7 @@ SIZES = {
     "streaming": ["200"],
     "long_series": ["400", "3"],
     "train_certified": ["10"],
+    "rl_resets": ["3"],
     "train_cascade": ["--steps", "300", "--updates", "2"],
 }
 
