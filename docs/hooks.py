@@ -1,8 +1,8 @@
 """What `mkdocs build` does beyond mkdocs: pages made of files of the repository, and docstrings as the package writes them.
 
-A line `--8<-- "FILE"` of a page stands for that file, a path from the root: Markdown as it is, anything else as a block of code. Links in
-it are read as from where the file lies. They go to the page that includes their target, to a copy of a picture, or, for other files of the
-repository, to `repo_url`; without one the link's text stays, and no link.
+A line `--8<-- "FILE"` of a page stands for that file, a path from the root: Markdown as it is, anything else as a block of code. Links are
+those that work in the repository, from where the file lies that holds them. They go to the page that is or includes their target, to a
+copy of a picture, or, for other files of the repository, to `repo_url`; without one the link's text stays, and no link.
 """
 
 import os
@@ -18,12 +18,13 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
 PICTURES = {".png", ".svg"}
 
-pages: dict[str, str] = {}  # a file of the repository, the page that is made of it
+pages: dict[str, str] = {}  # a Markdown file of the repository, the page that is made of it
 
 
 def on_files(files, config):
     pages.clear()
     for page in files.documentation_pages():
+        pages[f"docs/{page.src_uri}"] = page.src_uri
         for name in INCLUDE.findall(page.content_string):
             if name.endswith(".md"):
                 pages[name] = page.src_uri
@@ -41,7 +42,7 @@ def on_page_markdown(markdown, page, config, files):
             return relinked(text, name, page.file.src_uri, config.repo_url)
         return f"```{name.rpartition('.')[2].replace('py', 'python')}\n{text.rstrip()}\n```"
 
-    return INCLUDE.sub(include, markdown)
+    return INCLUDE.sub(include, relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, config.repo_url))
 
 
 def target(link, name):
