@@ -16,8 +16,8 @@ def markdown(path: Path) -> str:
     head = f"""# CPU targets, every row
 
 {machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} threads, torch {machine["torch"]}, commit {machine["commit"][:7]}, \
-{machine["date"][:10]}. Float32 unless a row says otherwise, input projection included on both sides. Times in ms: median (fastest … slowest). \
-Ratio: baseline / ours of medians, so above 1 ours is faster. Of {len(measured)} targets {missed} are missed.
+{machine["date"][:10]}. Float32 unless a row says otherwise, input projection included on both sides. Times in ms: median
+(fastest … slowest). Ratio: baseline / ours of medians, so above 1 ours is faster. Of {len(measured)} targets {missed} are missed.
 
 | case | ours | baseline | which | ratio | target |
 |---|---|---|---|---|---|
