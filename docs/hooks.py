@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$', re.M)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
+CODE_OR_LINK = re.compile(rf"^```.*?^```$|`[^`\n]+`|{LINK.pattern}", re.M | re.S)  # code holds no links, labels may code
 PICTURES = {".png", ".svg"}
 
 pages: dict[str, str] = {}  # a Markdown file of the repository, the page that is made of it
@@ -64,8 +64,8 @@ def relinked(text, name, page, repository):
 
     def link(match):
         mark, label, address = match.groups()
-        found = target(address, name)
-        if found is None:
+        found = address and target(address, name)
+        if not found:
             return match[0]
         path, anchor = found
         if not (ROOT / path).exists():
@@ -77,8 +77,7 @@ def relinked(text, name, page, repository):
             return f"{mark}[{label}]({os.path.relpath(f'pictures/{path}', here)})"
         return f"[{label}]({repository.rstrip('/')}/blob/HEAD/{path}{anchor})" if repository else label
 
-    parts = CODE.split(text)  # links in code are none
-    return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+    return CODE_OR_LINK.sub(link, text)
 
 
 FIELD = re.compile(r"^(\S+(?:, \S+)*) {2,}(\S.*)$")

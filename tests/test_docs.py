@@ -55,7 +55,7 @@ def test_site(tmp_path):
     if made.returncode:
         pytest.skip(f"mkdocs cannot be installed here: {made.stderr.strip().splitlines()[-1]}")
     built = subprocess.run(
-        [".venv-docs/bin/mkdocs", "build", "--strict", "--quiet", "-d", tmp_path],
+        [".venv-docs/bin/mkdocs", "build", "--strict", "-d", tmp_path],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         stdout=subprocess.PIPE,
@@ -63,7 +63,15 @@ def test_site(tmp_path):
         text=True,
     )
     assert built.returncode == 0, built.stdout
-    for page in ("index", "api", "guide/plans", "maths/stability", "measurements/index", "measurements/cpu-rows", "changelog"):
+    for page in (
+        "index",
+        "api",
+        "guide/plans",
+        "maths/stability",
+        "measurements/index",
+        "measurements/cpu-rows",
+        "changelog",
+    ):
         text = (tmp_path / f"{page}.html").read_text(encoding="utf-8")
         assert "--8&lt;--" not in text and "--8<--" not in text
     reference = (tmp_path / "api.html").read_text(encoding="utf-8")
