@@ -15,7 +15,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$', re.M)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-CODE_OR_LINK = re.compile(rf"^```.*?^```$|`[^`\n]+`|{LINK.pattern}", re.M | re.S)  # code holds no links, labels may code
+CODE_OR_LINK = re.compile(rf"^```.*?^```$|`[^`\n]+`|{LINK.pattern}", re.M | re.S)  # code holds no links
 PICTURES = {".png", ".svg"}
 
 pages: dict[str, str] = {}  # a Markdown file of the repository, the page that is made of it
