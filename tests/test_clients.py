@@ -1,4 +1,4 @@
-"""Libraries that ask `isinstance(m, nn.LSTM)`, with their modules swapped. README.md has the same lines."""
+"""Libraries that ask `isinstance(m, nn.LSTM)`, with their modules swapped. docs/guide/drop-in.md has the same lines."""
 
 import copy
 import warnings
