@@ -1,5 +1,4 @@
-"""Libraries that ask `isinstance(m, nn.LSTM)`, with their modules swapped. README.md has the same lines; docs/guide/resets.md has those
-that are run from there."""
+"""Libraries that ask `isinstance(m, nn.LSTM)`, with their modules swapped; code of docs/guide/resets.md is run from there."""
 
 import copy
 import re
@@ -10,32 +9,6 @@ import pytest
 import torch
 
 from stable_rnn import StableLSTM, stabilize
-
-
-def mask_to_lengths(module, args, kwargs):
-    mask = kwargs.pop("mask", None)  # (B, T), true until a trajectory ends
-    return args, kwargs if mask is None else kwargs | {"lengths": mask.sum(1)}
-
-
-def test_torchrl():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        modules = pytest.importorskip("torchrl.modules")
-    tensordict = pytest.importorskip("tensordict")
-    plain = modules.LSTMModule(
-        input_size=5, hidden_size=6, num_layers=2, in_key="observation", out_key="out", recurrent_backend="pad"
-    )
-    ours = stabilize(copy.deepcopy(plain))
-    ours.lstm.register_forward_pre_hook(mask_to_lengths, with_kwargs=True)
-    data = tensordict.TensorDict(
-        {"observation": torch.randn(3, 20, 5), "is_init": torch.zeros(3, 20, 1, dtype=torch.bool)}, [3, 20]
-    )
-    data["is_init"][1, 7] = data["is_init"][2, 3] = True
-    with modules.set_recurrent_mode(True):
-        expected, found = plain(data.clone()), ours(data.clone())
-    assert type(ours.lstm) is StableLSTM
-    for key in ("out", ("next", "recurrent_state_h"), ("next", "recurrent_state_c")):
-        torch.testing.assert_close(found[key], expected[key])
 
 
 def of_the_guide(name, **known):
