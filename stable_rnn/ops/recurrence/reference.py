@@ -289,8 +289,8 @@ def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
 
 
-_scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
+scanned_forward, scanned_backward = scans.forward, scans.backward
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
