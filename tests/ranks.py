@@ -29,6 +29,10 @@ def _work(rank, ranks, port, functions, results):
             results.put((rank, function.__name__, function(rank), None))
         dist.barrier()
         dist.destroy_process_group()
+    except SystemExit:  # a process that dies
+        results.put((rank, function.__name__, None, None))
+        results.close(), results.join_thread()
+        os._exit(1)
     except BaseException:
         results.put((rank, function.__name__, None, traceback.format_exc()))
 

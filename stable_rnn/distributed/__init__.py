@@ -29,12 +29,12 @@ def sequence_parallel(model: _M, group: ProcessGroup | DeviceMesh | None) -> _M:
         lengths  (B,) those of the whole sequences, 0 to the sum of all T_r, the same on every rank, or None
 
     and returns this rank's stretch of the output, and the final states of the whole sequences on every rank. Every plan but `Recurrent()`
-    can run so: `Windowed` and `Chunked` compute exactly the lanes that one process would, `Scanned` is equal to rounding, `Verified` holds the
-    borders between ranks to its `tol` as those between chunks, in as many rounds as it takes, at most the number of ranks.
+    can run so: `Windowed` and `Chunked` run the lanes that one process would, `Scanned` is equal to rounding, `Verified` holds the borders
+    between ranks to its `tol` as those between chunks, in as many rounds as it takes (`module.last_report`), at most one for each rank.
 
-    The gradient of the input is whole. Those of the weights and of hx are each rank's share of it: their sum over the group is the gradient of
-    the sum of all ranks' losses. DDP and FSDP2 over this dimension too, or over both of a 2-D mesh, take the mean in its place. Every rank
-    has to run the backward pass, through any of the outputs. Dropout between layers draws masks from each rank's own generator.
+    The loss is the sum of what the ranks' losses are. The gradient of the input is whole; those of the weights and of hx are each rank's
+    share, to be added up over the group. DDP and FSDP2 do that if their mesh has this dimension too, and divide by the number of ranks.
+    Every rank has to run the backward pass, through any of the outputs. Dropout draws masks from each rank's own generator.
 
     Raises `TypeError` for something that is no model or group, `ValueError` for a model without any such module, or a mesh of more
     dimensions. A call raises on all ranks if it has to on one, before anything is computed: `ValueError` for `Recurrent()`, stretches

@@ -29,7 +29,7 @@ class Exchange(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[None, None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, given: Tensor) -> tuple[None, None, None, Tensor]:
         return None, None, None, Exchange.apply(*ctx.way, given)
 
 
@@ -40,14 +40,12 @@ class Joined(torch.autograd.Function):
     what it makes of the states."""
 
     @staticmethod
-    def forward(
-        ctx: Any, group: ProcessGroup, own: Tensor, y: Tensor, h: Tensor, c: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, group: ProcessGroup, own: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.own = group, own
         return y.clone() if any(ctx.needs_input_grad) else y, *_summed(group, own, True, h, c)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh: Tensor, dc: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dh: Tensor, dc: Tensor) -> tuple:
         dh, dc = _summed(ctx.group, ctx.own, False, dh, dc)
         own = ctx.own[..., None]
         return None, None, dy, torch.where(own, dh, 0), torch.where(own, dc, 0) if dc.numel() else dc

@@ -57,10 +57,10 @@ class SequenceGroup:
             whole = layout.check_lengths(torch.tensor(given.lengths), given.batch, total, whole.device)
             local = (whole - sum(sizes[: self.group.rank()])).clamp(0, given.steps).to(x.device)
             x = layout.without_padding(x, local, False)
-        ways = [Way(self.group, sizes, whole, backwards, x.device) for backwards in range(1 + module.bidirectional)]
+        ways = [Way(self.group, sizes, whole, backwards, x.device) for backwards in (False, True)]
         rows = layout.padded(x.shape, False, local, x.device)
         y, h, c = module._stack(x.reshape(-1, x.shape[2]), rows, h0, c0, partial(_layer, ways))
-        own = torch.stack([way.closes for way in ways]).repeat(module.num_layers, 1)
+        own = torch.stack([way.closes for way in ways[: 1 + module.bidirectional]]).repeat(module.num_layers, 1)
         y, h, c = Joined.apply(self.group, own, y.view(*x.shape[:2], -1), h, c)
         return y, (h, c)
 
@@ -68,7 +68,7 @@ class SequenceGroup:
 def _layer(ways: list[Way], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.recurrence.function.layer`, whose arguments it takes, of one direction over all ranks."""
     *tensors, p, note = arguments
-    given = Layer(*tensors, note, p)
+    given = Layer._make((*tensors, note, p))
     way = ways[p.step < 0]
     run = states.run if p.checked or p.scanned else lanes.run
     return run(given, way)

@@ -1,10 +1,9 @@
-"""Windows and chunks: the lanes of this rank's times, after the times before them that their warm-ups need, from the ranks that hold these.
+"""Windows and chunks: the lanes of this rank's times, after a halo of the times before them, from the ranks that hold these.
 
-The halo reaches back to a border between chunks, so that its lanes are those of the whole; the first ones, whose warm-ups it cuts short, write
-nothing that is kept. Backward, each rank's dy is that of its own times, 0 in the halo. The adjoint rule is linear in dy, so all ranks'
-gradients add up to the whole's, as long as each runs over the states that the whole has: the lanes that this dy reaches
-lie up to `warmup` before its first, and with the state before them they need as much halo again. The true gradient of windows
-needs none of this."""
+The halo reaches back to a border between chunks, so that its lanes are those of the whole; the first ones, whose warm-ups it cuts short,
+write nothing that is kept. Backward, dy is 0 in the halo. The adjoint rule is linear in dy, so the ranks' gradients add up to the whole's
+if each runs over the states that the whole has. The lanes that a rank's dy reaches lie up to `warmup` steps before its own; these, and
+the state before them, need a halo of their own again. The true gradient of windows does not."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..ops.recurrence.function import Layer, layer
 from ..ops.recurrence.problem import Problem
 from .exchange import Exchange
-from .way import Way
+from .way import Way, chosen
 
 
 def run(given: Layer, way: Way) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -26,7 +25,7 @@ def run(given: Layer, way: Way) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = _with_halo(given.x, halos[::-1] if way.backwards else halos, way)
     base, used = way.rows(begin[way.place], way.first if way.backwards else way.first - halo)
     from_start = (begin[way.place] == 0)[:, None].to(way.device)
-    h0, c0 = (None if s is None else torch.where(from_start, s, 0) for s in (given.h0, given.c0))
+    h0, c0 = chosen(from_start, (given.h0, given.c0))
     p = p._replace(steps=way.steps + halo)
     y, h_n, c_n, report = layer(x, *given[1:6], h0, c0, base, used, p)
     rows = way.steps * way.batch
@@ -42,7 +41,7 @@ def opening(p: Problem, begin: Tensor, gradients: bool) -> Tensor:
 
 
 def _with_halo(x: Tensor, halos: list[int], way: Way) -> Tensor:
-    """x with the rows of the times that each rank wants of those before its own (`halos`, by rank), or after them where time runs backwards."""
+    """x with this rank's halo: so many times (`halos`, by rank) before its own, or after them where time runs backwards."""
     if not any(halos):
         return x
     wanted = [

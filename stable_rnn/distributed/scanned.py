@@ -21,19 +21,15 @@ from ..ops.recurrence.fields import Fields
 from ..ops.recurrence.function import Note
 from ..ops.recurrence.problem import Adjoint, BackwardInputs, Inputs, Problem
 from ..ops.recurrence.scanned import Scanned
-from .way import Order, Way
-
-State = tuple[Tensor, Tensor | None]
+from .way import Order, State, Way, chosen
 
 
 def forward(inputs: Inputs, p: Problem, way: Way, save: bool, note: Note | None) -> tuple[State, tuple[Tensor, ...]]:
     """Where this rank starts, and y, h_n, c_n, saved, cells, report."""
     check(p, inputs)
-    here = way.states.here
-    h, c = (None if s is None else torch.where(here, 0, s) for s in (inputs.h0, inputs.c0))  # the scans write the rest
+    h, c = chosen(~way.states.here, (inputs.h0, inputs.c0))  # the scans write the rest
     scans, groups = _scans(inputs.xp, p, inputs.w_hh, inputs.w_hr, way)
     out = scans.forward(inputs._replace(h0=h, c0=c), p, groups)
-    assert h is not None
     return (h, c), (out.y, out.h_n, out.c_n, out.saved, out.cells, torch.empty(0, dtype=torch.float64))
 
 

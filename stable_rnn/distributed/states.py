@@ -21,7 +21,7 @@ def run(given: Layer, way: Way) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`function.layer` of this rank's rows."""
     base, used = way.own
     given = given._replace(base=base, lengths=used)
-    return States.apply(way, torch.is_grad_enabled(), *given)  # type: ignore[no-any-return]
+    return States.apply(way, torch.is_grad_enabled(), *given)
 
 
 class States(torch.autograd.Function):
@@ -40,15 +40,15 @@ class States(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, _: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, _: Tensor) -> tuple:
         *tensors, h, c, y, saved, cells = ctx.saved_tensors
-        given, way = Layer(*tensors, ctx.note, ctx.problem), ctx.way
+        given, way = Layer._make((*tensors, ctx.note, ctx.problem)), ctx.way
         p, of = given.p.resolved(), scanned if given.p.scanned else verified
         state = given.inputs()._replace(h0=h, c0=c)
         inputs = backward_inputs(dy, dh_n, dc_n if c is not None else None, y, saved, cells, state, p)
         back = of.backward(inputs, p, way, given.note)
         # the states before time 0 are those of the ranks where sequences begin
         dh0, dc0 = (torch.where(way.opens, t, 0) if t.numel() else t for t in (back.dh0, back.dc0))
-        needs = Layer(*ctx.needs_input_grad[2:])
+        needs = Layer._make(ctx.needs_input_grad[2:])
         found = from_adjoint(back._replace(dh0=dh0, dc0=dc0), state, p, y, saved, cells, needs)
         return None, None, *given.gradients(found, needs)

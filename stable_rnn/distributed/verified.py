@@ -8,7 +8,7 @@ is the same with adjoints, from the first steps of the rank behind."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,61 +19,73 @@ from ..ops.recurrence.function import Note
 from ..ops.recurrence.problem import Adjoint, BackwardInputs, Inputs, Problem
 from ..ops.recurrence.reference import arithmetic
 from ..ops.recurrence.verified import IGNORED, jumps
-from .way import Order, Way
-
-State = tuple[Tensor, Tensor | None]
+from .way import Order, State, Way, chosen
 
 
 def forward(inputs: Inputs, p: Problem, way: Way, save: bool, note: Note | None) -> tuple[State, tuple[Tensor, ...]]:
     """Where this rank starts, and y, h_n, c_n, saved, cells, report."""
-    memory, order, corrects = note and note.memory, way.states, _corrects(p, way)
+    memory, order, corrects = note.memory if note else None, way.states, _corrects(p, way)
 
-    def ends(start: State) -> tuple[State, tuple[Tensor, ...]]:
+    def run_from(start: State) -> tuple[State, tuple[Tensor, ...]]:
         out = run.forward(inputs._replace(h0=start[0], c0=start[1]), p, save or corrects, memory)
         return _state(p, *out[1:3]), out
 
-    given = inputs.h0, inputs.c0
-    kept = lambda out: _kept(out[3], p, way)  # noqa: E731
-    first = _arrived(order, _tails(inputs, p, way), given)
-    start, out, *rounds = _settled(ends, kept if corrects else None, first, p, order, inputs.w_hr)
-    return start, (*out[:5], _reported(out[5], *rounds))
+    kept = (lambda out: _kept(out[3], p, way)) if corrects else None
+    first = _arrived(order, _tails(inputs, p, way), (inputs.h0, inputs.c0))
+    found = _settled(run_from, kept, first, p, order, inputs.w_hr)
+    return found.start, (*found.out[:5], found.report(found.out[5]))
 
 
 def backward(inputs: BackwardInputs, p: Problem, way: Way, note: Note | None) -> Adjoint:
-    memory, order = note and note.memory, way.adjoints
+    memory, order = note.memory if note else None, way.adjoints
 
-    def ends(start: State) -> tuple[State, tuple[Tensor, ...]]:
+    def run_from(start: State) -> tuple[State, tuple[Tensor, ...]]:
         out = run.backward(inputs._replace(dh_n=start[0], dc_n=start[1]), p, memory)
         return _state(p, *out[2:4]), out
 
-    given = inputs.dh_n, inputs.dc_n
-    kept = (lambda out: _kept(inputs.saved, p, way)) if _corrects(p, way) else None
-    first = _arrived(order, _heads(inputs, p, way), given)
-    _, out, *rounds = _settled(ends, kept, first, p, order, inputs.w_hr, adjoint=True)
+    kept = (lambda _: _kept(inputs.saved, p, way)) if _corrects(p, way) else None
+    first = _arrived(order, _heads(inputs, p, way), (inputs.dh_n, inputs.dc_n))
+    found = _settled(run_from, kept, first, p, order, inputs.w_hr, adjoint=True)
+    dz, dh, dh0, dc0, numbers = found.out
     if note is not None:
-        note.report = _reported(out[4], *rounds)
-    return Adjoint(*out[:4], *(None,) * 5)  # type: ignore[arg-type]  # of no lanes
+        note.report = found.report(numbers)
+    none = dz.new_empty(0)
+    return Adjoint(dz, dh, dh0, dc0, none, none, none, none, none)
+
+
+class _Settled(NamedTuple):
+    start: State  # from which all ranks agree
+    out: tuple[Tensor, ...]
+    rounds: int
+    jump: float  # the largest that stays
+
+    def report(self, numbers: Tensor) -> Tensor:
+        """That of the last run, with what is of all ranks."""
+        found = report.Run.of(numbers)
+        found.rounds, found.left = self.rounds, max(found.left, self.jump)
+        return found.tensor()
 
 
 def _settled(
-    ends: Callable,
-    kept: Callable | None,
+    run_from: Callable[[State], tuple[State, tuple[Tensor, ...]]],
+    kept: Callable[[tuple[Tensor, ...]], Tensor] | None,
     start: State,
     p: Problem,
     order: Order,
     w_hr: Tensor | None,
     adjoint: bool = False,
-) -> tuple[State, tuple[Tensor, ...], int, float]:
-    """The start from which all ranks agree, what `ends` gives for it, the rounds it took, the largest jump that stays."""
-    end, out = ends(start)
-    for rounds in count(1):
+) -> _Settled:
+    """Runs from the start, which `run_from` gives the end of and its outputs, until all ranks agree. `kept`: how much of a change of
+    its start each unit keeps in such a run, (B, H)."""
+    (end, out), rounds = run_from(start), 1
+    while True:
         h, c, h_end, c_end = _told(order, start, end)
         scale = _largest(h_end, c_end) if adjoint else None
         borders = Borders(h[1:], c[1:], h_end[:-1], c_end[:-1], c[1:, :, :0], order.arrives[1:])
         jump, _ = jumps(borders, scale)
         bad = ~(jump <= p.tol)
         if not bad.any():
-            return start, out, rounds, float(jump.max()) if jump.numel() else 0.0
+            return _Settled(start, out, rounds, float(jump.max()) if jump.numel() else 0.0)
         # a start that is good enough counts as right
         wrong = bad[..., None]
         borders = borders._replace(h=torch.where(wrong, h[1:], h_end[:-1]), c=torch.where(wrong, c[1:], c_end[:-1]))
@@ -82,15 +94,13 @@ def _settled(
             decay = order.gather(kept(out))[:-1]
             new_h, new_c = corrected(borders._replace(decay=decay), not adjoint, w_hr, None)
         moved, _ = jumps(borders._replace(h_end=new_h, c_end=new_c), scale)
-        again = (bad | (moved > IGNORED * p.tol))[order.place - 1][:, None] if order.place else bad[:1] & False
-        if again.any():
-            h0, c0 = start
-            start = (
-                torch.where(again, new_h[order.place - 1].to(h0.dtype), h0),
-                None if c0 is None else torch.where(again, new_c[order.place - 1].to(c0.dtype), c0),
-            )
-            end, out = ends(start)
-    raise AssertionError
+        again = bad | (moved > IGNORED * p.tol)
+        before = order.place - 1
+        if before >= 0 and again[before].any():
+            new = new_h[before].to(start[0].dtype), None if start[1] is None else new_c[before].to(start[1].dtype)
+            start = chosen(again[before][:, None], new, start)
+            end, out = run_from(start)
+        rounds += 1
 
 
 def _told(order: Order, *states: State) -> tuple[Tensor, ...]:
@@ -110,17 +120,15 @@ def _state(p: Problem, h: Tensor, c: Tensor) -> State:
 
 def _arrived(order: Order, ends: State, given: State) -> State:
     """This rank's start: the end of the rank before, or the state that is given where no sequence comes from there."""
-    h, c = (None if s is None else torch.where(order.here, order.handed_on(end), s) for end, s in zip(ends, given))
-    assert h is not None
-    return h, c
+    h, c = ends
+    return chosen(order.here, (order.handed_on(h), None if c is None else order.handed_on(c)), given)
 
 
 def _tails(inputs: Inputs, p: Problem, way: Way) -> State:
     """Where this rank ends, by its last steps alone."""
     (first, used), steps = way.own, _warmup(p, way, inputs.w_hh)
     some = used.clamp_max(steps)
-    exact = ~way.states.here & (used <= steps)[:, None]
-    h0, c0 = (None if s is None else torch.where(exact, s, 0) for s in (inputs.h0, inputs.c0))
+    h0, c0 = chosen(~way.states.here & (used <= steps)[:, None], (inputs.h0, inputs.c0))
     given = inputs._replace(h0=h0, c0=c0, base=first + (used - some) * way.step, lengths=some)
     return _state(p, *run.forward(given, p._replace(steps=steps).whole(), False)[1:3])
 
@@ -128,8 +136,7 @@ def _tails(inputs: Inputs, p: Problem, way: Way) -> State:
 def _heads(inputs: BackwardInputs, p: Problem, way: Way) -> State:
     """The adjoint before this rank's times, by its first steps alone."""
     used, steps = way.own[1], _warmup(p, way, inputs.w_hh)
-    exact = ~way.adjoints.here & (used <= steps)[:, None]
-    dh_n, dc_n = (None if s is None else torch.where(exact, s, 0) for s in (inputs.dh_n, inputs.dc_n))
+    dh_n, dc_n = chosen(~way.adjoints.here & (used <= steps)[:, None], (inputs.dh_n, inputs.dc_n))
     given = inputs._replace(dh_n=dh_n, dc_n=dc_n, lengths=used.clamp_max(steps))
     return _state(p, *run.backward(given, p._replace(steps=steps).whole())[2:4])
 
@@ -148,9 +155,3 @@ def _kept(saved: Tensor, p: Problem, way: Way) -> Tensor:
     gates = p.spec.forget_gate(saved).view(way.steps, way.batch, -1)
     kind = torch.float64 if gates.dtype == torch.float64 else torch.float32
     return torch.where(way.there, gates, 1).prod(0, dtype=kind)
-
-
-def _reported(numbers: Tensor, rounds: int, jump: float) -> Tensor:
-    found = report.Run.of(numbers)
-    found.rounds, found.left = rounds, max(found.left, jump)
-    return found.tensor()

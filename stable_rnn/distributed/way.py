@@ -15,6 +15,14 @@ from torch.distributed import ProcessGroup
 
 from .exchange import Exchange, gather
 
+State = tuple[Tensor, Tensor | None]  # h (B, P), and c (B, H) of cells that have one
+
+
+def chosen(where: Tensor, state: State, other: State | None = None) -> State:
+    """`state` where (B, 1) says so, and elsewhere `other`, or zeros."""
+    (h, c), (other_h, other_c) = state, other or (0, 0)
+    return torch.where(where, h, other_h), None if c is None or other_c is None else torch.where(where, c, other_c)
+
 
 class Order(NamedTuple):
     """One order of visits: of states, or of adjoints."""
