@@ -90,7 +90,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return None
         reports, notes = self._ran
         back = {place: note.report for place, note in notes.items() if note.report is not None}
-        seen = self._sequence is None and all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
+        seen = self._sequence is None and all(
+            getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports
+        )
 
         def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)

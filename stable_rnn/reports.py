@@ -30,7 +30,9 @@ class LayerReport:
         int | None
     )  # steps after which the plain recurrence went on, if it did; in the backward pass counted from the end
     why: str  # the plain recurrence ran; else empty
-    rounds: int = 1  # runs of this rank's stretch of time, in `stable_rnn.distributed`; the other numbers are of the last
+    rounds: int = (
+        1  # runs of this rank's stretch of time, in `stable_rnn.distributed`; the other numbers are of the last
+    )
 
     @classmethod
     def of(cls, place: tuple[int, int], numbers: torch.Tensor) -> LayerReport:

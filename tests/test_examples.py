@@ -16,7 +16,9 @@ SIZES = {
     "long_series": ["400", "3"],
     "train_certified": ["10"],
     "train_cascade": ["--steps", "300", "--updates", "2"],
+    "sequence_parallel": ["100", "2"],
 }
+LAUNCHERS = {"sequence_parallel": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
 
 def run(*arguments, **variables):
@@ -31,7 +33,7 @@ def run(*arguments, **variables):
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.stem)
 def test_example(file):
     assert len(file.read_text().splitlines()) <= 40
-    run(file, *SIZES.get(file.stem, []))
+    run(*LAUNCHERS.get(file.stem, []), file, *SIZES.get(file.stem, []))
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/guide").glob("*.md")), ids=lambda page: page.stem)

@@ -53,6 +53,8 @@ class Joined(torch.autograd.Function):
 
 def _summed(group: ProcessGroup, own: Tensor, masked: bool, h: Tensor, c: Tensor) -> list[Tensor]:
     parts = [t for t in (h, c) if t.numel()]
+    if not parts:
+        return [h.clone(), c.clone()]
     total = torch.cat([(torch.where(own[..., None], t, 0) if masked else t).flatten() for t in parts])
     dist.all_reduce(total, group=group)
     sums = iter(total.split([t.numel() for t in parts]))

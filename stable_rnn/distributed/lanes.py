@@ -49,7 +49,7 @@ def _with_halo(x: Tensor, halos: list[int], way: Way) -> Tensor:
         for end, size, halo in zip(way.ends, way.sizes, halos)
     ]
     held = [range(end - size, end) for end, size in zip(way.ends, way.sizes)]
-    steps = x.view(way.steps, -1)
+    steps = x.view(way.steps, way.batch * x.shape[1])
     parts = [_common(held[way.rank], times) for times in wanted]
     sends = torch.cat([steps[times.start - way.first : times.stop - way.first] for times in parts])
     receives = [len(_common(times, wanted[way.rank])) for times in held]

@@ -60,9 +60,9 @@ def _scan(scan: Callable, way: Way, f: Fields) -> None:
     if not cell.carries:  # whose start is the last h
         last = order.handed_on(f["h_n"][:, units])
         f["h0"][:, units] = torch.where(order.here, last, f["h0"][:, units])
-        first, used = way.own
-        opening = first[used > 0]
-        f["before"][opening, units] = f["h0"][used > 0, units]
+        first, used = way.own  # rows of no other sequence, whether used or not
+        before = f["before"][first, units]
+        f["before"][first, units] = torch.where((used > 0)[:, None], f["h0"][:, units], before)
 
 
 def _scan_backward(scan: Callable, way: Way, f: Fields) -> None:
@@ -79,10 +79,10 @@ def _scan_backward(scan: Callable, way: Way, f: Fields) -> None:
     of_group = lambda x, parts: x.view(len(x), parts, f["hidden"])[first][:, :, units].flatten(1)  # noqa: E731
     dz = of_group(f["dz"], cell.gates)
     d_hidden = order.handed_on(cell.hidden(dz, of_group(f["saved"], cell.saved) if cell.saved else dz))
-    arrives = order.here[:, 0]
-    last = (first + (used - 1) * way.step)[arrives]
+    last = torch.where(order.here[:, 0], first + (used - 1) * way.step, first)
     after = f["after"].view(len(f["after"]), f["hidden"], cell.gates)
-    after[last, units] = d_hidden[arrives].unflatten(1, (cell.gates, -1)).transpose(1, 2).to(after.dtype)
+    by_unit = d_hidden.unflatten(1, (cell.gates, -1)).transpose(1, 2).to(after.dtype)
+    after[last, units] = torch.where(order.here[:, :, None], by_unit, after[last, units])
 
 
 def _kept(f: Fields, units: slice, way: Way) -> Tensor:
