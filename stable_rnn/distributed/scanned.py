@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..cells import of_code
-from ..ops.recurrence import cascade, reference
+from ..ops.recurrence import cascade, native
 from ..ops.recurrence.backends import choose
 from ..ops.recurrence.checks import check
 from ..ops.recurrence.fields import Fields
 from ..ops.recurrence.function import Note
 from ..ops.recurrence.problem import Adjoint, BackwardInputs, Inputs, Problem
 from ..ops.recurrence.scanned import Scanned
+from . import cpu_scans
 from .way import Order, State, Way, chosen
 
 
@@ -41,8 +42,8 @@ def backward(inputs: BackwardInputs, p: Problem, way: Way, note: Note | None) ->
 
 
 def _scans(x: Tensor, p: Problem, w_hh: Tensor, w_hr: Tensor | None, way: Way) -> tuple[Scanned, tuple[int, ...]]:
-    # the backend `cpu` has no scans of groups: it goes once through time
-    own: Scanned = getattr(choose(p, x, w_hh, w_hr), "scans", reference.scans)
+    backend = choose(p, x, w_hh, w_hr)
+    own: Scanned = cpu_scans.scans if backend is native else backend.scans
     made = Scanned(partial(_scan, own.scan, way), partial(_scan_backward, own.scan_backward, way), own.kind, own.kept)
     return made, cascade.groups(w_hh, p.spec.gates)
 
