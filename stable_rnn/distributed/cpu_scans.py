@@ -21,7 +21,7 @@ class _Group:
         self.f, self.kind, self.cell = f, arithmetic(like.dtype), of_code(f["cell"])
         self.units = slice(f["unit"], f["unit"] + f["units"])
         self.whole = 0, f["units"]
-        self.no_weight = torch.zeros(self.cell.gates * f["units"], f["units"], dtype=self.kind)
+        self.no_weight = torch.zeros(self.cell.gates * f["units"], f["units"], dtype=self.kind, device="cpu")
         self.p = Problem(self.cell.name, f["steps"], f["step"], cap=f["cap"])
 
     def part(self, name: str, parts: int = 1) -> Tensor:

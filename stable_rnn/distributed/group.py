@@ -25,6 +25,7 @@ class SequenceGroup:
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
+        self.forward = torch.compiler.disable(self._forward)  # here, for it imports Dynamo
 
     def __deepcopy__(self, memo: dict) -> SequenceGroup:
         return self
@@ -32,8 +33,7 @@ class SequenceGroup:
     def __reduce__(self) -> Any:
         raise TypeError("a module that shares time with other ranks cannot be pickled: sequence_parallel(model, None)")
 
-    @torch.compiler.disable
-    def forward(self, module: Any, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
+    def _forward(self, module: Any, input: Any, hx: Any, lengths: Any) -> tuple[Tensor, Any]:
         """As the module's own, of this rank's stretch of the input and the states and lengths of the whole."""
         given, facts, error = None, {}, None
         try:
@@ -45,33 +45,30 @@ class SequenceGroup:
         assert given is not None
         if module.training:
             watch.trains(module)
-        y, hidden = self._run(module, given, sizes)
+        y, *hidden = self._run(module, given, sizes)
         y = y.transpose(0, 1) if module.batch_first else y
-        return y, hidden if MODES[module.mode].has_cell else hidden[0]
+        return y, tuple(hidden) if MODES[module.mode].has_cell else hidden[0]
 
-    def _run(self, module: Any, given: _Given, sizes: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _run(self, module: Any, given: _Given, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """y (T_r, B, D*P), and h_n (L*D, B, P) and c_n (L*D, B, H) of the whole."""
         x, (h0, c0), total = given.x, given.hx, sum(sizes)
-        whole = torch.full((given.batch,), total)
-        local = None
+        whole, local = torch.full((given.batch,), total, device="cpu"), None
         if given.lengths is not None:
-            whole = layout.check_lengths(torch.tensor(given.lengths), given.batch, total, whole.device)
+            whole = layout.check_lengths(torch.tensor(given.lengths, device="cpu"), given.batch, total, whole.device)
             local = (whole - sum(sizes[: self.group.rank()])).clamp(0, given.steps).to(x.device)
             x = layout.without_padding(x, local, False)
         ways = [Way(self.group, sizes, whole, backwards, x.device) for backwards in (False, True)]
         rows = layout.padded(x.shape, False, local, x.device)
         y, h, c = module._stack(x.reshape(-1, x.shape[2]), rows, h0, c0, partial(_layer, ways))
         own = torch.stack([way.closes for way in ways[: 1 + module.bidirectional]]).repeat(module.num_layers, 1)
-        y, h, c = Joined.apply(self.group, own, y.view(*x.shape[:2], y.shape[1]), h, c)
-        return y, (h, c)
+        return Joined.apply(self.group, own, y.view(*x.shape[:2], y.shape[1]), h, c)
 
 
 def _layer(ways: list[Way], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.recurrence.function.layer`, whose arguments it takes, of one direction over all ranks."""
     *tensors, p, note = arguments
-    given = Layer._make((*tensors, note, p))
-    way = ways[p.step < 0]
     run = states.run if p.checked or p.scanned else lanes.run
-    return run(given, way)
+    return run(Layer._make((*tensors, note, p)), ways[p.step < 0])
 
 
 class _Given(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cells import of_code
-from ..ops.recurrence import cascade, native
+from ..ops.recurrence import cascade, native, run
 from ..ops.recurrence.backends import choose
 from ..ops.recurrence.checks import check
 from ..ops.recurrence.fields import Fields
@@ -31,7 +31,7 @@ def forward(inputs: Inputs, p: Problem, way: Way, save: bool, note: Note | None)
     h, c = chosen(~way.states.here, (inputs.h0, inputs.c0))  # the scans write the rest
     scans, groups = _scans(inputs.xp, p, inputs.w_hh, inputs.w_hr, way)
     out = scans.forward(inputs._replace(h0=h, c0=c), p, groups)
-    return (h, c), (out.y, out.h_n, out.c_n, out.saved, out.cells, torch.empty(0, dtype=torch.float64))
+    return (h, c), (out.y, out.h_n, out.c_n, out.saved, out.cells, run.report(None))
 
 
 def backward(inputs: BackwardInputs, p: Problem, way: Way, note: Note | None) -> Adjoint:

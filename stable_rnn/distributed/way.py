@@ -64,8 +64,8 @@ class Way:
         self.group, self.sizes, self.lengths, self.backwards, self.device = group, sizes, lengths, backwards, device
         self.rank, self.total, self.batch = group.rank(), sum(sizes), len(lengths)
         self.ends = list(accumulate(sizes))
-        stop = torch.tensor(self.ends)[:, None]
-        start = stop - torch.tensor(sizes)[:, None]
+        stop = torch.tensor(self.ends, device="cpu")[:, None]
+        start = stop - torch.tensor(sizes, device="cpu")[:, None]
         if backwards:
             begin, end = (lengths - stop).clamp_min(0).flip(0), (lengths - start).clamp_min(0).flip(0)
         else:
@@ -119,7 +119,7 @@ class Way:
         row of their first, and their number. 0 of those that have none here."""
         used = torch.where(self.live[self.place], self.end[self.place] - begin, 0)
         time = (self.lengths - 1 - begin if self.backwards else begin) - first
-        base = torch.where(used > 0, time * self.batch, 0) + torch.arange(self.batch)
+        base = torch.where(used > 0, time * self.batch, 0) + torch.arange(self.batch, device="cpu")
         return base.to(self.device), used.to(self.device)
 
     @cached_property
@@ -130,5 +130,5 @@ class Way:
     @cached_property
     def there(self) -> Tensor:
         """(T_r, B, 1) whether a sequence has that time."""
-        time = torch.arange(self.first, self.first + self.steps)[:, None, None]
+        time = torch.arange(self.first, self.first + self.steps, device="cpu")[:, None, None]
         return (time < self.lengths[:, None]).to(self.device)
