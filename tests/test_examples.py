@@ -17,7 +17,9 @@ SIZES = {
     "train_certified": ["10"],
     "rl_resets": ["3"],
     "train_cascade": ["--steps", "300", "--updates", "2"],
+    "sequence_parallel": ["100", "2"],
 }
+LAUNCHERS = {"sequence_parallel": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
 
 def run(*arguments, **variables):
@@ -32,7 +34,7 @@ def run(*arguments, **variables):
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.stem)
 def test_example(file):
     assert len(file.read_text().splitlines()) <= 40
-    run(file, *SIZES.get(file.stem, []))
+    run(*LAUNCHERS.get(file.stem, []), file, *SIZES.get(file.stem, []))
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]

@@ -315,6 +315,6 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
-_scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
+scanned_forward, scanned_backward = scans.forward, scans.backward
 windowed_backward = partial(windows.windowed_backward, _Kernels(many=True))
