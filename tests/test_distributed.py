@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from executor import build
 from ranks import needs_gloo, on_ranks
 from torch import nn
 
@@ -99,12 +100,13 @@ def results(module, x, hx, lengths, dy, dh, dc, share):
     return {name: torch.zeros_like(x[:0]) if t is None else t.detach() for name, t in found.items()}
 
 
-def differences(case, sizes, lengths, dtype=torch.float64, batch_first=False):
+def differences(case, sizes, lengths, dtype=torch.float64, batch_first=False, backend="auto"):
     """The largest error of every output and gradient, of the ranks' and of the whole's own, relative to the largest true value."""
     make, plan, of_whole = CASES[case]
     torch.manual_seed(0)
     ours, rank, total = make(plan).to(dtype), dist.get_rank(), sum(sizes)
     whole, exact = (make(of_whole or plan).to(kind) for kind in (dtype, torch.float64))
+    ours.backend = whole.backend = backend
     whole.load_state_dict(ours.state_dict()), exact.load_state_dict(ours.state_dict())
     ways, out = 1 + ours.bidirectional, getattr(ours, "proj_size", 0) or H
     count = 2 if isinstance(ours, StableLSTM) else 1
@@ -188,6 +190,20 @@ def test_four_ranks_compute_what_one_does(four):
 @pytest.mark.parametrize("name, dtype", [("_float32", torch.float32), ("_bfloat16", torch.bfloat16)])
 def test_kernels(two, name, dtype):
     close(two[name], 4 * torch.finfo(dtype).eps, 2)
+
+
+def _executed(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        build.on_cpu_tensors(patch)
+        cases = "chunks", "windows", "scans, LSTM", "scans, GRU", "scans, RNN", "checked, LSTM"
+        return {case: differences(case, (4, 5), (9, 0, 6), torch.float32, backend="cuda") for case in cases}
+
+
+@pytest.mark.check
+@pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
+def test_cuda_kernels_in_the_executor():
+    build.module()  # once, for both
+    close(on_ranks(2, _executed)["_executed"], 4 * torch.finfo(torch.float32).eps, 2)
 
 
 def _rounds(rank):
