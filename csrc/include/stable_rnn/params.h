@@ -29,10 +29,8 @@ struct Lanes {
   int64_t stride, warmup;   // the schedule; ceil(T / stride) lanes a row
   const int64_t* base;      // [B] or null: b, or (T-1)*B + b where step < 0
   const int64_t* length;    // [B] or null: T for every row
-  const bool*
-      resets;   // [N] or null: before the step of a buffer row its row's state is zero (on the CPU null: Python cuts such
-                // rows into pieces, each a row of its own)
-  const int64_t* select;   // [n_select] lane ids, ascending, or null: every lane
+  const bool* resets;       // [N] or null: the state is zero before the step of a buffer row (on the CPU null)
+  const int64_t* select;    // [n_select] lane ids, ascending, or null: every lane
   int64_t n_select;
 };
 

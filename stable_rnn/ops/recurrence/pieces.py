@@ -6,77 +6,82 @@ not. The number of pieces is a shape: on a GPU this waits for it, so backends wh
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs, row_base, row_length
 
-T = TypeVar("T", bound=Inputs | BackwardInputs | WindowedInputs)
+T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
 
 
-class Pieces(NamedTuple):
-    """The pieces of B rows, row by row in visiting order: n of them. A row without any time is a piece without any."""
+class Rows:
+    """Rows as they are: a run's states are theirs."""
 
-    row: Tensor  # (n,) that each is of
-    base: Tensor  # (n,)
+    def states(self, *found: Tensor) -> tuple[Tensor, ...]:
+        """The rows' last states, (B, F) each, or (0,) of what a cell does not have."""
+        return found
+
+    def origins(self, *found: Tensor) -> tuple[Tensor, ...]:
+        """The adjoints of the rows' first states, likewise."""
+        return found
+
+
+@dataclass(frozen=True)
+class Pieces(Rows):
+    """The n pieces of B rows, row by row in visiting order. A row without any time is a piece without any."""
+
+    base: Tensor  # (n,) buffer rows of their first times
     lengths: Tensor  # (n,)
     longest: int
-    last: Tensor  # (B,) the last piece of each row
     first: Tensor  # (B,) the first piece of each row
-    kept: Tensor  # (B,) bool: the first piece starts from the row's state: no reset stands before its first step
+    last: Tensor  # (B,) the last
+    kept: Tensor  # (B, 1) whether a row's first piece starts from its state: no reset stands before its first step
 
     @classmethod
     def of(cls, resets: Tensor, p: Problem, batch: int, base: Tensor | None, lengths: Tensor | None) -> Pieces:
-        """Of rows with at most `p.steps` times; resets (N,) bool by buffer row."""
+        """Of rows with at most `p.steps` times, at least one; resets (N,) bool by buffer row."""
         device = resets.device
         origin, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
         time = torch.arange(p.steps, device=device)
         there = time < length[:, None]  # (B, T)
-        rows = torch.where(there, origin[:, None] + time * p.step, 0)
-        marks = there & resets[rows] if len(resets) else there
-        kept = ~marks[:, 0]
-        begins = torch.cat([torch.ones_like(kept)[:, None], marks[:, 1:]], 1)
+        begins = there & resets[torch.where(there, origin[:, None] + time * p.step, 0)] if len(resets) else there
+        kept = ~begins[:, :1]
+        begins = torch.cat([torch.ones_like(kept), begins[:, 1:]], 1)
         row, start = begins.nonzero(as_tuple=True)  # the one shape that depends on values
-        count = begins.sum(1)
-        last = count.cumsum(0) - 1
-        ends = torch.cat([start[1:], start.new_zeros(1)]).index_copy(0, last, length)
-        lengths = ends - start
-        longest = int(lengths.max()) if len(lengths) else 0
-        return cls(row, origin[row] + start * p.step, lengths, longest, last, last - count + 1, kept)
+        last = begins.sum(1).cumsum(0) - 1
+        first = torch.cat([last.new_zeros(1), last[:-1] + 1])[:batch]
+        end = torch.cat([start[1:], start[:1]]).index_copy(0, last, length)  # where the next piece of the row begins
+        lengths = end - start
+        longest = int(lengths.max()) if batch else 0
+        return cls(origin[row] + start * p.step, lengths, longest, first, last, kept)
+
+    def states(self, *found: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.index_select(0, self.last) if x.dim() == 2 else x for x in found)
+
+    def origins(self, *found: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.where(self.kept, x.index_select(0, self.first), 0) if x.dim() == 2 else x for x in found)
 
     def starts(self, state: Tensor | None) -> Tensor | None:
-        """What pieces start from: the rows' states (B, F) at their own starts, else zeros."""
-        if state is None:
-            return None
-        own = torch.where(self.kept[:, None], state, torch.zeros_like(state))
-        return state.new_zeros(len(self.row), state.shape[1]).index_copy(0, self.first, own)
+        """What pieces start from: the rows' states (B, F), zeros elsewhere."""
+        return None if state is None else self._of(self.first, torch.where(self.kept, state, 0))
 
     def ends(self, adjoint: Tensor | None) -> Tensor | None:
-        """The adjoints (B, F) of the rows' last states as those of pieces."""
-        if adjoint is None or not adjoint.numel():
-            return adjoint
-        return adjoint.new_zeros(len(self.row), adjoint.shape[1]).index_copy(0, self.last, adjoint)
+        """The adjoints of what pieces end in: those of the rows' last states (B, F), zeros elsewhere."""
+        return adjoint if adjoint is None or adjoint.dim() < 2 else self._of(self.last, adjoint)
 
-    def states(self, found: Tensor) -> Tensor:
-        """The rows' last states, of those of pieces."""
-        return found.index_select(0, self.last) if found.dim() == 2 else found
-
-    def origins(self, found: Tensor) -> Tensor:
-        """The adjoints of the rows' starts, of those of pieces."""
-        if found.dim() < 2:
-            return found
-        mine = found.index_select(0, self.first)
-        return torch.where(self.kept[:, None], mine, torch.zeros_like(mine))
+    def _of(self, piece: Tensor, values: Tensor) -> Tensor:
+        return values.new_zeros(len(self.base), values.shape[1]).index_copy(0, piece, values)
 
 
-def cut(inputs: T, p: Problem) -> tuple[T, Problem, Pieces]:
-    """The same inputs and problem, of pieces."""
-    assert inputs.resets is not None
+def cut(inputs: T, p: Problem) -> tuple[T, Problem, Rows]:
+    """The inputs and problem of the pieces, and these."""
+    if inputs.resets is None or not p.steps:
+        return inputs._replace(resets=None), p, Rows()
     pieces = Pieces.of(inputs.resets, p, inputs.state.shape[0], inputs.base, inputs.lengths)
-    changed = {"base": pieces.base, "lengths": pieces.lengths, "resets": None, "c0": pieces.starts(inputs.c0)}
-    changed["h0"] = pieces.starts(inputs.h0)
-    if not isinstance(inputs, Inputs):
-        changed |= {"dh_n": pieces.ends(inputs.dh_n), "dc_n": pieces.ends(inputs.dc_n)}
+    moved = {"h0": pieces.starts, "c0": pieces.starts, "dh_n": pieces.ends, "dc_n": pieces.ends}
+    changed: Any = {name: of(getattr(inputs, name)) for name, of in moved.items() if name in inputs._fields}
+    changed |= {"base": pieces.base, "lengths": pieces.lengths, "resets": None}
     return inputs._replace(**changed), p._replace(steps=pieces.longest), pieces
