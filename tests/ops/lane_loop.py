@@ -32,7 +32,9 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "padded"  # padded | reverse | packed | packed_reverse | shared
     lengths: tuple[int, ...] | None = None
-    resets: float | None = None  # the part of the buffer rows before whose steps the state is zero; None: no mask
+    resets: float | tuple[int, ...] | None = (
+        None  # buffer rows before whose steps the state is zero, or their part; None: no mask
+    )
     select: tuple[int, ...] | None = None
     init: bool = False
     threads: int = 1
@@ -61,8 +63,12 @@ class Case:
             self.step = -self.batch if back else self.batch
             self.base = [(used[b] - 1) * self.batch + b if back else b for b in range(self.batch)]
         self.plain_base = self.lengths is None and self.layout in ("padded", "reverse")
-        draws = torch.rand(self.n, generator=torch.Generator().manual_seed(self.n))
-        self.anew = None if self.resets is None else draws < self.resets
+        self.anew = None
+        if isinstance(self.resets, tuple):
+            self.anew = torch.zeros(self.n, dtype=torch.bool)
+            self.anew[list(self.resets)] = True
+        elif self.resets is not None:
+            self.anew = torch.rand(self.n, generator=torch.Generator().manual_seed(self.n)) < self.resets
         self.lanes = -(-self.steps // self.stride) * self.batch
         self.ids = list(range(self.lanes) if self.select is None else self.select)
 
