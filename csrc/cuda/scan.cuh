@@ -230,14 +230,13 @@ struct BackwardScan {
       const int64_t t = used - 1 - s, row = row_of(lanes, b, t);
       float kept[Cell::saved ? Cell::saved : 1];
       const auto adjoint = step(t, used, state, kept);
-      const bool anew = begins_anew(p, row);
       for (int gate = 0; gate < Cell::gates; ++gate) {
         out(p.dz)[(row * Cell::gates + gate) * p.hidden + column] = Storage(adjoint.z[gate]);
         if (t)
           out(p.after)[((row - lanes.step) * p.hidden + column) * Cell::gates + gate] =
-              Storage(anew ? 0.f : cell.hidden(gate, adjoint.z[gate], kept));
+              Storage(begins_anew(p, row) ? 0.f : cell.hidden(gate, adjoint.z[gate], kept));
       }
-      state = anew ? 0.f : Cell::has_cell ? adjoint.before.c : adjoint.before.h;
+      state = begins_anew(p, row) ? 0.f : Cell::has_cell ? adjoint.before.c : adjoint.before.h;
     }
     if (end < used || (first > 0 && first >= end)) return;   // the part that ends at time 0, or of an empty sequence
     if constexpr (Cell::has_cell) out(p.dc0)[b * p.hidden + column] = Storage(state);
