@@ -61,8 +61,8 @@ def trained(table: Table) -> None:
 
 def lstms(table: Table, steps: int) -> Iterator[Layer]:
     """Of each package one of each size."""
-    seen = set()
-    for layer in layers(steps, [name for name in NETWORKS if fetch.cached(name)]):
+    seen, here = set(), [name for name in NETWORKS if fetch.cached(name)]
+    for layer in layers(steps, here) if here else ():
         if not isinstance(layer, Layer):
             table.note("trained LSTMs", note=f"not measured: {layer}")
             continue

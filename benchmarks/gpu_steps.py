@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from stable_rnn import Certified, SpectralState, StableGRU, StableLSTM, StableRNN, spectral_project_
+from stable_rnn import Certified, StableGRU, StableLSTM, StableRNN
+from stable_rnn.functional import SpectralState, spectral_project_
 
 from .gpu_table import Table
 from .speed import contestants

@@ -176,10 +176,28 @@ def test_no_nan_goes_over_a_reset(machine, cell, kind):
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def drawn(cell, layout, schedule, dtype):
+@pytest.fixture(params=["gpu" if torch.cuda.is_available() else "executor"])
+def device(request, monkeypatch):
+    """Of the tensors: on the CPU the block executor runs the kernels."""
+    if request.param == "gpu":
+        return "cuda"
+    build.on_cpu_tensors(monkeypatch)
+    return "cpu"
+
+
+def drawn(cell, layout, schedule, dtype, device):
     """The inputs of one of test_pieces' cases, its gradients, and the problem."""
     made, grads, _, base, lengths, resets, p = test_pieces.case(cell, layout, schedule, "cuda", dtype)
-    return Inputs(**made, base=base, lengths=lengths, resets=resets), grads, p.resolved()
+    inputs = Inputs(**made, base=base, lengths=lengths, resets=resets)
+    return Inputs(*on(device, inputs)), moved(device, grads), p.resolved()
+
+
+def on(device, tensors):
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def moved(device, named):
+    return dict(zip(named, on(device, named.values())))
 
 
 def to(kind, tensors):
@@ -205,13 +223,12 @@ def assert_all_close(found, exact, eager, dtype, lanes=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["recurrent", "chunked", "windowed"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_the_reference(cell, schedule, dtype, monkeypatch):
+def test_the_reference(cell, schedule, dtype, device):
     """All outputs, of borders and decay too."""
-    build.on_cpu_tensors(monkeypatch)
     for layout in ("padded", "reverse_lengths"):
-        inputs, grads, p = drawn(cell, layout, schedule, dtype)
-        length = row_length(p, len(inputs.h0), inputs.lengths, inputs.h0.device)
-        lanes = (torch.arange(p.lanes())[:, None] * p.stride < length).flatten()
+        inputs, grads, p = drawn(cell, layout, schedule, dtype, device)
+        length = row_length(p, len(inputs.h0), inputs.lengths, device)
+        lanes = (torch.arange(p.lanes(), device=device)[:, None] * p.stride < length).flatten()
         exact, eager = (
             reference.forward(Inputs(*to(kind, inputs)), p, borders=True) for kind in (torch.float64, dtype)
         )
@@ -226,10 +243,9 @@ def test_the_reference(cell, schedule, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_windows_go_back_to_a_reset(cell, dtype, monkeypatch):
-    build.on_cpu_tensors(monkeypatch)
+def test_windows_go_back_to_a_reset(cell, dtype, device):
     for layout in ("padded", "reverse_lengths"):
-        inputs, grads, p = drawn(cell, layout, "windowed", dtype)
+        inputs, grads, p = drawn(cell, layout, "windowed", dtype, device)
         ends = grads["dy"], grads["dh_n"], grads["dc_n"] if cell == "lstm" else None
         given = WindowedInputs(*ends, *inputs)
         exact, eager = (
@@ -250,34 +266,31 @@ def test_windows_go_back_to_a_reset(cell, dtype, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("cell", CELLS)
-def test_scans(cell, layout, lengths, groups, dtype, monkeypatch):
-    """Time in one part and in several chunks of parts, against the plain recurrence; no NaN of a row that nothing is read of."""
-    build.on_cpu_tensors(monkeypatch)
+def test_scans(cell, layout, lengths, groups, dtype, device):
+    """Time in one part and in several chunks of parts, against the plain recurrence."""
     hidden = groups[-1]
-    rows, base, given, step, n = rows_of(layout, max(lengths), list(lengths))
+    rows, base, length, step, n = rows_of(layout, max(lengths), list(lengths))
     made, grads = draw(cell, n, len(lengths), hidden, hidden, dtype)
     made["w_hh"] = cascaded(made["w_hh"], groups)
     resets = torch.rand(n, generator=torch.Generator().manual_seed(n)) < (0.3 if n < 99 else 0.03)
     resets[rows[0][0]] = True
-    inputs, p = (
-        Inputs(**made, base=base, lengths=given, resets=resets),
-        Problem(cell, max(lengths), step, cap=0.8).resolved(),
-    )
+    inputs = Inputs(*on(device, Inputs(**made, base=base, lengths=length, resets=resets)))
+    grads, p = moved(device, grads), Problem(cell, max(lengths), step, cap=0.8).resolved()
     found = cuda.scanned_forward(inputs, p, groups)
     exact, eager = (reference.forward(Inputs(*to(kind, inputs)), p) for kind in (torch.float64, dtype))
     assert_all_close(found, exact, eager, dtype)
-    again = gradients_of(found, inputs, grads, p)
-    exact, eager = (reference.backward(BackwardInputs(*to(kind, again)), p) for kind in (torch.float64, dtype))
-    assert_all_close(cuda.scanned_backward(again, p, groups), exact, eager, dtype)
+    given = gradients_of(found, inputs, grads, p)
+    exact, eager = (reference.backward(BackwardInputs(*to(kind, given)), p) for kind in (torch.float64, dtype))
+    assert_all_close(cuda.scanned_backward(given, p, groups), exact, eager, dtype)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_nan_goes_over_a_reset_in_scans(cell, monkeypatch):
+def test_no_nan_goes_over_a_reset_in_scans(cell, device):
     """From part to part and from chunk to chunk of time, either way."""
-    build.on_cpu_tensors(monkeypatch)
     hidden, steps, at = 36, 300, 150
     made, grads = draw(cell, steps, 1, hidden, hidden, torch.float32)
-    made["w_hh"], resets = cascaded(made["w_hh"], (0, 33, 36)), torch.arange(steps) == at
+    made["w_hh"], resets = cascaded(made["w_hh"], (0, 33, 36)), torch.arange(steps, device=device) == at
+    made, grads = moved(device, made), moved(device, grads)
     p = Problem(cell, steps, 1).resolved()
 
     def both(xp, dy):
@@ -294,11 +307,10 @@ def test_no_nan_goes_over_a_reset_in_scans(cell, monkeypatch):
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-def test_checked_lanes_end_at_the_recurrence(cell, monkeypatch):
+def test_checked_lanes_end_at_the_recurrence(cell, device):
     """To the last bit, forward and backward, with corrections by a decay that is zero over resets."""
-    build.on_cpu_tensors(monkeypatch)
     for layout in ("padded", "reverse_lengths"):
-        inputs, grads, _ = drawn(cell, layout, "recurrent", torch.float32)
+        inputs, grads, _ = drawn(cell, layout, "recurrent", torch.float32, device)
         plain, checked = (
             test_pieces.case(cell, layout, schedule, "cuda", torch.float32)[-1]
             for schedule in ("recurrent", "verified")
