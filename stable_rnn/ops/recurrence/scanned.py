@@ -85,7 +85,10 @@ class Scanned:
         used = row_length(p, batch, given.lengths, y.device) > 0
         opening = torch.where(used, row_base(p, batch, given.base, y.device), 0)
         kept = saved[opening].to(kind) if cell.saved else NOTHING.h
-        dh0 = dh0 + cell.hidden(out.dz[opening].to(kind), kept) @ given.w_hh.to(kind)
+        read = cell.hidden(out.dz[opening].to(kind), kept) @ given.w_hh.to(kind)
+        if given.resets is not None:
+            read = read.masked_fill(given.resets[opening, None], 0)
+        dh0 = dh0 + read
         return out._replace(dh0=torch.where(used[:, None], dh0, dh_n.to(kind)).to(dh_n.dtype))
 
 

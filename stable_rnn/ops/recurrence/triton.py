@@ -54,7 +54,7 @@ class Config(NamedTuple):
     stages: int
 
 
-takes_resets = False  # rows come cut into pieces
+takes_resets = True  # no wait for their number
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
@@ -165,11 +165,11 @@ def on_chip(device: Device) -> int:
 
 # What the kernels take of the fields, in their order.
 _FORWARD = itemgetter(
-    *"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end decay".split()
+    *"xp w_hh h0 c0 h_init c_init base length resets select y h_n c_n saved cells h_start c_start h_end c_end decay".split()
 )
 _BACKWARD = itemgetter(
     *(
-        "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
+        "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length resets select dz dh0 dc0 "
         "dh_start dc_start dh_end dc_end decay"
     ).split()
 )
@@ -246,9 +246,9 @@ def _launch(
             )
 
 
-_SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length".split())
+_SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length resets".split())
 _SCANNED = itemgetter(*"y h_n c_n saved cells before".split())
-_SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length".split())
+_SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length resets".split())
 _SCANNED_BACKWARD = itemgetter(*"dz dh0 dc0 after".split())
 TIMES, COLUMNS = 32, 32  # of a program that scans: chosen to fit registers, not tuned on a device yet
 SCAN_OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
@@ -264,14 +264,14 @@ def _scan(backward: bool, fields: Fields) -> None:
         return
     if backward:
         cap = float(torch.tensor(cap, dtype=x.dtype)) if cap < 1 else float("inf")  # as in `_backward`
-        (dy, q, dh_n, dc_n, *saved, base, lengths), kernel = _SCAN_BACKWARD(fields), kernels.backward
-        totals = kernels.backward_totals, (dy, q, dh_n, *saved, base, lengths)
-        given, out = (dy, q, dh_n, dc_n, *saved, base, lengths), _SCANNED_BACKWARD(fields)
+        given, kernel, out = _SCAN_BACKWARD(fields), kernels.backward, _SCANNED_BACKWARD(fields)
+        dy, q, dh_n, dc_n, *rest = given
+        totals = kernels.backward_totals, (dy, q, dh_n, *rest)
         start = dc_n if cell.has_cell else None
     else:
-        (xp, q, bias, h0, c0, base, lengths), kernel = _SCAN(fields), kernels.forward
-        totals = kernels.forward_totals, (xp, q, bias, base, lengths)
-        given, out = (xp, q, bias, h0, c0, base, lengths), _SCANNED(fields)
+        given, kernel, out = _SCAN(fields), kernels.forward, _SCANNED(fields)
+        xp, q, bias, h0, c0, *rest = given
+        totals = kernels.forward_totals, (xp, q, bias, *rest)
         start = c0 if cell.has_cell else h0
     width = min(COLUMNS, max(1, 1 << (units - 1).bit_length()))
     chunks, tiles = -(-steps // TIMES), -(-units // width)
@@ -282,7 +282,7 @@ def _scan(backward: bool, fields: Fields) -> None:
         if cell.has_cell or cell.carries:
             maps = x.new_empty(batch * chunks * 2 * units, dtype=torch.float32)
             totals[0][(chunks, batch * tiles)](*totals[1], maps, *numbers, CELL=cell.name, **shape)
-            kernels.starts[(batch * tiles,)](start, maps, unit, units, batch, chunks, **shape)
+            kernels.starts[(batch * tiles,)](start, fields["resets"], maps, unit, units, batch, chunks, **shape)
         kernel[(chunks, batch * tiles)](*given, maps, *out, *numbers, CELL=cell.name, **shape)
 
 
