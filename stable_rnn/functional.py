@@ -216,6 +216,6 @@ def _run(
     if c0 is None and has_cell:
         c0 = x.new_zeros(batch, hidden)
     p = Problem(cell, way.steps, way.step, **plan.numbers(x), cap=clamp, backend=backend)
-    given = x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0
-    y, h, c, _ = layer(*given, way.base, way.lengths, way.resets, p)
+    tensors = x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0
+    y, h, c, _ = layer(*tensors, way.base, way.lengths, way.resets, p)
     return y.view(*x.shape[:2], out), h, c if has_cell else torch.empty(0)

@@ -40,6 +40,8 @@ struct BackwardWarp {
   float c_prev[cells];
   Storage y_prev[cells];
   float kept_carry[cells];   // what h_before adds to the next carry
+  unsigned anew =
+      0;   // bit j: before the next stage's step this lane's state is zero; bit 16 + j: before the last one's it was
 
   __device__ __forceinline__ BackwardWarp(const BackwardParams& p, const Geometry& geometry, const TileLanes& tile,
                                           int rank)
@@ -103,7 +105,14 @@ struct BackwardWarp {
         }
       }
     });
+    if (!p.lanes.resets) return;
+    anew <<= 16;
+    each([&](int j, int lane) {
+      anew |= unsigned(begins_anew(p.lanes.resets, tile.spans[lane], s, -p.lanes.step)) << j;
+    });
   }
+
+  __device__ __forceinline__ bool is_anew(int j) const { return anew >> j & 1; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -136,6 +145,16 @@ struct BackwardWarp {
     });
   }
 
+  // Nothing goes on to the time before from steps that began anew.
+  __device__ __forceinline__ void end_anew() {
+    if (!p.lanes.resets) return;
+    each([&](int j, int) {
+      if (!is_anew(16 + j)) return;
+      carry[j] = 0.f;
+      if constexpr (Cell::has_cell) dc[j] = 0.f;
+    });
+  }
+
   // Adjoints as stage s finds them: of lanes that begin to write, and of those that have no step left.
   __device__ __forceinline__ void write_borders(int s) const {
     const auto write = [&](const Run& run, float x, float* start, float* end, void* at_zero) {
@@ -161,6 +180,7 @@ struct BackwardWarp {
       if constexpr (Cell::has_cell) d.c = dc[j], after.c = c[j], before.c = c_prev[j];
       if constexpr (Cell::h_after) after.h = float(y[j]);
       if constexpr (Cell::h_before) before.h = float(y_prev[j]);
+      if (p.lanes.resets && is_anew(j)) before = {0.f, 0.f};
       Saved<Cell, Real> kept;
 #pragma unroll
       for (int i = 0; i < Cell::saved; ++i) kept[i] = float(saved[j][i]);
@@ -201,7 +221,8 @@ struct BackwardWarp {
       if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(whole(j));
       if constexpr (Cell::forgets >= 0)
         if (p.decay)
-          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, float(saved[j][Cell::forgets]));
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, is_anew(j),
+                         float(saved[j][Cell::forgets]));
     });
   }
 };
@@ -235,6 +256,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
         else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
         else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
         warp.exchange();
+        warp.end_anew();
       }
       if (starts || s >= extent.least) warp.write_borders(s);
       warp.advance(s);

@@ -51,6 +51,7 @@ struct ForwardWarp {
   float c[octets][cells];
   Kept<Storage, (octets >= 4)> x[octets][cells / 2][gates];   // xp of the next step
   Storage h[octets][cells];
+  unsigned anew = 0;   // bit 2 n + e % 2: before the next step this lane's state is zero
   float more[octets][cells][Cell::saved > gates ? Cell::saved - gates : 1];   // of what is saved, see saved()
 
   __device__ __forceinline__ ForwardWarp(const ForwardParams& p, const Geometry& geometry, const TileLanes& tile,
@@ -105,7 +106,14 @@ struct ForwardWarp {
 #pragma unroll
       for (int gate = 0; gate < gates; ++gate) x[n][e / 2][gate].set(e % 2, there ? at[gate * H] : Storage(0.f));
     });
+    if (!p.lanes.resets) return;
+    anew = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * octets; ++i)
+      anew |= unsigned(begins_anew(p.lanes.resets, tile.spans[lane + i / 2 * 8 + i % 2], s, p.lanes.step)) << i;
   }
+
+  __device__ __forceinline__ bool is_anew(int n, int e) const { return anew >> (2 * n + e % 2) & 1; }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -114,6 +122,18 @@ struct ForwardWarp {
       for (int n = 0; n < octets; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.f;
+  }
+
+  // Lanes that begin anew with the step at hand: from zeros, whatever was before.
+  __device__ __forceinline__ void begin_anew() {
+    if (!p.lanes.resets) return;
+    each([&](int n, int e, int, int) {
+      if (!is_anew(n, e)) return;
+#pragma unroll
+      for (int gate = 0; gate < gates; ++gate) sum(gate, n, e) = 0.f;
+      if constexpr (Cell::h_before) h[n][e] = Storage(0.f);
+      if constexpr (Cell::has_cell) c[n][e] = 0.f;
+    });
   }
 
   // From the sums of step s to the new states. What others need goes to the outbox; h, c and what is saved stay here.
@@ -168,7 +188,8 @@ struct ForwardWarp {
       }
       if constexpr (Cell::forgets >= 0)
         if (p.decay)
-          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, saved(Cell::forgets, n, e));
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, is_anew(n, e),
+                         saved(Cell::forgets, n, e));
     });
   }
 
@@ -241,6 +262,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
       if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
       else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
       else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
+      warp.begin_anew();
       warp.advance(s);
       warp.send(team);
       team.arrive();

@@ -69,6 +69,11 @@ struct TileLanes {
 
 __device__ __forceinline__ int64_t row_at(const Span& span, int s, int64_t move) { return span.first + s * move; }
 
+// Whether a lane's state is zero before its step s; `resets` is not null.
+__device__ __forceinline__ bool begins_anew(const bool* resets, const Span& span, int s, int64_t move) {
+  return s < span.steps && resets[row_at(span, s, move)];
+}
+
 // What a lane starts from: the caller's state of its row, or `init` of its entry, else zero.
 template <class Storage>
 __device__ __forceinline__ float start_value(const Run& run, const void* given, const float* init, int size, int unit) {
@@ -77,8 +82,9 @@ __device__ __forceinline__ float start_value(const Run& run, const void* given, 
 }
 
 // One more forget gate of a unit times its lane's decay so far, which stands where the caller wants it: only this thread touches it there.
-__device__ __forceinline__ void multiply_decay(float* decay, bool first, float forget) {
-  *decay = decayed(first ? 1.f : *decay, forget);
+// Over a step before which the state is zero nothing passes.
+__device__ __forceinline__ void multiply_decay(float* decay, bool first, bool anew, float forget) {
+  *decay = anew ? 0.f : decayed(first ? 1.f : *decay, forget);
 }
 
 }   // namespace stable_rnn

@@ -24,7 +24,7 @@ from .scanned import Scanned
 PLACES = ("registers", "shared memory", "L2")
 
 
-takes_resets = False  # rows come cut into pieces
+takes_resets = True  # no wait for their number
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

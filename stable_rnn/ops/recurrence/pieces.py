@@ -7,14 +7,14 @@ not. The number of pieces is a shape: on a GPU this waits for it, so backends wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs, row_base, row_length
 
-T = TypeVar("T", bound=Inputs | BackwardInputs | WindowedInputs)
+T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
 
 
 class Rows:
@@ -82,6 +82,6 @@ def cut(inputs: T, p: Problem) -> tuple[T, Problem, Rows]:
         return inputs._replace(resets=None), p, Rows()
     pieces = Pieces.of(inputs.resets, p, inputs.state.shape[0], inputs.base, inputs.lengths)
     moved = {"h0": pieces.starts, "c0": pieces.starts, "dh_n": pieces.ends, "dc_n": pieces.ends}
-    changed = {name: of(getattr(inputs, name)) for name, of in moved.items() if name in inputs._fields}
-    cut = inputs._replace(**changed, base=pieces.base, lengths=pieces.lengths, resets=None)
-    return cut, p._replace(steps=pieces.longest), pieces
+    changed: Any = {name: of(getattr(inputs, name)) for name, of in moved.items() if name in inputs._fields}
+    changed |= {"base": pieces.base, "lengths": pieces.lengths, "resets": None}
+    return inputs._replace(**changed), p._replace(steps=pieces.longest), pieces

@@ -126,7 +126,10 @@ def forward(
             h_start, c_start = h, c
         fresh = None if resets is None else resets[row] & live
         h, c = _zeroed(fresh, h, c)
-        h_new, c_new, keep = cell.step(xp[row].to(kind), _with_bias(h @ weight.T, bias, cell), h, c, p.cap)
+        x = _mask(live, xp[row], torch.zeros_like(xp[row])).to(
+            kind
+        )  # no NaN of another row, not even times a gradient of 0
+        h_new, c_new, keep = cell.step(x, _with_bias(h @ weight.T, bias, cell), h, c, p.cap)
         h_new = h_new if project is None else h_new @ project.T
         h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
         if s >= warmup:

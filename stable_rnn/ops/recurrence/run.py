@@ -18,7 +18,7 @@ from .problem import BackwardInputs, Inputs, Problem, WindowedInputs
 from .report import Run
 from .sweeps import Backward, Forward
 
-T = TypeVar("T", bound=Inputs | BackwardInputs | WindowedInputs)
+T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
 
 
 def forward(inputs: Inputs, asked: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
