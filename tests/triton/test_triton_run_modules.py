@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stable_rnn import (
     Certified,
+    Chunked,
     ForgetCap,
     StableGRU,
     StableLSTM,
@@ -31,6 +32,16 @@ def test_layers_directions_lengths_and_a_clamp(plan):
     m = made(StableLSTM, torch.float32, DEVICE, num_layers=2, bidirectional=True, plan=plan)
     m.stability = ForgetCap(0.6)
     assert_close("triton", m, torch.randn(7, 3, 7, device=DEVICE), lengths=torch.tensor([7, 0, 4], device=DEVICE))
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not isinstance(plan, Chunked)], ids=str)
+def test_resets(plan):
+    """Both directions. (Chunks of a masked row begin at other times than those of its pieces, which is what the reference runs.)"""
+    m = made(StableLSTM, torch.float32, DEVICE, bidirectional=True, plan=plan)
+    resets = torch.zeros(7, 3, dtype=torch.bool, device=DEVICE)
+    resets[[0, 3, 5, 2, 6], [0, 0, 0, 2, 2]] = True
+    lengths = torch.tensor([7, 0, 4], device=DEVICE)
+    assert_close("triton", m, torch.randn(7, 3, 7, device=DEVICE), lengths=lengths, resets=resets)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
