@@ -1,4 +1,4 @@
-"""The `triton` backend: kernels that need no compiler on the user's machine, on float32, float16 and bfloat16 tensors.
+"""The `triton` backend: kernels that Triton compiles on the user's machine, on float32, float16 and bfloat16 tensors.
 
 `triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, as late as can be. Under
 `TRITON_INTERPRET=1` they run on the CPU too, slowly, for tests.
@@ -67,6 +67,8 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
         return False, reason
     if x.is_cuda and interpreted():
         return False, "Triton's interpreter (TRITON_INTERPRET=1) runs one program after the other, on CPU tensors only"
+    if x.is_cuda and (reason := unlaunchable()):
+        return False, reason
     device = device_of(x)
     if device.kind == "cpu" and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter has no bfloat16 products"
@@ -100,6 +102,16 @@ def missing() -> str:
         return f"triton cannot be imported ({error})"
     if found < OLDEST:
         return f"the Triton kernels need triton {'.'.join(map(str, OLDEST))}, this is {'.'.join(map(str, found))}"
+    return ""
+
+
+@cache
+def unlaunchable() -> str:
+    """Why Triton cannot launch on this machine's GPUs, or nothing. Its driver is a module that the machine's C compiler makes, once."""
+    try:
+        import_module("triton.runtime.driver").driver.active.get_current_target()
+    except Exception as error:
+        return f"triton has no driver here ({error})"
     return ""
 
 
