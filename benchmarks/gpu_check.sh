@@ -139,18 +139,26 @@ sanitizer() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 86 --launch-timeout 60 \
     "$python" -m pytest -q -p no:cacheprovider tests -m sanitizer
 }
+
+# The parts of the targets that a stage of their own measures.
+later=(scans chrono training resets trained gru)
+skip=(--skip=others "${later[@]/#/--skip=}")
+only=("${later[@]/#/--only=}")
 export -f versions build loads pytests cuda_tests triton_tests sanitizer
 
 stage versions 20 bash -c versions
 if [ -n "$rehearse" ]; then
-  stage targets 60 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/targets" --commit "$commit" --skip others
+  stage targets 60 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/targets" --commit "$commit" \
+    "${skip[@]}"
+  stage long 120 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/long" --commit "$commit" "${only[@]}"
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cpu --T 64 --B 1 --H 8 --k 4 --cells lstm --seconds 0.02 \
     --out "$work/speed" --commit "$commit"
 else
   stage build 170 bash -c build
   stage loads 30 bash -c loads
   stage cuda-tests 100 bash -c cuda_tests
-  stage targets 130 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/targets" --commit "$commit" --skip others
+  stage targets 130 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/targets" --commit "$commit" "${skip[@]}"
+  stage long 110 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/long" --commit "$commit" "${only[@]}"
   stage triton-tests 60 bash -c triton_tests
   stage memcheck 40 bash -c "sanitizer memcheck"
   stage racecheck 40 bash -c "sanitizer racecheck"

@@ -16,7 +16,7 @@ from . import jsonl
 from .speed import results
 
 TAIL = 4000  # characters of a stage's log
-PARTS = {"targets": "targets/gpu_targets.jsonl", "others": "others/gpu_targets.jsonl", "speed": "speed/speed.jsonl"}
+PARTS = {name: f"{name}/gpu_targets.jsonl" for name in ("targets", "long", "others")} | {"speed": "speed/speed.jsonl"}
 
 
 def main(work: Path, out: Path, commit: str) -> int:
@@ -33,7 +33,7 @@ def main(work: Path, out: Path, commit: str) -> int:
             log.add(*({"part": part, **row} for row in rows), **{part: about})
     tables = [
         (work / path).read_text()
-        for path in ("targets/gpu_targets.md", "others/gpu_targets.md", "speed/speed.md")
+        for path in (Path(part).with_suffix(".md") for part in PARTS.values())
         if (work / path).is_file()
     ]
     lines = [f"# {device}, commit {commit}", "", "| stage | how it went | seconds |", "|---|---|---|"]

@@ -24,17 +24,19 @@ class Table:
         self.rates: dict[str, float] = {}
         self.log = log
 
-    def case(self, dtype: str = "float16", passes: str = "forward", **sizes: int) -> Case:
+    def case(
+        self, dtype: str = "float16", passes: str = "forward", cell: str = "lstm", model: str = "plain", **sizes: int
+    ) -> Case:
         sizes = {"B": 1, "k": 32} | sizes
         if self.tiny:
             dtype, sizes = (
                 "float32" if dtype == "float16" else dtype,
                 {name: min(value, TINY[name]) for name, value in sizes.items()},
             )
-        return Case((), "lstm", dtype, self.device, "plain", passes, **sizes)
+        return Case((), cell, dtype, self.device, model, passes, **sizes)
 
     def name(self, case: Case, backend: str, what: str = "") -> str:
-        return f"LSTM {case.dtype}{what and ' ' + what} B{case.B} T{case.T} H{case.H} {case.passes} [{backend}]"
+        return f"{case.cell.upper()} {case.dtype}{what and ' ' + what} B{case.B} T{case.T} H{case.H} {case.passes} [{backend}]"
 
     def rate(self, dtype: str) -> float:
         if dtype not in self.rates:

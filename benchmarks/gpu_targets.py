@@ -10,19 +10,19 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from stable_rnn import Certified, SpectralState, StableLSTM, spectral_project_
+from stable_rnn import StableLSTM
 from stable_rnn._errors import UserError
 from stable_rnn.cli import Parser, positive
 
+from .gpu_long import chrono, scans, trained
+from .gpu_steps import projections, resets, training
 from .gpu_table import Table, markdown
 from .jsonl import Log
 from .speed import contestants, results
@@ -32,17 +32,17 @@ from .timing import race
 # ---- the recurrence
 
 
-def sweet_spot(table: Table) -> None:
+def sweet_spot(table: Table, cell: str = "lstm") -> None:
     """cuDNN's best shape: at least level, or given to it."""
     for passes in PASSES:
-        case = table.case(passes=passes, T=1024, B=16, H=768)
+        case = table.case(passes=passes, cell=cell, T=1024, B=16, H=768)
         found = table.run(case, ["recurrent"], ["nn"], ["auto", *table.kernels])
         for backend in ("auto", *table.kernels):
             least = 1.0 if backend == "auto" else None
             table.versus(table.name(case, backend), found.ours("Recurrent", backend), found.best("nn"), least)
 
 
-def beside_it(table: Table) -> None:
+def beside_it(table: Table, cell: str = "lstm") -> None:
     """Batch 1, odd sizes, bfloat16: where cuDNN has no persistent kernel."""
     for dtype, sizes in (
         ("float16", dict(T=1024, B=1, H=512)),
@@ -50,7 +50,7 @@ def beside_it(table: Table) -> None:
         ("bfloat16", dict(T=1024, B=16, H=768)),
     ):
         for passes in PASSES:
-            case = table.case(dtype, passes, **sizes)
+            case = table.case(dtype, passes, cell, **sizes)
             found = table.run(case, ["recurrent"], ["nn"])
             for backend in table.kernels:
                 least = 2.0 if backend == table.kernels[0] else None
@@ -58,6 +58,7 @@ def beside_it(table: Table) -> None:
 
 
 def step_time(table: Table) -> None:
+    """Of the plain recurrence."""
     for sizes, most in ((dict(T=4096, B=1, H=256), 1.5), (dict(T=4096, B=16, H=512), 2.5)):
         case = table.case(**sizes)
         found = table.run(case, ["recurrent"], [])
@@ -72,9 +73,10 @@ def step_time(table: Table) -> None:
             )
 
 
-def windows(table: Table) -> None:
+def windows(table: Table, cell: str = "lstm") -> None:
+    """Every window of 32 inputs by itself."""
     for size, share, least in ((256, 0.40, 2.5), (512, 0.30, 1.3)):
-        case = table.case("bfloat16", T=16384, H=size)
+        case = table.case("bfloat16", cell=cell, T=16384, H=size)
         found = table.run(case, ["windowed"], ["shifted", "unfold"])
         first = found.ours("Windowed", table.kernels[0])
         for backend in table.kernels:
@@ -93,12 +95,12 @@ def windows(table: Table) -> None:
                 table.versus(table.name(case, backend, what), ours, first, 1 / 1.5)
 
 
-def chunks(table: Table) -> None:
+def chunks(table: Table, cell: str = "lstm") -> None:
     """The long sequence; the warm-up of 32 forgets enough in practice, `Verified` checks it. The targets are the best chunk's."""
     for passes in PASSES:
         best: dict[tuple[str, str, str], dict] = {}
         for chunk in (64, 128, 256):
-            case = table.case(passes=passes, T=65536, H=256, C=chunk)
+            case = table.case(passes=passes, cell=cell, T=65536, H=256, C=chunk)
             found = table.run(case, ["chunked", "verified"], ["nn", "overlap"])
             for backend, plan, over in product(table.kernels, ("Chunked", "Verified"), ("nn", "overlap")):
                 name = table.name(case, backend, f"{plan} {case.chunk}+{case.k}")
@@ -124,6 +126,12 @@ def _least(plan: str, passes: str, over: str) -> float | None:
     if over == "nn":
         return 300.0 if passes == PASSES[0] else 100.0
     return 1.5 if passes == PASSES[0] else None
+
+
+def gru(table: Table) -> None:
+    """The GRU, by the figures of the LSTM."""
+    for part in (sweet_spot, beside_it, windows, chunks):
+        part(table, "gru")
 
 
 def others(table: Table) -> None:
@@ -217,126 +225,13 @@ def timed(
     return {"name": name, "run": run, "error_of_function": error, "tolerance": allowed, "wrong": wrong}
 
 
-def projections(table: Table) -> None:
-    """One step of the spectral projection after an update that moves a few singular values across the bound; where the spectrum is flat,
-    so that a fifth of them lie at the bound, without a target; and the LSTM's own, which goes to the nearest weights."""
-    lstm_projection(table)
-    for what, count, size, flat in (
-        ("4 x 512x512", 4, 512, False),
-        ("2 layers x 4 x 1024x1024", 8, 1024, False),
-        ("512x512, flat spectrum", 1, 512, True),
-    ):
-        what, size = (f"{what}, {count} x 16x16", 16) if table.tiny else (what, size)
-        draw, bound = torch.Generator().manual_seed(0), 0.99
-        state = SpectralState()
-        ws = [made(size, flat, draw).to(table.device) for _ in range(count)]
-        spectral_project_(ws, bound, state=state)
-        start = [w + 1e-3 / size**0.5 * torch.randn(size, size, generator=draw).to(table.device) for w in ws]
-        linears = [spectral_norm(nn.Linear(size, size, bias=False, device=table.device)) for _ in range(count)]
-        stack = torch.stack(start)
-
-        def project(certify: bool, ws=ws, state=state, start=start, bound=bound) -> None:
-            torch._foreach_copy_(ws, start)
-            spectral_project_(ws, bound, certify=certify, state=state)
-
-        with torch.no_grad():
-            found = race(
-                {
-                    "update": partial(torch._foreach_copy_, ws, start),
-                    "step": partial(project, False),
-                    "certified": partial(project, True),
-                    "svd": partial(torch.linalg.svd, stack),
-                },
-                table.limits.seconds,
-                device=table.device,
-            )
-        norms = race(
-            {"": lambda linears=linears: [m.weight for m in linears]}, table.limits.seconds / 4, device=table.device
-        )[""]
-        for name, least_svd, least_norm, most in (("step", 10.0, 5.0, 20.0), ("certified", None, None, 200.0)):
-            project(name == "certified")
-            largest = float(torch.linalg.matrix_norm(torch.stack(ws).double(), 2).max())
-            wrong = (
-                f"norm {largest} after a certified projection to {bound}"
-                if name == "certified" and not largest <= bound
-                else None
-            )
-            seconds = found[name].median - found["update"].median  # the update that a step follows is not its own
-            row = {
-                "name": name,
-                "seconds": {"median": seconds},
-                "error_of_function": max(largest - bound, 0.0),
-                "tolerance": None,
-                "wrong": wrong,
-            }
-            if flat:
-                least_svd = least_norm = None
-            for over, time_, least in (
-                ("torch.linalg.svd", found["svd"], least_svd),
-                ("spectral_norm", norms, least_norm),
-            ):
-                table.versus(
-                    f"projection, {name}, {what}", row, {"name": over, "seconds": time_._asdict(), "wrong": None}, least
-                )
-            table.value(
-                f"projection, {name}, {what}, time as called",
-                row,
-                lambda row: row["seconds"]["median"] * 1e6,
-                "us",
-                most if count == 4 else None,
-                True,
-            )
-
-
-def made(size: int, flat: bool, draw: torch.Generator) -> torch.Tensor:
-    """Of 2-norm 1 or so: a random matrix, whose largest singular values crowd; or 5 values at 1 and none between that and 0.8."""
-    w = torch.randn(size, size, generator=draw) / size**0.5
-    if flat:
-        return w
-    u, _, vh = torch.linalg.svd(w)
-    values = torch.linspace(0.8, 0.1, size)
-    values[:5] = 1.0
-    return (u * values) @ vh
-
-
-def lstm_projection(table: Table) -> None:
-    """A training step's projection of an LSTM, beside the forward and backward pass and the optimizer of that step."""
-    size, batch, steps = (8, 2, 4) if table.tiny else (256, 64, 256)
-    torch.manual_seed(0)
-    m = StableLSTM(size, size, stability=Certified()).to(table.device)
-    optimizer = torch.optim.Adam(m.parameters(), lr=3e-3)
-    x = torch.randn(steps, batch, size, device=table.device)
-
-    def step(project: bool) -> None:
-        optimizer.zero_grad()
-        m(x)[0].square().mean().backward()
-        optimizer.step()
-        if project:
-            m.project_(certify=False)
-
-    found = race(
-        {"without": partial(step, False), "with": partial(step, True)}, table.limits.seconds, device=table.device
-    )
-    row = {
-        "name": "project_(certify=False)",
-        "seconds": {"median": found["with"].median - found["without"].median},
-        "error_of_function": None,
-        "tolerance": None,
-        "wrong": None,
-    }
-    table.value(
-        f"projection of an LSTM, H{size}, beside a training step of {found['without'].median * 1e3:.2f} ms",
-        row,
-        lambda row: row["seconds"]["median"] * 1e3,
-        "ms",
-        None,
-        True,
-    )
-
-
 # What takes longest comes late: a run that is stopped keeps what it has.
 PARTS = {
-    part.__name__: part for part in (sweet_spot, windows, step_time, projections, beside_it, stacks, chunks, others)
+    part.__name__: part
+    for part in (
+        *(sweet_spot, windows, step_time, projections, beside_it, stacks, chunks),
+        *(scans, chrono, training, resets, trained, gru, others),
+    )
 }
 
 
@@ -353,7 +248,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--skip", choices=PARTS, action="append", default=[])
     made.add_argument("--commit", help="for the rows, where git cannot tell")
     made.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU")
+    made.add_argument("--list", action="store_true", help="say what the parts are, and end")
     options = made.parse_args(argv)
+    if options.list:
+        for name, part in PARTS.items():
+            print(f"{name:12} {(part.__doc__ or '').strip().splitlines()[0]}")
+        return 0
     try:
         return run(options)
     except UserError as error:

@@ -63,19 +63,20 @@ auto on_cuda(Params (*gather)(Fields...), const char* (*kernel)(const Params&, c
 #endif
 
 Lanes make_lanes(int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup, Address base,
-                 Address length, Address select, int64_t n_select) {
-  return {steps, batch, step, stride, warmup, Pointer{base}, Pointer{length}, Pointer{select}, n_select};
+                 Address length, Address resets, Address select, int64_t n_select) {
+  return {steps,           batch,           step,    stride, warmup, Pointer{base}, Pointer{length},
+          Pointer{resets}, Pointer{select}, n_select};
 }
 
 // clang-format off: fields stand in groups, as in params.h
 ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                              int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                             Address base, Address length, Address select, int64_t n_select,
+                             Address base, Address length, Address resets, Address select, int64_t n_select,
                              Address xp, Address w_hh, Address w_hr, Address h0, Address c0, Address h_init, Address c_init,
                              Address hidden_bias, Address y, Address h_n, Address c_n, Address saved, Address cells,
                              Address h_start, Address c_start, Address h_end, Address c_end, Address decay) {
   return {cell, dtype, threads, hidden, out, cap,
-          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+          make_lanes(steps, batch, step, stride, warmup, base, length, resets, select, n_select),
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0}, Pointer{h_init}, Pointer{c_init},
           Pointer{hidden_bias}, Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells},
           Pointer{h_start}, Pointer{c_start}, Pointer{h_end}, Pointer{c_end}, Pointer{decay}};
@@ -83,13 +84,13 @@ ForwardParams forward_params(int cell, int dtype, int threads, int64_t hidden, i
 
 BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                                int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                               Address base, Address length, Address select, int64_t n_select,
+                               Address base, Address length, Address resets, Address select, int64_t n_select,
                                Address dy, Address y, Address saved, Address cells, Address w_hh, Address w_hr, Address c0,
                                Address dh_n, Address dc_n, Address dh_init, Address dc_init, Address h0,
                                Address dz, Address dh, Address dh0, Address dc0,
                                Address dh_start, Address dc_start, Address dh_end, Address dc_end, Address decay) {
   return {cell, dtype, threads, hidden, out, cap,
-          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select),
+          make_lanes(steps, batch, step, stride, warmup, base, length, resets, select, n_select),
           Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{w_hh}, Pointer{w_hr}, Pointer{c0},
           Pointer{dh_n}, Pointer{dc_n}, Pointer{dh_init}, Pointer{dc_init}, Pointer{h0},
           Pointer{dz}, Pointer{dh}, Pointer{dh0}, Pointer{dc0},
@@ -98,14 +99,14 @@ BackwardParams backward_params(int cell, int dtype, int threads, int64_t hidden,
 
 WindowedBackwardParams windowed_backward_params(int cell, int dtype, int threads, int64_t hidden, int64_t out, float cap,
                                                 int64_t steps, int64_t batch, int64_t step, int64_t stride, int64_t warmup,
-                                                Address base, Address length, Address select, int64_t n_select,
+                                                Address base, Address length, Address resets, Address select, int64_t n_select,
                                                 int64_t first, int64_t last,
                                                 Address xp, Address w_hh, Address w_hr, Address h0, Address c0,
                                                 Address dy, Address dh_n, Address dc_n, Address hidden_bias,
                                                 Address dz, Address d_hidden, Address h_prev, Address dh, Address m,
                                                 Address dxp, Address dh0, Address dc0) {
   return {cell, dtype, threads, hidden, out, cap,
-          make_lanes(steps, batch, step, stride, warmup, base, length, select, n_select), first, last,
+          make_lanes(steps, batch, step, stride, warmup, base, length, resets, select, n_select), first, last,
           Pointer{xp}, Pointer{w_hh}, Pointer{w_hr}, Pointer{h0}, Pointer{c0},
           Pointer{dy}, Pointer{dh_n}, Pointer{dc_n}, Pointer{hidden_bias},
           Pointer{dz}, Pointer{d_hidden}, Pointer{h_prev}, Pointer{dh}, Pointer{m},
@@ -144,20 +145,20 @@ SpectralParams spectral_params(int threads, bool scale, int iterations, int64_t 
 #ifdef STABLE_RNN_CUDA
 // clang-format off
 ScanParams scan_params(int cell, int dtype, int64_t hidden, int64_t unit, int64_t units, float cap,
-                       int64_t steps, int64_t batch, int64_t step, Address base, Address length,
+                       int64_t steps, int64_t batch, int64_t step, Address base, Address length, Address resets,
                        Address xp, Address sums, Address hidden_bias, Address h0, Address c0,
                        Address y, Address h_n, Address c_n, Address saved, Address cells, Address before) {
-  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length},
+  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length}, Pointer{resets},
           Pointer{xp}, Pointer{sums}, Pointer{hidden_bias}, Pointer{h0}, Pointer{c0},
           Pointer{y}, Pointer{h_n}, Pointer{c_n}, Pointer{saved}, Pointer{cells}, Pointer{before}};
 }
 
 ScanBackwardParams scan_backward_params(int cell, int dtype, int64_t hidden, int64_t unit, int64_t units, float cap,
-                                        int64_t steps, int64_t batch, int64_t step, Address base, Address length,
+                                        int64_t steps, int64_t batch, int64_t step, Address base, Address length, Address resets,
                                         Address dy, Address y, Address saved, Address cells, Address h0, Address c0,
                                         Address dh_n, Address dc_n, Address sums,
                                         Address dz, Address dh0, Address dc0, Address after) {
-  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length},
+  return {cell, dtype, hidden, unit, units, cap, steps, batch, step, Pointer{base}, Pointer{length}, Pointer{resets},
           Pointer{dy}, Pointer{y}, Pointer{saved}, Pointer{cells}, Pointer{h0}, Pointer{c0},
           Pointer{dh_n}, Pointer{dc_n}, Pointer{sums},
           Pointer{dz}, Pointer{dh0}, Pointer{dc0}, Pointer{after}};
@@ -242,19 +243,19 @@ PYBIND11_MODULE(_C, module) {
   const auto forward = [&](const char* name, auto function, auto... launch) {
     module.def(name, function, arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"),
-               arg("select"), arg("n_select"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0, arg("c0") = 0,
-               arg("h_init") = 0, arg("c_init") = 0, arg("hidden_bias") = 0, arg("y") = 0, arg("h_n") = 0,
-               arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0, arg("h_start") = 0, arg("c_start") = 0,
-               arg("h_end") = 0, arg("c_end") = 0, arg("decay") = 0, launch...);
+               arg("resets"), arg("select"), arg("n_select"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0,
+               arg("c0") = 0, arg("h_init") = 0, arg("c_init") = 0, arg("hidden_bias") = 0, arg("y") = 0,
+               arg("h_n") = 0, arg("c_n") = 0, arg("saved") = 0, arg("cells") = 0, arg("h_start") = 0,
+               arg("c_start") = 0, arg("h_end") = 0, arg("c_end") = 0, arg("decay") = 0, launch...);
   };
   const auto backward = [&](const char* name, auto function, auto... launch) {
     module.def(name, function, arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"),
                arg("steps"), arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"),
-               arg("select"), arg("n_select"), arg("dy") = 0, arg("y") = 0, arg("saved") = 0, arg("cells") = 0,
-               arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("dh_init") = 0,
-               arg("dc_init") = 0, arg("h0") = 0, arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0, arg("dc0") = 0,
-               arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0, arg("decay") = 0,
-               launch...);
+               arg("resets"), arg("select"), arg("n_select"), arg("dy") = 0, arg("y") = 0, arg("saved") = 0,
+               arg("cells") = 0, arg("w_hh") = 0, arg("w_hr") = 0, arg("c0") = 0, arg("dh_n") = 0, arg("dc_n") = 0,
+               arg("dh_init") = 0, arg("dc_init") = 0, arg("h0") = 0, arg("dz") = 0, arg("dh") = 0, arg("dh0") = 0,
+               arg("dc0") = 0, arg("dh_start") = 0, arg("dc_start") = 0, arg("dh_end") = 0, arg("dc_end") = 0,
+               arg("decay") = 0, launch...);
   };
   const auto spectral = [&](const char* name, auto function, auto... launch) {   // stable_rnn/spectral.h
     module.def(name, function, arg("threads"), arg("scale"), arg("iterations"), arg("fresh"), arg("seed"), arg("count"),
@@ -266,11 +267,11 @@ PYBIND11_MODULE(_C, module) {
   backward("scanned_backward", on_cascade(backward_params, scanned_backward_cpu), arg("groups"), arg("n_groups"));
   module.def("recurrence_windowed_backward", on_cpu(windowed_backward_params, recurrence_windowed_backward_cpu),
              arg("cell"), arg("dtype"), arg("threads"), arg("hidden"), arg("out"), arg("cap"), arg("steps"),
-             arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"), arg("select"),
-             arg("n_select"), arg("first"), arg("last"), arg("xp"), arg("w_hh"), arg("w_hr") = 0, arg("h0") = 0,
-             arg("c0") = 0, arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0, arg("dz") = 0,
-             arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0, arg("dxp") = 0, arg("dh0") = 0,
-             arg("dc0") = 0);
+             arg("batch"), arg("step"), arg("stride"), arg("warmup"), arg("base"), arg("length"), arg("resets"),
+             arg("select"), arg("n_select"), arg("first"), arg("last"), arg("xp"), arg("w_hh"), arg("w_hr") = 0,
+             arg("h0") = 0, arg("c0") = 0, arg("dy") = 0, arg("dh_n") = 0, arg("dc_n") = 0, arg("hidden_bias") = 0,
+             arg("dz") = 0, arg("d_hidden") = 0, arg("h_prev") = 0, arg("dh") = 0, arg("m") = 0, arg("dxp") = 0,
+             arg("dh0") = 0, arg("dc0") = 0);
   module.def("cascade_reads", on_cpu(cascade_reads_params, cascade_reads_cpu), arg("dtype"), arg("gates"),
              arg("hidden"), arg("w_hh"), arg("reads"));
   module.def("input_projection", on_cpu(input_projection_params, input_projection_cpu), arg("dtype"), arg("threads"),
@@ -291,14 +292,14 @@ PYBIND11_MODULE(_C, module) {
            arg("workspace"), arg("workspace_bytes"));
   module.def("scan_forward_cuda", on_cuda(scan_params, scan_forward_cuda), arg("cell"), arg("dtype"), arg("hidden"),
              arg("unit"), arg("units"), arg("cap"), arg("steps"), arg("batch"), arg("step"), arg("base"), arg("length"),
-             arg("xp"), arg("sums"), arg("hidden_bias"), arg("h0"), arg("c0"), arg("y"), arg("h_n"), arg("c_n"),
-             arg("saved"), arg("cells"), arg("before"), arg("device"), arg("stream"), arg("workspace"),
+             arg("resets"), arg("xp"), arg("sums"), arg("hidden_bias"), arg("h0"), arg("c0"), arg("y"), arg("h_n"),
+             arg("c_n"), arg("saved"), arg("cells"), arg("before"), arg("device"), arg("stream"), arg("workspace"),
              arg("workspace_bytes"));
   module.def("scan_backward_cuda", on_cuda(scan_backward_params, scan_backward_cuda), arg("cell"), arg("dtype"),
              arg("hidden"), arg("unit"), arg("units"), arg("cap"), arg("steps"), arg("batch"), arg("step"), arg("base"),
-             arg("length"), arg("dy"), arg("y"), arg("saved"), arg("cells"), arg("h0"), arg("c0"), arg("dh_n"),
-             arg("dc_n"), arg("sums"), arg("dz"), arg("dh0"), arg("dc0"), arg("after"), arg("device"), arg("stream"),
-             arg("workspace"), arg("workspace_bytes"));
+             arg("length"), arg("resets"), arg("dy"), arg("y"), arg("saved"), arg("cells"), arg("h0"), arg("c0"),
+             arg("dh_n"), arg("dc_n"), arg("sums"), arg("dz"), arg("dh0"), arg("dc0"), arg("after"), arg("device"),
+             arg("stream"), arg("workspace"), arg("workspace_bytes"));
   module.def("scan_workspace_cuda", scan_workspace_cuda, arg("steps"), arg("batch"), arg("units"),
              "Bytes that a scan needs.");
   module.def("spectral_workspace_cuda", spectral_workspace, arg("count"), arg("matrices"), arg("limits"),

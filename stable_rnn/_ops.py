@@ -30,7 +30,7 @@ _PROBLEM = (
     "str cell, SymInt steps, SymInt step, SymInt stride, SymInt warmup, float tol, int max_passes, str correct, bool on_output, "
     "float cap, str backend"
 )
-_ROWS = "Tensor? base, Tensor? lengths"
+_ROWS = "Tensor? base, Tensor? lengths, Tensor? resets"
 _INPUTS = f"Tensor xp, Tensor w_hh, Tensor? w_hr, Tensor? hidden_bias, Tensor h0, Tensor? c0, {_ROWS}"
 
 
@@ -101,7 +101,7 @@ _register(
 
 def _windowed_backward_fake(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
     check(p, inputs, values=False)
-    return tuple(inputs.xp.new_empty(0 if t is None else t.shape) for t in inputs.inputs[:-2])
+    return tuple(inputs.xp.new_empty(0 if t is None else t.shape) for t in inputs.inputs[:-3])
 
 
 _register(

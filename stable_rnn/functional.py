@@ -44,6 +44,7 @@ def lstm(
     c0: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
     plan: Plan = Recurrent(),
@@ -56,14 +57,15 @@ def lstm(
         c_t = min(sigmoid(f), clamp) c_{t-1} + sigmoid(i) tanh(g);   h_t = sigmoid(o) tanh(c_t), then W_hr h_t where w_hr is given
 
     input (T, B, I), or (B, T, I) with batch_first; w_ih (4H, I), w_hh (4H, P), b_ih, b_hh (4H,), w_hr (P, H) or None, then P = H;
-    h0 (B, P), c0 (B, H), zeros when not given; lengths (B,) integers on the input's device; reverse: from each sequence's end to its start.
+    h0 (B, P), c0 (B, H), zeros when not given; lengths (B,) integers on the input's device; resets (T, B), or (B, T), booleans:
+    new sequences begin at these times (see `StableLSTM`); reverse: from each sequence's end to its start.
     Returns output, like the input with P columns, zero past each length, and (h_n (B, P), c_n (B, H)), the states after the last step run.
-    Equivalent to, without lengths and clamp and with `Recurrent()`: one layer of `torch.nn.LSTM`.
+    Equivalent to, without lengths, resets and clamp and with `Recurrent()`: one layer of `torch.nn.LSTM`.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, naming the tensor; a clamp outside of (0, 1]; a backend that cannot
     run the problem. TypeError for what is no tensor or plan. RuntimeError for a sequence without steps."""
     y, h, c = _run(
-        "lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, reverse, batch_first, plan, clamp, backend
+        "lstm", input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, reverse, batch_first, plan, clamp, backend
     )
     return y, (h, c)
 
@@ -77,6 +79,7 @@ def gru(
     h0: Tensor | None = None,
     *,
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
     plan: Plan = Recurrent(),
@@ -89,10 +92,25 @@ def gru(
         r, z = sigmoid(x_r + q_r), min(sigmoid(x_z + q_z), clamp);   n = tanh(x_n + r q_n);   h_t = (1 - z) n + z h_{t-1}
 
     input (T, B, I), or (B, T, I) with batch_first; w_ih (3H, I), w_hh (3H, H), b_ih, b_hh (3H,), h0 (B, H), zeros when not given;
-    lengths and reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H). Equivalent to, without
-    lengths and clamp and with `Recurrent()`: one layer of `torch.nn.GRU`."""
+    lengths, resets and reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H). Equivalent to,
+    without lengths, resets and clamp and with `Recurrent()`: one layer of `torch.nn.GRU`."""
     y, h, _ = _run(
-        "gru", input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, clamp, backend
+        "gru",
+        input,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        None,
+        h0,
+        None,
+        lengths,
+        resets,
+        reverse,
+        batch_first,
+        plan,
+        clamp,
+        backend,
     )
     return y, h
 
@@ -107,6 +125,7 @@ def rnn(
     *,
     nonlinearity: str = "tanh",
     lengths: Tensor | None = None,
+    resets: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
     plan: Plan = Recurrent(),
@@ -114,13 +133,13 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     """One layer and direction of an RNN under a plan: h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or relu.
 
-    input (T, B, I), or (B, T, I) with batch_first; w_ih (H, I), w_hh (H, H), b_ih, b_hh (H,), h0 (B, H), zeros when not given; lengths and
-    reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H)."""
+    input (T, B, I), or (B, T, I) with batch_first; w_ih (H, I), w_hh (H, H), b_ih, b_hh (H,), h0 (B, H), zeros when not given; lengths,
+    resets and reverse as for `lstm`, errors too. Returns output, like the input with H columns, and h_n (B, H)."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     cell = "rnn_" + nonlinearity
     y, h, _ = _run(
-        cell, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, reverse, batch_first, plan, 1.0, backend
+        cell, input, w_ih, w_hh, b_ih, b_hh, None, h0, None, lengths, resets, reverse, batch_first, plan, 1.0, backend
     )
     return y, h
 
@@ -136,6 +155,7 @@ def _run(
     h0: Tensor | None,
     c0: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     reverse: bool,
     batch_first: bool,
     plan: Plan,
@@ -188,15 +208,14 @@ def _run(
     if kind is not None:
         x, w_ih, w_hh = x.to(kind), w_ih.to(kind), w_hh.to(kind)
         b_ih, b_hh, w_hr, h0, c0 = (None if t is None else t.to(kind) for t in (b_ih, b_hh, w_hr, h0, c0))
-    if lengths is not None:
-        lengths = layout.check_lengths(lengths, batch, steps, x.device)
-        x = layout.without_padding(x, lengths, batch_first)
-    way = layout.padded(x.shape, batch_first, lengths, x.device)
+    x, lengths, resets = layout.checked(x, batch_first, lengths, resets)
+    way = layout.padded(x.shape, batch_first, lengths, resets, x.device)
     way = way.reversed(x.device) if reverse else way
     bias, hidden_bias = CELLS[cell].biases(b_ih, b_hh)
     h0 = x.new_zeros(batch, out) if h0 is None else h0
     if c0 is None and has_cell:
         c0 = x.new_zeros(batch, hidden)
     p = Problem(cell, way.steps, way.step, **plan.numbers(x), cap=clamp, backend=backend)
-    y, h, c, _ = layer(x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0, way.base, way.lengths, p)
+    tensors = x.reshape(-1, x.shape[2]), w_ih, bias, w_hh, w_hr, hidden_bias, h0, c0
+    y, h, c, _ = layer(*tensors, way.base, way.lengths, way.resets, p)
     return y.view(*x.shape[:2], out), h, c if has_cell else torch.empty(0)

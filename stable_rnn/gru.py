@@ -26,7 +26,7 @@ class StableGRU(OneStateBase):
       update gate z, which keeps h, at f), or None (plain weights)
     - `plan`, `backend` as for `StableLSTM`
 
-    `forward(input, hx=None, *, lengths=None)` as of `StableRNN`.
+    `forward(input, hx=None, *, lengths=None, resets=None)` as of `StableRNN`.
     """
 
     _not_2d_or_3d = "GRU: Expected input to be 2D or 3D, got {}D instead"
@@ -68,15 +68,21 @@ class StableGRU(OneStateBase):
         )
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Under autocast h keeps its dtype on CPUs, as in nn.GRU; so does the arithmetic, in that of the weights."""
         x = input.data if isinstance(input, PackedSequence) else input
         state = x if hx is None else hx
         kind = autocast_dtype(x) if isinstance(x, Tensor) and isinstance(state, Tensor) and x.is_cpu else None
         if kind is None:
-            return super().forward(input, hx, lengths=lengths)
+            return super().forward(input, hx, lengths=lengths, resets=resets)
         inner, out = self.weight_hh_l0.dtype, torch.promote_types(kind, state.dtype)
         with torch.autocast("cpu", enabled=False):
-            y, h_n = super().forward(input.to(inner), None if hx is None else hx.to(inner), lengths=lengths)
+            hx = None if hx is None else hx.to(inner)
+            y, h_n = super().forward(input.to(inner), hx, lengths=lengths, resets=resets)
         return y.to(out), h_n.to(out)

@@ -21,14 +21,18 @@ class Layout(NamedTuple):
     base: Tensor | None = None
     lengths: Tensor | None = None
     take: Tensor | None = None  # the packed row of each buffer row, for packed input
+    resets: Tensor | None = None  # (N,) bool: the state is zero before this row's step
 
     def reversed(self, device: torch.device) -> Layout:
         """Each sequence from its own end."""
+        p, resets = Problem("", self.steps, self.step), self.resets
+        base = row_base(p, self.batch, self.base, device)
+        if resets is not None:  # before time t: now before time t - 1; before time 0: nowhere
+            resets = resets.index_fill(0, base, False).roll(-self.step)
         if self.base is None and self.lengths is None:
-            return self._replace(step=-self.step)
-        base = row_base(Problem("", self.steps, self.step), self.batch, self.base, device)
-        used = row_length(Problem("", self.steps, self.step), self.batch, self.lengths, device)
-        return self._replace(step=-self.step, base=base + (used - 1) * self.step)
+            return self._replace(step=-self.step, resets=resets)
+        used = row_length(p, self.batch, self.lengths, device)
+        return self._replace(step=-self.step, base=base + (used - 1) * self.step, resets=resets)
 
     def unpacked(self, x: Tensor) -> Tensor:
         """Buffer rows of packed rows (N, F)."""
@@ -44,11 +48,14 @@ class Layout(NamedTuple):
         return x * noise.view(self.steps, self.batch, -1).transpose(0, 1).reshape(x.shape)
 
 
-def padded(shape: torch.Size, batch_first: bool, lengths: Tensor | None, device: torch.device) -> Layout:
-    """(T, B, I), or (B, T, I) with batch_first, read in place."""
+def padded(
+    shape: torch.Size, batch_first: bool, lengths: Tensor | None, resets: Tensor | None, device: torch.device
+) -> Layout:
+    """(T, B, I), or (B, T, I) with batch_first, read in place; resets (T, B), or (B, T)."""
+    resets = None if resets is None else resets.flatten()
     if not batch_first:
-        return Layout(shape[1], shape[0], shape[1], None, lengths)
-    return Layout(shape[0], shape[1], 1, torch.arange(shape[0], device=device) * shape[1], lengths)
+        return Layout(shape[1], shape[0], shape[1], None, lengths, None, resets)
+    return Layout(shape[0], shape[1], 1, torch.arange(shape[0], device=device) * shape[1], lengths, None, resets)
 
 
 def packed(sequence: PackedSequence) -> tuple[Layout, Tensor]:
@@ -68,15 +75,40 @@ def packed(sequence: PackedSequence) -> tuple[Layout, Tensor]:
     return Layout(batch, steps, 1, base, lengths, from_packed), to_buffer
 
 
+def checked(
+    x: Tensor, batch_first: bool, lengths: Tensor | None, resets: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Padded input, its lengths and its resets, as kernels take them: checked, int64, and without anything past a length."""
+    resets = None if resets is None else check_resets(resets, x)
+    if lengths is not None:
+        batch, steps = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+        lengths = check_lengths(lengths, batch, steps, x.device)
+        x = without_padding(x, lengths, batch_first)
+        resets = None if resets is None else without_padding(resets, lengths, batch_first)
+    return x, lengths, resets
+
+
 def without_padding(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
-    """x with zeros past each length: whatever lies there, a NaN too, must not reach the products over all times."""
+    """x (T, B, ...), or (B, T, ...), with zeros past each length: whatever lies there, a NaN too, must not reach the products over all
+    times."""
     steps = torch.arange(x.shape[1 if batch_first else 0], device=x.device)
     live = steps < lengths[:, None] if batch_first else steps[:, None] < lengths
-    return torch.where(live[:, :, None], x, 0)
+    return torch.where(live.view(live.shape + (1,) * (x.dim() - 2)), x, x.new_zeros(()))
 
 
 def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
     """`lengths` as (B,) int64; values are checked on the CPU only, where that does not synchronize."""
+    lengths = as_lengths(lengths, batch, device)
+    visible = (
+        device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    )
+    if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
+    return lengths
+
+
+def as_lengths(lengths: Tensor, batch: int, device: torch.device) -> Tensor:
+    """`check_lengths` without a look at the values."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a Tensor of shape ({batch},), got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -85,10 +117,20 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
         raise ValueError(f"lengths must have shape ({batch},), one per sequence; got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device {device}, got {lengths.device}")
-    lengths = lengths.long()
-    visible = (
-        device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    )
-    if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
-    return lengths
+    return lengths.long()
+
+
+def check_resets(resets: Tensor, input: Tensor) -> Tensor:
+    """`resets` themselves, booleans for each time of an input (..., I)."""
+    shape = tuple(input.shape[:-1])
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a Tensor of shape {shape}, got {type(resets).__name__}")
+    if resets.dtype != torch.bool:
+        raise TypeError(f"resets must hold booleans (torch.bool), got {resets.dtype}")
+    if resets.shape != shape:
+        raise ValueError(
+            f"resets must have shape {shape}, one for each time of each sequence; got {tuple(resets.shape)}"
+        )
+    if resets.device != input.device:
+        raise ValueError(f"resets must be on the input's device {input.device}, got {resets.device}")
+    return resets

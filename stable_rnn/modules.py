@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     plan: Plan
     backend: str
     weight_hh_l0: Tensor
+    _sequence: Any = None  # the ranks that hold a part of time each, `distributed.SequenceGroup`
 
     def __init__(
         self, mode: str, *args: Any, stability: Stability | None, plan: PlanLike, backend: str, **kwargs: Any
@@ -88,7 +90,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return None
         reports, notes = self._ran
         back = {place: note.report for place, note in notes.items() if note.report is not None}
-        seen = all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
+        seen = self._sequence is None and all(
+            getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports
+        )
 
         def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)
@@ -124,8 +128,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             found.append(weights)
         return found
 
-    def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
+    def _stack(
+        self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None, run: Callable = layer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H). `run`: one of them."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
         cast = autocast_dtype(x) is not None
         weights = self._weights(x, cast)
@@ -147,7 +153,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 start = h0[index], None if c0 is None else c0[index]
                 if p.checked and not torch.compiler.is_compiling():
                     notes[place] = Note(_memory(self, place, weights[index]))
-                y, h, c, report = layer(
+                y, h, c, report = run(
                     x,
                     w_ih,
                     bias,
@@ -157,6 +163,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                     *start,
                     way.base,
                     way.lengths,
+                    way.resets,
                     p,
                     notes.get(place),
                 )
@@ -172,9 +179,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             self._ran = reports, notes
         return x, torch.stack(h_n), torch.stack(c_n)
 
-    def _one_step(self, x: Tensor, hx: tuple) -> tuple[Tensor, list[Tensor]] | None:
+    def _one_step(self, x: Tensor, hx: tuple, resets: Tensor | None) -> tuple[Tensor, list[Tensor]] | None:
         """A single step of a stream, x (1, B, I) or with batch_first (B, 1, I), a call into C++ for each layer and direction; None where it
-        is more than that."""
+        is more than that. `resets` of as many numbers come before the step, which is behind all that the reverse direction visits."""
         if not (
             isinstance(self.plan, Recurrent)
             and not (self.proj_size or self.dropout and self.training)
@@ -188,6 +195,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             for index in range(level * (1 + self.bidirectional), (level + 1) * (1 + self.bidirectional)):
                 weights = (*(getattr(self, name) for name in self._all_weights[index]), *(None, None) * (not self.bias))
                 h, c = h0[index], None if c0 is None else c0[index]
+                if resets is not None and not (self.bidirectional and index % 2):
+                    h, c = (s if s is None else s.masked_fill(resets.view(-1, 1), 0) for s in (h, c))
                 if not native.plain_step(self._cell, last, h, c, weights):
                     return None
                 states.append(native.cell_step(self._cell, last, h, c, weights, self._cap))
@@ -196,7 +205,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         hidden = [torch.stack([*each]) for each in zip(*states) if each[0] is not None]
         return last.view(*x.shape[:2], last.shape[1]), hidden if c0 is not None else [*hidden, x.new_empty(0)]
 
-    def _torch_serves(self, x: Tensor, lengths: Tensor | None) -> tuple[bool, str]:
+    def _torch_serves(self, x: Tensor, lengths: Tensor | None, resets: Tensor | None) -> tuple[bool, str]:
         """Whether torch's own recurrence computes this call."""
         if not isinstance(self.plan, Recurrent):
             return False, f"it has no {self.plan}"
@@ -204,24 +213,28 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return False, "its cell has no clamp of the forget gate"
         if lengths is not None:
             return False, "it takes a PackedSequence instead of lengths"
+        if resets is not None:
+            return False, "it takes no resets"
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False, "it is unrolled over time by torch.compile and fails under torch.func"
         if x.is_cuda and torch.is_grad_enabled() and not self.training:
             return False, "cuDNN has no backward pass in eval mode"
         return True, ""
 
-    def _runs_on_torch(self, x: Tensor, lengths: Tensor | None, steps: int | None, batch: int) -> bool:
+    def _runs_on_torch(
+        self, x: Tensor, lengths: Tensor | None, resets: Tensor | None, steps: int | None, batch: int
+    ) -> bool:
         name = requested(self.backend)
         if name not in ("auto", "torch"):
             return False
-        able, reason = self._torch_serves(x, lengths)
+        able, reason = self._torch_serves(x, lengths, resets)
         if name == "torch" and not able:
             raise ValueError(f"backend 'torch' cannot run this call: {reason}")
         recorded = able and torch.jit.is_tracing()  # torch's own recurrence is all that torch.jit.trace can record
         return able and (name == "torch" or recorded or leave_to_torch(x, self._cell, steps, batch, self.hidden_size))
 
     def _forward(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor | PackedSequence, tuple]:
         """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
         if self.training:
@@ -229,12 +242,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths: a PackedSequence carries its own; pass one or the other")
+            if resets is not None:
+                raise ValueError("resets: a PackedSequence has no such mask; pass padded input, lengths and resets")
             data, sizes, order, back = input
             x, hx = self._cast(data, hx)
             hx = self._zeros(x, int(sizes[0])) if hx is None else hx
             self._check_args(x, hx, sizes)
             hx = self._permute(hx, order)
-            if self._runs_on_torch(x, None, None, hx[0].shape[1]):
+            if self._runs_on_torch(x, None, None, None, hx[0].shape[1]):
                 y, hidden = self._run_torch(x, hx, sizes)
             else:
                 rows, put = layout.packed(PackedSequence(x, sizes))
@@ -242,29 +257,28 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 y = y.index_select(0, put)
             return PackedSequence(y, sizes, order, back), self._permute(tuple(hidden), back)
 
-        batched = input.dim() == 3
+        batched, one = input.dim() == 3, 0 if self.batch_first else 1
         x, hx = self._cast(input, hx)
         if not batched:
-            x = x.unsqueeze(0 if self.batch_first else 1)
+            resets = None if resets is None else layout.check_resets(resets, x).unsqueeze(one)
+            x = x.unsqueeze(one)
             hx = None if hx is None else tuple(None if h is None else h.unsqueeze(1) for h in hx)
         batch, steps = (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
         hx = self._zeros(x, batch) if hx is None else hx
         self._check_args(x, hx, None)
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if lengths is not None:
-            lengths = layout.check_lengths(lengths, batch, steps, x.device)
-            x = layout.without_padding(x, lengths, self.batch_first)
-        if self._runs_on_torch(x, lengths, steps, batch):
+        x, lengths, resets = layout.checked(x, self.batch_first, lengths, resets)
+        if self._runs_on_torch(x, lengths, resets, steps, batch):
             y, hidden = self._run_torch(x, hx, None)
-        elif steps == 1 and lengths is None and (found := self._one_step(x, hx)) is not None:
+        elif steps == 1 and lengths is None and (found := self._one_step(x, hx, resets)) is not None:
             y, hidden = found
         else:
-            rows = layout.padded(x.shape, self.batch_first, lengths, x.device)
+            rows = layout.padded(x.shape, self.batch_first, lengths, resets, x.device)
             y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
             y = y.view(*x.shape[:2], y.shape[1])
         if not batched:
-            y, hidden = y.squeeze(0 if self.batch_first else 1), [h.squeeze(1) for h in hidden]
+            y, hidden = y.squeeze(one), [h.squeeze(1) for h in hidden]
         return y, tuple(hidden)
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -340,10 +354,17 @@ class OneStateBase(StableRNNBase):
     _not_2d_or_3d: str  # torch's error
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths=lengths)
+            return self._leaf(input, hx, lengths=lengths, resets=resets)
+        if self._sequence is not None:
+            return self._sequence.forward(self, input, hx, lengths, resets)
         if hx is not None and not isinstance(hx, Tensor):
             raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
         if not isinstance(input, PackedSequence):
@@ -352,7 +373,7 @@ class OneStateBase(StableRNNBase):
             if hx is not None and hx.dim() != input.dim():
                 kind = "unbatched 2-D" if input.dim() == 2 else "batched 3-D"
                 raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")
-        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths)
+        y, hidden = self._forward(input, None if hx is None else (hx, None), lengths, resets)
         return y, hidden[0]
 
 
@@ -366,9 +387,10 @@ class StableRNN(OneStateBase):
       layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
-    `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx (L*D, B, H);
-    lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final states and
-    the reverse direction are those of each sequence's own end. Returns output (T, B, D*H) and h_n (L*D, B, H).
+    `forward(input, hx=None, *, lengths=None, resets=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx
+    (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past a length are zero, final
+    states and the reverse direction are those of each sequence's own end; resets as for `StableLSTM`. Returns output (T, B, D*H) and
+    h_n (L*D, B, H).
     """
 
     _not_2d_or_3d = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
@@ -425,10 +447,12 @@ class StableLSTM(StableRNNBase):
       layer, or a dict by layer or (layer, direction); may be set later
     - `backend`: "auto" (default), "cuda", "triton", "cpu", "reference", "torch"
 
-    `forward(input, hx=None, *, lengths=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx = (h_0, c_0)
-    of shapes (L*D, B, P) and (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths: outputs past
-    a length are zero, final states and the reverse direction are those of each sequence's own end. Returns output (T, B, D*P) and
-    (h_n, c_n).
+    `forward(input, hx=None, *, lengths=None, resets=None)`: input (T, B, I), (B, T, I) with batch_first, (T, I) or a PackedSequence; hx =
+    (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H); lengths (B,) integers on the input's device for padded input of mixed lengths:
+    outputs past a length are zero, final states and the reverse direction are those of each sequence's own end. resets (T, B), (B, T)
+    or (T,) booleans: a new sequence begins at these times, for every layer and direction; the result is that of running the pieces apart,
+    each from a zero state, and no gradient passes from one to the next. hx counts where no reset stands at the first time, final states
+    are those of the pieces that a direction visits last. Not with a PackedSequence. Returns output (T, B, D*P) and (h_n, c_n).
     """
 
     def __init__(
@@ -471,14 +495,21 @@ class StableLSTM(StableRNNBase):
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if isinstance(input, Proxy):
-            return self._leaf(input, hx, lengths=lengths)
+            return self._leaf(input, hx, lengths=lengths, resets=resets)
+        if self._sequence is not None:
+            return self._sequence.forward(self, input, hx, lengths, resets)
         if isinstance(input, PackedSequence):
             hx = None if hx is None else pair(hx, None, input.sorted_indices is None)
         else:
             if input.dim() not in (2, 3):
                 raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
             hx = None if hx is None else pair(hx, input.dim())
-        return self._forward(input, hx, lengths)
+        return self._forward(input, hx, lengths, resets)

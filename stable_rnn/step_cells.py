@@ -111,7 +111,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         bias, hidden_bias = MODES[self.mode].biases(b_ih, b_hh)
         p = Problem(self._cell, 1, x.shape[0], cap=self._cap, backend=backend)
         w_hh = self._trained(w_hh)
-        _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, p)
+        _, h, c, _ = layer(x, w_ih, bias, w_hh, None, hidden_bias, h, c, None, None, None, p)
         return h, c
 
     def _torch_step(self, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> tuple[Tensor, Tensor | None]:

@@ -111,7 +111,7 @@ def test_steps_are_bitwise_the_full_pass(cell, dtype):
         own = torch.randn(hidden).to(dtype) if cell == "gru" else None
 
         def full(x, t, h, c, w=w, own=own):
-            return layer(x, None, None, w, None, own, h, c, None, None, Problem(cell, t, h.shape[0], backend="cpu"))
+            return layer(x, None, None, w, None, own, h, c, *(None,) * 3, Problem(cell, t, h.shape[0], backend="cpu"))
 
         y, h_n, c_n, _ = full(xp, steps, h0, c0)
         if dtype == torch.bfloat16:

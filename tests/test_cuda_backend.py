@@ -11,9 +11,11 @@ from stable_rnn import (
     Chunked,
     ForgetCap,
     Recurrent,
+    Scanned,
     StableGRU,
     StableLSTM,
     StableRNN,
+    Verified,
     Windowed,
 )
 from stable_rnn.ops import cuda_device
@@ -62,6 +64,29 @@ def test_packed_is_each_sequence_alone(plan, device):
             alone, _ = m(x[:size, b : b + 1])
             # the library's input projection may round another way for another number of rows: a few units of what it sums
             torch.testing.assert_close(padded[:size, b], alone[:, 0], rtol=0, atol=16 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("plan", [Recurrent(), Windowed(4), Verified(chunk=6, warmup=2), Scanned()], ids=str)
+def test_resets(plan, device):
+    m = made(StableLSTM, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)
+    resets = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.3
+    x, lengths = torch.randn(9, 4, 7, device=device), torch.tensor([9, 0, 4, 1], device=device)
+    assert_close("cuda", m, x, lengths=lengths, resets=resets.to(device))
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("plan", [Recurrent(), Windowed(4), Scanned()], ids=str)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
+def test_nobody_waits_for_the_number_of_pieces(cls, plan, device):
+    m = made(cls, torch.float32, device, plan=plan, backend="cuda")
+    x, resets = torch.randn(9, 4, 7, device=device), torch.rand(9, 4, device=device) < 0.3
+    m(x, resets=resets)[0].sum().backward()  # finds out what it then remembers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        m(x, resets=resets)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_clamped_forget_gate(device):

@@ -57,8 +57,8 @@ def test_wrong_states_and_weights_raise(cls, plan):
 
 def test_ops_check_rows():
     xp, w, h = torch.randn(6, 4), torch.randn(4, 4), torch.zeros(2, 4)
-    numbers = ("rnn_tanh", 3, 2, 0, 0, -1.0, 1, "auto", False, 1.0, "auto", False)
-    call = lambda base, lengths: torch.ops.stable_rnn.recurrence(xp, w, None, None, h, None, base, lengths, *numbers)  # noqa: E731
+    rest = (None, "rnn_tanh", 3, 2, 0, 0, -1.0, 1, "auto", False, 1.0, "auto", False)
+    call = lambda base, lengths: torch.ops.stable_rnn.recurrence(xp, w, None, None, h, None, base, lengths, *rest)  # noqa: E731
     call(None, torch.tensor([3, 0]))
     for base, lengths in [
         (torch.tensor([0, 3]), None),

@@ -162,10 +162,10 @@ def test_opcheck(backend):
     p = ("lstm", 6, 2, -2, 0, -1.0, 1, "auto", False, 0.9, backend)
     tests = ("test_schema", "test_faketensor")
     recurrence, backward = torch.ops.stable_rnn.recurrence, torch.ops.stable_rnn.recurrence_backward
-    given = (xp, w, None, None, h, c, None, None, *p, True)
+    given = (xp, w, None, None, h, c, None, None, None, *p, True)
     torch.library.opcheck(recurrence, given, test_utils=tests)
     y, _, _, saved, cells, _ = recurrence(*given)
-    given = (torch.randn(12, 4), h, c, y, saved, cells, w, None, None, c, None, None, *p)
+    given = (torch.randn(12, 4), h, c, y, saved, cells, w, None, None, c, None, None, None, *p)
     torch.library.opcheck(backward, given, test_utils=tests)
 
 

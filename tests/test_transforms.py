@@ -178,12 +178,12 @@ def test_opcheck(backend):
         p = ("lstm", 6, batch, *numbers, 4, "auto", False, 0.9, backend)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(
-            torch.ops.stable_rnn.recurrence, (xp, w, None, None, h, c, None, None, *p, True), test_utils=tests
+            torch.ops.stable_rnn.recurrence, (xp, w, None, None, h, c, None, None, None, *p, True), test_utils=tests
         )
-        out = torch.ops.stable_rnn.recurrence(xp, w, None, None, h, c, None, None, *p, True)
+        out = torch.ops.stable_rnn.recurrence(xp, w, None, None, h, c, None, None, None, *p, True)
         torch.library.opcheck(
             torch.ops.stable_rnn.recurrence_backward,
-            (torch.randn(n, hidden), h, c, out[0], out[3], out[4], w, None, None, c, None, None, *p),
+            (torch.randn(n, hidden), h, c, out[0], out[3], out[4], w, None, None, c, None, None, None, *p),
             test_utils=tests,
         )
     if backend == "cpu":  # these checks cannot look into torch.func.vjp, by which the reference differentiates windows
@@ -199,6 +199,7 @@ def test_opcheck(backend):
                 None,
                 h,
                 c,
+                None,
                 None,
                 None,
                 "lstm",

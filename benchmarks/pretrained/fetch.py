@@ -26,7 +26,7 @@ def _same(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _cached(name: str) -> Path | None:
+def cached(name: str) -> Path | None:
     files = folder().glob("*") if folder().is_dir() else ()
     return next((f for f in files if _same(f.name).startswith(_same(name) + "-")), None)
 
@@ -34,7 +34,7 @@ def _cached(name: str) -> Path | None:
 @cache
 def package(name: str) -> Path:
     """The wheel or source archive of a package; its newest version that fits this Python, unless one is in the cache."""
-    found = _cached(name)
+    found = cached(name)
     if found is None:
         folder().mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", name, "-d", str(folder())]
@@ -42,7 +42,7 @@ def package(name: str) -> Path:
             run = subprocess.run(command, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
             raise Missing(f"{name}: the package index did not answer in 300 s") from None
-        found = _cached(name)
+        found = cached(name)
         if run.returncode or found is None:
             raise Missing(f"{name}: pip download failed ({(run.stderr.strip().splitlines() or ['no message'])[-1]})")
     return found

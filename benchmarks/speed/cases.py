@@ -10,7 +10,7 @@ from itertools import product
 import torch
 
 import stable_rnn.cells
-from stable_rnn import Chunked, Recurrent, Verified, Windowed
+from stable_rnn import Chunked, Recurrent, Scanned, Verified, Windowed
 from stable_rnn.plans import Plan
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -57,6 +57,8 @@ class Case:
                 return Chunked(self.chunk, self.k)
             case "verified":
                 return Verified(chunk=self.C, warmup=self.k) if self.C else Verified()
+            case "scanned":  # of cascades
+                return Scanned()
         return Recurrent()
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stable_rnn
-from stable_rnn.plans import Plan, Recurrent
+from stable_rnn.plans import Plan, Recurrent, Scanned
 from stable_rnn.plans import Verified as VerifiedPlan
 
 from ..baselines import overlap_chunks, shifted_products, unfolded_windows
@@ -50,7 +50,12 @@ class Contestant:
 
     @property
     def computes(self) -> str:
-        return "recurrent" if isinstance(self.plan, VerifiedPlan) else type(self.plan).__name__.lower()
+        return function_of(self.plan)
+
+
+def function_of(plan: Plan) -> str:
+    """What a plan computes."""
+    return "recurrent" if isinstance(plan, (VerifiedPlan, Scanned)) else type(plan).__name__.lower()
 
 
 @dataclass
@@ -77,7 +82,7 @@ def ours(case: Case, plain: nn.RNNBase, x: Tensor, plan: Plan, backend: str) -> 
     m = stable_module(case.cell, case.H, stability=None, plan=plan, backend=backend)
     m.load_state_dict(plain.state_dict())
     m.to(x.device, x.dtype).train(case.backward)
-    answer = "recurrent" if isinstance(plan, VerifiedPlan) else type(plan).__name__.lower()
+    answer = function_of(plan)
     made = Contestant(f"{label(plan)} [{backend}]", plan, lambda: m(x)[0], m, backend, answer)
     if backend == "reference":
         made.eager_steps = {"recurrent": case.T, "windowed": case.k, "chunked": case.chunk + case.k}[answer]

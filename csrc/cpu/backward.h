@@ -33,7 +33,8 @@ struct BackwardWeights {
   }
 };
 
-// T is the storage type of the starting adjoints, W that of the packed weights. A Port has, with r the lane's row in the tile and n how many units exist:
+// T is the storage type of the starting adjoints, W that of the packed weights.
+// A Port has, with r the lane's row in the tile and n how many units exist:
 //   output_gradient(r, run, s, unit, n) -> dy        whole(r, run, s, unit, n, dh)        dh with dy
 //   carried(r, run, s, unit, n, dh)                  dh as a stage finds it, without dy; s == run.steps: for the time before
 //   carried_cell(r, run, s, unit, n, dc)             the same for the cell

@@ -33,7 +33,8 @@ struct ForwardWeights {
   }
 };
 
-// T is the storage type, W that of the packed weights. A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
+// T is the storage type, W that of the packed weights.
+// A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
 //   hidden(r, run, s, unit, n, before, h)     h of units [unit, unit + n) before step s (an address) and after it, not yet rounded to T
 //   step(r, run, s, unit, n, c_before, now)   what else the step made (Cell::Step)
 template <class T, class W, class Cell, class Sink>

@@ -28,6 +28,7 @@ const char* check_recurrence(const Params& p) {
   const Lanes& lanes = p.lanes;
   if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
     return "steps, batch, warmup and n_select must not be negative, and stride must be positive";
+  if (lanes.resets) return "the CPU kernels take no resets: cut rows into pieces";
   if (p.w_hr && !projects(p.cell)) return "a projection (w_hr) needs cell lstm";
   if (!p.w_hr && p.out != p.hidden) return "out must equal hidden where there is no projection (w_hr)";
   if (p.w_hr && p.out < 1) return "out must be positive";

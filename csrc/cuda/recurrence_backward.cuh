@@ -136,6 +136,16 @@ struct BackwardWarp {
     });
   }
 
+  // Nothing goes on to the time before from a stage whose step began anew.
+  __device__ __forceinline__ void end_anew(int stage) {
+    if (!p.lanes.resets) return;
+    each([&](int j, int lane) {
+      if (!tile.begins_anew(p.lanes, lane, stage)) return;
+      carry[j] = 0.f;
+      if constexpr (Cell::has_cell) dc[j] = 0.f;
+    });
+  }
+
   // Adjoints as stage s finds them: of lanes that begin to write, and of those that have no step left.
   __device__ __forceinline__ void write_borders(int s) const {
     const auto write = [&](const Run& run, float x, float* start, float* end, void* at_zero) {
@@ -155,12 +165,13 @@ struct BackwardWarp {
 
   // From the carry of stage s to dz. What others need goes to the outbox.
   __device__ __forceinline__ void advance(int s) {
-    each([&](int j, int) {
+    each([&](int j, int lane) {
       const Cell cell(p.cell, cap);
       State<Real> d{whole(j), 0.f}, after{0.f, 0.f}, before{0.f, 0.f};
       if constexpr (Cell::has_cell) d.c = dc[j], after.c = c[j], before.c = c_prev[j];
       if constexpr (Cell::h_after) after.h = float(y[j]);
       if constexpr (Cell::h_before) before.h = float(y_prev[j]);
+      if (tile.begins_anew(p.lanes, lane, s)) before = {0.f, 0.f};
       Saved<Cell, Real> kept;
 #pragma unroll
       for (int i = 0; i < Cell::saved; ++i) kept[i] = float(saved[j][i]);
@@ -201,7 +212,8 @@ struct BackwardWarp {
       if (p.dh) static_cast<Storage*>(p.dh)[at * H + unit] = Storage(whole(j));
       if constexpr (Cell::forgets >= 0)
         if (p.decay)
-          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, float(saved[j][Cell::forgets]));
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, tile.begins_anew(p.lanes, lane, s),
+                         float(saved[j][Cell::forgets]));
     });
   }
 };
@@ -235,6 +247,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
         else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
         else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
         warp.exchange();
+        warp.end_anew(s - 1);
       }
       if (starts || s >= extent.least) warp.write_borders(s);
       warp.advance(s);
@@ -242,6 +255,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
       team.arrive();
       warp.write(s);
       warp.load(s + 1);
+      tile.template load_resets<true>(q.p.lanes, s + 2);
       team.wait();
     }
   }

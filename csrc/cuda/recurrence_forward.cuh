@@ -116,6 +116,18 @@ struct ForwardWarp {
         for (int e = 0; e < 4; ++e) sums[m][n][e] = 0.f;
   }
 
+  // Lanes that begin anew with the step at hand: from zeros, whatever was before.
+  __device__ __forceinline__ void begin_anew(int s) {
+    if (!p.lanes.resets) return;
+    each([&](int n, int e, int lane, int) {
+      if (!tile.begins_anew(p.lanes, lane, s)) return;
+#pragma unroll
+      for (int gate = 0; gate < gates; ++gate) sum(gate, n, e) = 0.f;
+      if constexpr (Cell::h_before) h[n][e] = Storage(0.f);
+      if constexpr (Cell::has_cell) c[n][e] = 0.f;
+    });
+  }
+
   // From the sums of step s to the new states. What others need goes to the outbox; h, c and what is saved stay here.
   __device__ __forceinline__ void advance(int s) {
     each([&](int n, int e, int lane, int unit) {
@@ -168,7 +180,8 @@ struct ForwardWarp {
       }
       if constexpr (Cell::forgets >= 0)
         if (p.decay)
-          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, saved(Cell::forgets, n, e));
+          multiply_decay(p.decay + tile.runs[lane].id * H + unit, s == span.warm, tile.begins_anew(p.lanes, lane, s),
+                         saved(Cell::forgets, n, e));
     });
   }
 
@@ -241,6 +254,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
       if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
       else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
       else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
+      warp.begin_anew(s);
       warp.advance(s);
       warp.send(team);
       team.arrive();
@@ -248,6 +262,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
       if (q.p.h_start || q.p.c_start) warp.write_starts(s + 1);
       if (s + 1 >= extent.least) warp.write_ends(s);
       warp.load(s + 1);
+      tile.template load_resets<false>(q.p.lanes, s + 2);
       team.wait();
     }
   }

@@ -164,6 +164,7 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   g.sums = next(sums);
   g.spans = next(g.lanes * int64_t(sizeof(Span)));
   g.runs = next(g.lanes * int64_t(sizeof(Run)));
+  g.resets = next(4 * g.lanes);
   g.shared_bytes = at;
   return g;
 }

@@ -21,7 +21,7 @@ const char* run(const Params& p, float cap, const CudaLaunch& at) {
   ScanLaunch<Params> q{};
   q.p = p;
   q.p.cap = cap;
-  q.lanes = {p.steps, p.batch, p.step, p.steps, 0, p.base, p.length, nullptr, 0};
+  q.lanes = {p.steps, p.batch, p.step, p.steps, 0, p.base, p.length, p.resets, nullptr, 0};
   q.cut = scan_cut(p.steps, p.units);
   if (q.cut.tiles * q.cut.chunks * p.batch > (int64_t(1) << 31) - 1) return "too many sequences for one scan";
   if (at.workspace_bytes < scan_workspace_cuda(p.steps, p.batch, p.units)) return "the workspace is too small";

@@ -19,12 +19,22 @@ namespace stable_rnn {
 
 constexpr int scan_threads = 256, scan_least = 16, scan_chunks = 256;   // steps of a part at least, chunks at most
 
-// s -> a s + b.
+// s -> a s + b; or b, whatever s is (even NaN), where a is negative or -0: gates are not, and -0 stays so times any of them.
 struct Map {
   float a, b;
 };
-__device__ __forceinline__ Map then(Map first, Map next) { return {next.a * first.a, fma(next.a, first.b, next.b)}; }
-__device__ __forceinline__ float apply(Map map, float s) { return fma(map.a, s, map.b); }
+constexpr float nothing_of_it = -0.f;   // a of steps before which the state is zero
+__device__ __forceinline__ bool forgets_all(Map map) { return copysignf(1.f, map.a) < 0.f; }
+__device__ __forceinline__ Map then(Map first, Map next) {
+  return forgets_all(next) ? next : Map{next.a * first.a, fma(next.a, first.b, next.b)};
+}
+__device__ __forceinline__ float apply(Map map, float s) { return forgets_all(map) ? map.b : fma(map.a, s, map.b); }
+
+// Whether the state is zero before the step of a buffer row.
+template <class Params>
+__device__ __forceinline__ bool begins_anew(const Params& p, int64_t row) {
+  return p.resets && p.resets[row];
+}
 
 // How a scan is cut: a block has `span` units (a power of two, at most 32) times `parts` parts of `length` steps.
 struct ScanCut {
@@ -126,22 +136,29 @@ struct ForwardScan {
   }
   // What a step does to the state that a unit keeps.
   __device__ __forceinline__ Map map(int64_t t, int64_t) const {
-    const auto now = step(row_of(lanes, b, t), {V(0.f), V(0.f)});
+    const int64_t row = row_of(lanes, b, t);
+    const auto now = step(row, {V(0.f), V(0.f)});
     V kept[Cell::saved ? Cell::saved : 1];
     now.save(kept);
-    if constexpr (Cell::has_cell) return {number(kept[Cell::forgets]), number(now.c)};
-    else return {number(kept[Cell::forgets]), number(now.h)};
+    const float a = begins_anew(p, row) ? nothing_of_it : number(kept[Cell::forgets]);
+    if constexpr (Cell::has_cell) return {a, number(now.c)};
+    else return {a, number(now.h)};
+  }
+  // What later groups read of the state before a row's step.
+  __device__ __forceinline__ void hand_on(int64_t row, Storage h) const {
+    out(p.before)[row * p.hidden + column] = begins_anew(p, row) ? Storage(0.f) : h;
   }
   __device__ __forceinline__ void run(int64_t first, int64_t end, int64_t used, float state) const {
     if (first == 0) {
       const Storage h = in(p.h0)[b * p.hidden + column];
-      if (used) out(p.before)[row_of(lanes, b, 0) * p.hidden + column] = h;
+      if (used) hand_on(row_of(lanes, b, 0), h);
       else out(p.h_n)[b * p.hidden + column] = h;
       if constexpr (Cell::has_cell)
         if (!used) out(p.c_n)[b * p.hidden + column] = in(p.c0)[b * p.hidden + column];
     }
     for (int64_t t = first; t < end; ++t) {
       const int64_t row = row_of(lanes, b, t);
+      if (begins_anew(p, row)) state = 0.f;
       const auto now = step(row, {V(Cell::has_cell ? 0.f : state), V(Cell::has_cell ? state : 0.f)});
       const float value = number(now.h);
       const Storage h(value);
@@ -158,7 +175,7 @@ struct ForwardScan {
         if (p.cells) p.cells[row * p.hidden + column] = state;
       }
       if (t + 1 < used) {
-        out(p.before)[(row + lanes.step) * p.hidden + column] = h;
+        hand_on(row + lanes.step, h);
         continue;
       }
       out(p.h_n)[b * p.hidden + column] = h;
@@ -195,6 +212,7 @@ struct BackwardScan {
       after.c = p.cells[at];
       before.c = t ? p.cells[at - lanes.step * p.hidden] : float(in(p.c0)[own]);
     }
+    if (begins_anew(p, row)) before = {0.f, 0.f};
     return cell.vjp(State<float>{Cell::h_before ? dh + state : dh, Cell::has_cell ? state : 0.f}, kept, after, before);
   }
   __device__ __forceinline__ float start() const {
@@ -202,7 +220,9 @@ struct BackwardScan {
   }
   __device__ __forceinline__ Map map(int64_t s, int64_t used) const {
     float kept[Cell::saved ? Cell::saved : 1];
-    const auto adjoint = step(used - 1 - s, used, 0.f, kept);
+    const int64_t t = used - 1 - s;
+    const auto adjoint = step(t, used, 0.f, kept);
+    if (begins_anew(p, row_of(lanes, b, t))) return {nothing_of_it, 0.f};
     return {kept[Cell::forgets], Cell::has_cell ? adjoint.before.c : adjoint.before.h};
   }
   __device__ __forceinline__ void run(int64_t first, int64_t end, int64_t used, float state) const {
@@ -214,9 +234,9 @@ struct BackwardScan {
         out(p.dz)[(row * Cell::gates + gate) * p.hidden + column] = Storage(adjoint.z[gate]);
         if (t)
           out(p.after)[((row - lanes.step) * p.hidden + column) * Cell::gates + gate] =
-              Storage(cell.hidden(gate, adjoint.z[gate], kept));
+              Storage(begins_anew(p, row) ? 0.f : cell.hidden(gate, adjoint.z[gate], kept));
       }
-      state = Cell::has_cell ? adjoint.before.c : adjoint.before.h;
+      state = begins_anew(p, row) ? 0.f : Cell::has_cell ? adjoint.before.c : adjoint.before.h;
     }
     if (end < used || (first > 0 && first >= end)) return;   // the part that ends at time 0, or of an empty sequence
     if constexpr (Cell::has_cell) out(p.dc0)[b * p.hidden + column] = Storage(state);

@@ -14,7 +14,7 @@ struct Geometry {
   int chunks;           // of k in a warp's product
   int segment, pitch;   // of a gate's k in a lane's state; from lane to lane
   int buffers;          // of the state: two taken in turn; one where it comes through L2
-  int state, outbox, sums, spans, runs;
+  int state, outbox, sums, spans, runs, resets;
   int outbox_of_warp;
   int64_t weights;   // of a block, in fragment order
   int64_t shared_bytes;
@@ -33,16 +33,20 @@ struct Extent {
   int least, most;
 };
 
+__device__ __forceinline__ int64_t row_at(const Span& span, int s, int64_t move) { return span.first + s * move; }
+
 // The lanes of the tile at hand, in shared memory.
 struct TileLanes {
   Span* spans;
   Run* runs;
+  bool* resets;   // [4][n] of steps s modulo 4: the state is zero before the lane's step
   int n;
   bool cluster;   // the team is one
 
   explicit __device__ __forceinline__ TileLanes(const Geometry& g)
       : spans(reinterpret_cast<Span*>(shared_memory() + g.spans)),
-        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)), n(g.lanes), cluster(g.cluster > 1) {}
+        runs(reinterpret_cast<Run*>(shared_memory() + g.runs)),
+        resets(reinterpret_cast<bool*>(shared_memory() + g.resets)), n(g.lanes), cluster(g.cluster > 1) {}
 
   // `entries`: of the whole list; beyond it are lanes with no steps.
   template <bool backward>
@@ -63,11 +67,28 @@ struct TileLanes {
       if (steps > extent.most) extent.most = steps;
       if (steps && (steps < extent.least || extent.least == 0)) extent.least = steps;
     }
+    if (lanes.resets) {
+      load_resets<backward>(lanes, 0);
+      load_resets<backward>(lanes, 1);
+      block_sync();
+    }
     return extent;
   }
-};
 
-__device__ __forceinline__ int64_t row_at(const Span& span, int s, int64_t move) { return span.first + s * move; }
+  // Once all have arrived at a later barrier of the team, resets of step s are known, until step s + 2 is.
+  template <bool backward>
+  __device__ __forceinline__ void load_resets(const Lanes& lanes, int s) const {
+    if (!lanes.resets) return;
+    for (int i = thread_index(); i < n; i += thread_count())
+      resets[(s & 3) * n + i] =
+          s < spans[i].steps && lanes.resets[row_at(spans[i], s, backward ? -lanes.step : lanes.step)];
+  }
+
+  // Whether the state is zero before a lane's step.
+  __device__ __forceinline__ bool begins_anew(const Lanes& lanes, int lane, int s) const {
+    return lanes.resets && resets[(s & 3) * n + lane];
+  }
+};
 
 // What a lane starts from: the caller's state of its row, or `init` of its entry, else zero.
 template <class Storage>
@@ -77,8 +98,9 @@ __device__ __forceinline__ float start_value(const Run& run, const void* given, 
 }
 
 // One more forget gate of a unit times its lane's decay so far, which stands where the caller wants it: only this thread touches it there.
-__device__ __forceinline__ void multiply_decay(float* decay, bool first, float forget) {
-  *decay = decayed(first ? 1.f : *decay, forget);
+// Over a step before which the state is zero nothing passes.
+__device__ __forceinline__ void multiply_decay(float* decay, bool first, bool anew, float forget) {
+  *decay = anew ? 0.f : decayed(first ? 1.f : *decay, forget);
 }
 
 }   // namespace stable_rnn

@@ -38,6 +38,9 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "padded"  # padded | reverse | packed | packed_reverse | shared
     lengths: tuple[int, ...] | None = None
+    resets: float | tuple[int, ...] | None = (
+        None  # buffer rows before whose steps the state is zero, or their part; None: no mask
+    )
     select: tuple[int, ...] | None = None
     init: bool = False
     threads: int = 1
@@ -67,11 +70,20 @@ class Case:
             self.step = -self.batch if back else self.batch
             self.base = [(used[b] - 1) * self.batch + b if back else b for b in range(self.batch)]
         self.plain_base = self.lengths is None and self.layout in ("padded", "reverse")
+        self.anew = None
+        if isinstance(self.resets, tuple):
+            self.anew = torch.zeros(self.n, dtype=torch.bool)
+            self.anew[list(self.resets)] = True
+        elif self.resets is not None:
+            self.anew = torch.rand(self.n, generator=torch.Generator().manual_seed(self.n)) < self.resets
         self.lanes = -(-self.steps // self.stride) * self.batch
         self.ids = list(range(self.lanes) if self.select is None else self.select)
 
     def row(self, b, t):
         return self.base[b] + t * self.step
+
+    def begins_anew(self, row):
+        return self.anew is not None and bool(self.anew[row])
 
     def span(self, id):
         """Row of the batch, first written time, end of the written times."""
@@ -148,6 +160,9 @@ def loop_forward(case, made, kind=torch.float64):
                 if case.lstm:
                     out["c_start"][id] = c
             row = case.row(b, t)
+            anew = case.begins_anew(row)
+            if anew:
+                h, c = torch.zeros_like(h), torch.zeros_like(c) if case.lstm else None
             h, c, saved, _ = step(case, to, to["xp"][row], h, c)
             h = h.to(case.dtype).to(kind) if kind == torch.float32 else h
             if t >= first:
@@ -156,7 +171,8 @@ def loop_forward(case, made, kind=torch.float64):
                     out["cells"][row] = c
                 if case.forgets:
                     out["saved"][row] = saved
-                    out["decay"][id] = saved.chunk(4)[1] * (1 if t == first else out["decay"][id])
+                    so_far = 0 if anew else 1 if t == first else out["decay"][id]
+                    out["decay"][id] = saved.chunk(4)[1] * so_far
         for name, state in (("h", h), ("c", c if case.lstm else None)):
             if state is not None:
                 out[f"{name}_end"][id] = state
@@ -226,6 +242,7 @@ def loop_backward(case, made, saved, kind=torch.float64):
             dh, dc = torch.zeros(P, dtype=kind), torch.zeros(H, dtype=kind)
         for t in reversed(range(first, begin)):
             row = case.row(b, t)
+            anew = case.begins_anew(row)
             if t == end - 1:
                 out["dh_start"][id], out["dc_start"][id] = dh, dc
             dh = dh + to["dy"][row]
@@ -241,12 +258,17 @@ def loop_backward(case, made, saved, kind=torch.float64):
                     c=to["cells"][row],
                     c_prev=to["cells"][case.row(b, t - 1)] if t else to["c0"][b],
                 )
+            if anew:
+                state |= {k: torch.zeros_like(v) for k, v in state.items() if k.endswith("_prev") and v is not None}
             if case.forgets and t < end:
-                out["decay"][id] = state["saved"].chunk(4)[1] * (1 if t == end - 1 else out["decay"][id])
+                so_far = 0 if anew else 1 if t == end - 1 else out["decay"][id]
+                out["decay"][id] = state["saved"].chunk(4)[1] * so_far
             dz, dq, dh, dc = vjp(case, dh, dc, **state, w_hr=to["w_hr"], cap=cap)
             if t < end:
                 out["dz"][row] = dz
             dh = dh + dq @ to["w_hh"]
+            if anew:
+                dh, dc = torch.zeros_like(dh), torch.zeros_like(dc)
         out["dh_end"][id], out["dc_end"][id] = dh, dc
         if first == 0:
             out["dh0"][b], out["dc0"][b] = dh, dc
@@ -310,6 +332,7 @@ def _head(case):
     case.kept = [
         None if case.plain_base else tensor(case.base),
         None if case.lengths is None else tensor(case.lengths),
+        None if case.anew is None else case.anew.to(case.device),
         None if case.select is None else tensor(case.select),
     ]
     return (

@@ -84,7 +84,7 @@ def test_gradcheck(cell):
     def function(*leaves):
         t = dict(zip(names, leaves, strict=True))
         weights = None, None, cascaded(t["w_hh"], groups), None, t.get("hidden_bias")
-        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, p)
+        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, None, p)
         return (y, h_n, c_n) if cell == "lstm" else (y, h_n)
 
     leaves = [made[k].requires_grad_() for k in names]
@@ -213,7 +213,7 @@ def test_the_first_entry_that_no_cascade_has_is_named(backend):
     w = torch.zeros(16, 4)
     w[4 + 3, 3], w[8 + 1, 2] = 0.5, 0.12
     p = Problem("lstm", 3, 2, SCANNED, backend=backend)
-    given = (torch.randn(6, 16), None, None, w, None, None, torch.zeros(2, 4), torch.zeros(2, 4), None, None, p)
+    given = (torch.randn(6, 16), None, None, w, None, None, torch.zeros(2, 4), torch.zeros(2, 4), *(None,) * 3, p)
     with pytest.raises(ValueError, match=r"weight_hh\[7, 3\] = 0.5: unit 3 reads itself"):
         layer(*given)
     w[7, 3] = 0

@@ -98,6 +98,21 @@ def test_nan_and_infinity_pass_through(cell, isa):
         assert exact["y"][:, 3].isnan().any() and torch.equal(found["y"].isnan(), exact["y"].isnan())
 
 
+def test_gates_are_far_more_exact_than_their_storage(isa):
+    """sigmoid s, 1 - s and tanh of an LSTM, by its cell states, which are float32, relative to each."""
+    x = torch.cat([torch.linspace(-40, 80, 4001), torch.logspace(-30, 0, 500), -torch.logspace(-30, 0, 500)]).bfloat16()
+    case = Case("lstm", 1, len(x), 1, stride=1, warmup=0, dtype=torch.bfloat16)
+    big, made = torch.full_like(x, 100.0), case.draw()
+    made |= dict(w_hh=torch.zeros(4, 1, dtype=x.dtype), c0=torch.ones(len(x), 1, dtype=x.dtype))
+    run = lambda *gates: loop.run_forward(case, made | dict(xp=torch.stack(gates, 1)))["cells"][:, 0].double()  # noqa: E731
+    unit = torch.finfo(torch.float32).eps
+    opened, kept, tanh = run(x, -big, big, big), run(-big, x, big, big), run(big, -big, x, big)
+    s, rest, exact = torch.sigmoid(x.double()), torch.sigmoid(-x.double()), torch.tanh(x.double())
+    for found in (opened, kept):
+        assert ((found - s).abs() <= 5e-6 * s).all() and ((found - s).abs() <= 5e-6 * rest + 2 * unit).all()
+    assert ((tanh - exact).abs() <= 2e-5 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("make", [StableLSTM, StableGRU, StableRNN])
 def test_no_worse_than_torchs_bfloat16(make, isa):
     """The error from float64 with the same weights, of outputs and last states, against that of torch's own recurrence."""

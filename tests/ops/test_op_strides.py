@@ -32,12 +32,16 @@ def recurrence(name, cell, plan, size, backend):
     cap = 0.9 if cell in ("lstm", "gru") else 1.0
     numbers = ("lstm" if lstm else cell, steps, batch, *PLANS[plan], 4, "auto", False, cap, backend)
     if name == "recurrence":
-        return ops.recurrence.default, (xp, w_hh, w_hr, bias, h0, c0, None, None), (*numbers, True)
-    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, bias, h0, c0, None, None, *numbers, True)
+        return ops.recurrence.default, (xp, w_hh, w_hr, bias, h0, c0, None, None, None), (*numbers, True)
+    y, _, _, gates, cells, _ = ops.recurrence(xp, w_hh, w_hr, bias, h0, c0, None, None, None, *numbers, True)
     grads = rand(n, out), rand(batch, out), rand(batch, hidden)
     if name == "recurrence_backward":
-        return ops.recurrence_backward.default, (*grads, y, gates, cells, w_hh, w_hr, before, c0, None, None), numbers
-    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, bias, h0, c0, None, None), numbers
+        return (
+            ops.recurrence_backward.default,
+            (*grads, y, gates, cells, w_hh, w_hr, before, c0, None, None, None),
+            numbers,
+        )
+    return ops.windowed_backward.default, (*grads, xp, w_hh, w_hr, bias, h0, c0, None, None, None), numbers
 
 
 def calls(name, backend):

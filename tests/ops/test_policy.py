@@ -4,16 +4,24 @@ is remembered for as long as it holds."""
 from math import inf
 
 import pytest
+import torch
 
 from stable_rnn.ops.recurrence import policy
-from stable_rnn.ops.recurrence.policy import ALLOWANCE, DEVICES, LATER, RETRY, WORTH, Ledger, Memory, choose
-from stable_rnn.ops.recurrence.problem import AUTO, Problem
+from stable_rnn.ops.recurrence.policy import ALLOWANCE, DEVICES, LATER, RETRY, WORTH, Case, Ledger, Memory, choose
+from stable_rnn.ops.recurrence.problem import AUTO, BackwardInputs, Inputs, Problem
 
 SHAPES = [(steps, batch) for steps in (1, 33, 512, 4096, 65536) for batch in (1, 3, 64)]
 
 
 def problem(steps, batch, cell="lstm", **numbers):
     return Problem(cell, steps, batch, AUTO, AUTO, tol=2e-6, max_passes=8)._replace(**numbers)
+
+
+def case(p, batch=2, backward=False, resets=False):
+    """What `Case.of` makes of such a call's tensors, of which it reads three things."""
+    kind, state = BackwardInputs if backward else Inputs, torch.empty(batch, 1)
+    tensors = dict.fromkeys(kind._fields) | {"h0": state, "dh_n": state, "resets": state if resets else None}
+    return Case.of(kind(**{name: tensors[name] for name in kind._fields}), p)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -82,27 +90,27 @@ def test_the_warmup_that_a_trial_asks_for(jumps, found):
 
 def test_a_fallback_is_remembered_for_its_plan_shape_and_weights():
     memory, p = Memory(), problem(1000, 2)
-    assert not memory.of("w").fell_back(p, 2, False)
-    memory.falls_back(p, 2, False)
-    assert memory.of("w").fell_back(p, 2, False)
-    assert memory.fell_back(problem(900, 2), 2, False)  # the same class of lengths
+    assert not memory.of("w").fell_back(case(p))
+    memory.falls_back(case(p))
+    assert memory.of("w").fell_back(case(p))
+    assert memory.fell_back(case(problem(900, 2)))  # the same class of lengths
     for other in (problem(3000, 2), problem(1000, 2, tol=1e-3), problem(1000, -2)):
-        assert not memory.fell_back(other, 2, False)
-    assert not memory.fell_back(p, 2, True) and not memory.fell_back(p, 9, False)
-    assert not memory.of("changed").fell_back(p, 2, False)
-    assert not memory.of("w").fell_back(p, 2, False)
+        assert not memory.fell_back(case(other))
+    for other in (case(p, backward=True), case(p, batch=9), case(p, resets=True)):
+        assert not memory.fell_back(other)
+    assert not memory.of("changed").fell_back(case(p))
+    assert not memory.of("w").fell_back(case(p))
 
 
 def test_a_fallback_is_tried_again_after_a_while():
     memory, p = Memory(), problem(1000, 2)
-    memory.falls_back(p, 2, False)
-    assert [memory.fell_back(p, 2, False) for _ in range(RETRY + 1)] == [True] * RETRY + [False]
-    assert not memory.fell_back(p, 2, False)
-    assert (
-        memory.credit(p, 2, False) == policy.CREDIT and memory.credit(p, 2, True) == 0
-    )  # and may cost more than a first call
-    memory.falls_back(p, 2, False)
-    assert memory.credit(p, 2, False) == 0
+    memory.falls_back(case(p))
+    assert [memory.fell_back(case(p)) for _ in range(RETRY + 1)] == [True] * RETRY + [False]
+    assert not memory.fell_back(case(p))
+    # and may cost more than a first call
+    assert memory.credit(case(p)) == policy.CREDIT and memory.credit(case(p, backward=True)) == 0
+    memory.falls_back(case(p))
+    assert memory.credit(case(p)) == 0
 
 
 def test_a_pass_is_allowed_if_it_is_cheap_or_known_to_end_well():

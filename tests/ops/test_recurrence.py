@@ -79,6 +79,7 @@ def run(cell, made, grads, base, lengths, p):
         leaves.get("c0"),
         base,
         lengths,
+        None,
         p,
     )
     outputs = [y, h_n] + ([c_n] if cell == "lstm" else [])
@@ -201,7 +202,7 @@ def test_gradcheck(cell, schedule):
     def function(*leaves):
         t = dict(zip(names, leaves, strict=True))
         weights = None, None, t["w_hh"], t.get("w_hr"), t.get("hidden_bias")
-        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, p)
+        y, h_n, c_n, _ = layer(t["xp"], *weights, t["h0"], t.get("c0"), None, None, None, p)
         return (y, h_n, c_n) if cell == "lstm" else (y, h_n)
 
     leaves = [made[k].requires_grad_() for k in names]
@@ -217,7 +218,7 @@ def test_chunk_gradient_is_the_same_when_differentiated_again(cell):
     _, plain = run(cell, made, grads, None, None, p)
     leaves = {k: v.clone().requires_grad_() for k, v in made.items() if v is not None}
     weights = None, None, leaves["w_hh"], None, leaves.get("hidden_bias")
-    y, h_n, c_n, _ = layer(leaves["xp"], *weights, leaves["h0"], leaves.get("c0"), None, None, p)
+    y, h_n, c_n, _ = layer(leaves["xp"], *weights, leaves["h0"], leaves.get("c0"), None, None, None, p)
     outputs, given = (
         [y, h_n] + [c_n][: cell == "lstm"],
         [grads["dy"], grads["dh_n"]] + [grads["dc_n"]][: cell == "lstm"],

@@ -29,7 +29,7 @@ def _fields(kind, names):
 class Lanes(Structure):
     _fields_ = (
         _fields(c_int64, "steps batch step stride warmup")
-        + _fields(c_void_p, "base length select")
+        + _fields(c_void_p, "base length resets select")
         + [("n_select", c_int64)]
     )
 
@@ -190,8 +190,8 @@ class Machine:
         return loop.run_backward(case, made, saved, call, only)
 
     def _call(self, backward, case, how, fields, outputs):
-        lanes = Lanes(*(v or None if i in (5, 6, 7) else v for i, v in enumerate(fields[6:15])))
-        pointers = [v or None for v in fields[15:]]
+        lanes = Lanes(*(v or None if i in (5, 6, 7, 8) else v for i, v in enumerate(fields[6:16])))
+        pointers = [v or None for v in fields[16:]]
         params = (Backward if backward else Forward)(
             *fields[:6], lanes, *pointers, **{k: v or None for k, v in outputs.items()}
         )

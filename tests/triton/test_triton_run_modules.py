@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from stable_rnn import (
     Certified,
+    Chunked,
     ForgetCap,
     StableGRU,
     StableLSTM,
@@ -31,6 +32,14 @@ def test_layers_directions_lengths_and_a_clamp(plan):
     m = made(StableLSTM, torch.float32, DEVICE, num_layers=2, bidirectional=True, plan=plan)
     m.stability = ForgetCap(0.6)
     assert_close("triton", m, torch.randn(7, 3, 7, device=DEVICE), lengths=torch.tensor([7, 0, 4], device=DEVICE))
+
+
+@pytest.mark.parametrize("plan", [plan for plan in PLANS if not isinstance(plan, Chunked)], ids=str)
+def test_resets(plan):
+    """As the reference runs pieces; but chunks would begin in rows, where it lets them begin in pieces."""
+    m = made(StableLSTM, torch.float32, DEVICE, bidirectional=True, plan=plan)
+    x, resets = torch.randn(7, 3, 7, device=DEVICE), torch.rand(7, 3, device=DEVICE) < 0.25
+    assert_close("triton", m, x, resets=resets, lengths=torch.tensor([7, 0, 4], device=DEVICE))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -47,6 +47,7 @@ struct ScanParams {
   int64_t steps, batch, step;
   const int64_t* base;
   const int64_t* length;
+  const bool* resets;
   // inputs
   const void* xp;            // [N, G*H]
   const float* sums;         // [N, units*G] or null: zeros
@@ -69,6 +70,7 @@ struct ScanBackwardParams {
   int64_t steps, batch, step;
   const int64_t* base;
   const int64_t* length;
+  const bool* resets;
   // inputs
   const void* dy;       // [N, H]
   const void* y;        // [N, H]

@@ -16,7 +16,7 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 6;
+constexpr int interface_number = 7;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is). BF16_WEIGHTS is stored as float32, the state weights w_hh and w_hr alone are rounded to bfloat16 (CPU only).
@@ -30,6 +30,7 @@ struct Lanes {
   int64_t stride, warmup;   // the schedule; ceil(T / stride) lanes a row
   const int64_t* base;      // [B] or null: b, or (T-1)*B + b where step < 0
   const int64_t* length;    // [B] or null: T for every row
+  const bool* resets;       // [N] or null: the state is zero before the step of a buffer row (on the CPU null)
   const int64_t* select;    // [n_select] lane ids, ascending, or null: every lane
   int64_t n_select;
 };

@@ -69,6 +69,11 @@ def check(p: Problem, inputs: Inputs | BackwardInputs | WindowedInputs, values: 
             raise ValueError(
                 f"{name} is {tuple(t.shape)}, {t.dtype} on {t.device}; expected ({batch},), torch.int64 on {device}"
             )
+    resets = inputs.resets
+    if resets is not None and (resets.shape != (n,) or resets.dtype != torch.bool or resets.device != device):
+        raise ValueError(
+            f"resets is {tuple(resets.shape)}, {resets.dtype} on {resets.device}; expected ({n},), torch.bool on {device}"
+        )
     if base is None and (n != p.steps * batch or abs(p.step) != batch):
         raise ValueError(
             f"{n} buffer rows, step {p.step}; without base, expected T * B = {p.steps * batch} rows and a step of B = {batch}"

@@ -14,7 +14,7 @@ def _nulls(names: str) -> Fields:
     return dict.fromkeys(names.split())
 
 
-_SHARED = "cell dtype threads hidden out cap  steps batch step stride warmup base length select n_select "
+_SHARED = "cell dtype threads hidden out cap  steps batch step stride warmup base length resets select n_select "
 FORWARD = _nulls(
     _SHARED + "xp w_hh w_hr h0 c0 h_init c_init hidden_bias  y h_n c_n saved cells h_start c_start h_end c_end decay"
 )
@@ -27,6 +27,6 @@ WINDOWED_BACKWARD = _nulls(
 )
 LAUNCH = _nulls("device stream workspace workspace_bytes")
 # of one group of a cascade
-_GROUP = "cell dtype hidden unit units cap  steps batch step base length "
+_GROUP = "cell dtype hidden unit units cap  steps batch step base length resets "
 SCAN = _nulls(_GROUP + "xp sums hidden_bias h0 c0  y h_n c_n saved cells before")
 SCAN_BACKWARD = _nulls(_GROUP + "dy y saved cells h0 c0 dh_n dc_n sums  dz dh0 dc0 after")

@@ -31,6 +31,9 @@ _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
+takes_resets = False  # rows come cut into pieces
+
+
 def can_run(p: Problem | None, xp: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
     if _native.lib is None:
         return False, f"the compiled module is missing ({_native.reason})"
@@ -64,6 +67,10 @@ class _Kernels(Kernels):
 
     def dtype(self, x: Tensor) -> int:
         return BF16_WEIGHTS if x.dtype is torch.float32 and bfloat16_weights_allowed() else DTYPES[x.dtype]
+
+    def padded(self, lengths: Tensor | None, rows: int) -> bool:
+        """Not for sequences end to end, nor for pieces: here it costs nothing to look, and zeros as much as some kernels."""
+        return lengths is not None and int(lengths.sum()) < rows
 
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
         lib = _native.lib
@@ -101,7 +108,7 @@ def scanned_backward(inputs: BackwardInputs, p: Problem, groups: tuple[int, ...]
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`: groups of lanes in a bounded workspace, dW by one GEMM a group, in a fixed order."""
     given = WindowedInputs._make(dense(*inputs))
-    _, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, _, lengths = given
+    _, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, _, lengths, _ = given
     batch, width, k = h0.shape[0], w_hh.shape[1], p.warmup + 1
     hidden = w_hh.shape[0] // p.spec.gates
     made = partial(_make, xp, True, dtype=torch.float32)

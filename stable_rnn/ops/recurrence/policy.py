@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf, log
 from typing import NamedTuple
 
-from .problem import AUTO, Problem
+from .problem import AUTO, BackwardInputs, Inputs, Problem
 from .report import BUDGET, CHEAPER, DONE, MEMORY
 
 ALLOWANCE = 1.1  # the cost of a call that finds out that lanes do not pay, over that of the plain recurrence
@@ -226,13 +226,28 @@ class Ledger:
         self.spent += self.costs.run(lanes, steps) + self.costs.host
 
 
+class Case(NamedTuple):
+    """What a fallback is remembered for."""
+
+    p: Problem  # T to a factor of two
+    batch: int  # likewise
+    backward: bool
+    resets: bool  # then rows may be cut into others at every call
+
+    @classmethod
+    def of(cls, inputs: Inputs | BackwardInputs, p: Problem) -> Case:
+        alike = p._replace(steps=p.steps.bit_length(), step=1 if p.step > 0 else -1)
+        backward, resets = isinstance(inputs, BackwardInputs), inputs.resets is not None
+        return cls(alike, inputs.state.shape[0].bit_length(), backward, resets)
+
+
 class Memory:
     """The fallbacks of one layer and direction, for as long as its weights stay as they are."""
 
     def __init__(self) -> None:
         self._weights: object = None
-        self._calls: dict[tuple, int] = {}  # since the fallback
-        self._credit: set[tuple] = set()  # of what is tried again, and what then agreed
+        self._calls: dict[Case, int] = {}  # since the fallback
+        self._credit: set[Case] = set()  # of what is tried again, and what then agreed
 
     def of(self, weights: object) -> Memory:
         """Itself; what it knows of other weights is forgotten."""
@@ -240,28 +255,21 @@ class Memory:
             self._weights, self._calls, self._credit = weights, {}, set()
         return self
 
-    def fell_back(self, p: Problem, batch: int, backward: bool) -> bool:
+    def fell_back(self, case: Case) -> bool:
         """Whether such a run did, not RETRY calls ago."""
-        key = _class(p, batch, backward)
-        calls = self._calls.get(key)
+        calls = self._calls.get(case)
         if calls is None:
             return False
         if calls >= RETRY:
-            del self._calls[key]
-            self._credit.add(key)
+            del self._calls[case]
+            self._credit.add(case)
             return False
-        self._calls[key] = calls + 1
+        self._calls[case] = calls + 1
         return True
 
-    def credit(self, p: Problem, batch: int, backward: bool) -> float:
-        return CREDIT * (_class(p, batch, backward) in self._credit)
+    def credit(self, case: Case) -> float:
+        return CREDIT * (case in self._credit)
 
-    def falls_back(self, p: Problem, batch: int, backward: bool) -> None:
-        key = _class(p, batch, backward)
-        self._calls[key] = 0
-        self._credit.discard(key)
-
-
-def _class(p: Problem, batch: int, backward: bool) -> tuple:
-    """The plan, the direction, and T and B to a factor of two."""
-    return *p._replace(steps=p.steps.bit_length(), step=1 if p.step > 0 else -1), batch.bit_length(), backward
+    def falls_back(self, case: Case) -> None:
+        self._calls[case] = 0
+        self._credit.discard(case)

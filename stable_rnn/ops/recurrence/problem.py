@@ -85,6 +85,7 @@ class Inputs(NamedTuple):
     c0: Tensor | None  # (B, H), cells that have c
     base: Tensor | None  # (B,) int64
     lengths: Tensor | None  # (B,) int64
+    resets: Tensor | None = None  # (N,) bool: the state is zero before this row's step
 
     @property
     def rows(self) -> Tensor:
@@ -112,6 +113,7 @@ class BackwardInputs(NamedTuple):
     c0: Tensor | None
     base: Tensor | None
     lengths: Tensor | None
+    resets: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -136,6 +138,7 @@ class WindowedInputs(NamedTuple):
     c0: Tensor | None
     base: Tensor | None
     lengths: Tensor | None
+    resets: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -205,8 +208,14 @@ def row_length(p: Problem, batch: int, lengths: Tensor | None, device: torch.dev
     return torch.full((batch,), p.steps, device=device) if lengths is None else lengths
 
 
-def previous_states(y: Tensor, h0: Tensor, base: Tensor | None, lengths: Tensor | None, p: Problem) -> Tensor:
-    """The state that each step read: y one step earlier, h0 at time 0. (N, P) -> (N, P); rows of no sequence hold anything finite."""
+def previous_states(y: Tensor, given: Inputs, p: Problem) -> Tensor:
+    """The state that each step read: y one step earlier, h0 at time 0. (N, P) -> (N, P); rows of no sequence hold anything finite,
+    rows that a reset stands before zeros."""
+    previous = _shifted(y, given.h0, given.base, given.lengths, p)
+    return previous if given.resets is None else previous.masked_fill(given.resets[:, None], 0)
+
+
+def _shifted(y: Tensor, h0: Tensor, base: Tensor | None, lengths: Tensor | None, p: Problem) -> Tensor:
     rows, batch = y.shape[0], h0.shape[0]
     shift = abs(p.step)
     if base is None and lengths is None and shift == batch:
@@ -228,7 +237,7 @@ def backward_inputs(
     """What the backward pass reads of a forward pass over `given`."""
     h0 = given.h0 if p.spec.carries else None
     return BackwardInputs(
-        dy, dh_n, dc_n, y, saved, cells, given.w_hh, given.w_hr, h0, given.c0, given.base, given.lengths
+        dy, dh_n, dc_n, y, saved, cells, given.w_hh, given.w_hr, h0, given.c0, given.base, given.lengths, given.resets
     )
 
 
@@ -257,7 +266,7 @@ def weight_gradients(
     if needs.w_hh or own is not None:
         d_hidden = cell.hidden(found.dz, saved)
         if needs.w_hh:
-            dw_hh = product(d_hidden.T, previous_states(y, given.h0, given.base, given.lengths, p))
+            dw_hh = product(d_hidden.T, previous_states(y, given, p))
         if own is not None:
             d_bias = d_hidden.chunk(cell.gates, 1)[own].sum(0)
     if needs.w_hr and given.w_hr is not None:

@@ -59,6 +59,13 @@ def _mask(live: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(live[:, None], new, old)
 
 
+def _zeroed(fresh: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
+    """The states (n, F), or what a cell does not have, with zeros for lanes that begin anew."""
+    if fresh is None:
+        return states
+    return tuple(_mask(fresh, torch.zeros_like(s), s) if s.dim() > 1 else s for s in states)
+
+
 def _with_bias(q: Tensor, bias: Tensor | None, cell: Cell) -> Tensor:
     """The hidden product with the bias that is its own."""
     if bias is None or cell.hidden_bias is None:
@@ -93,7 +100,7 @@ def forward(
 ) -> Output:
     """Run the lanes `ids` (all of them by default). With `h_init` the lanes start at their first written time from those states.
     With `out`, the lanes' results are written into a copy of it. `p` is resolved."""
-    xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
+    xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets = inputs
     kind, cell = arithmetic(xp.dtype), p.spec
     batch, hidden = h0.shape[0], w_hh.shape[0] // cell.gates
     c0 = h0.new_zeros(batch, hidden) if c0 is None else c0
@@ -115,16 +122,21 @@ def forward(
         t = first - warmup + s
         live = (t >= 0) & (t < length)
         row = torch.where(live, start + t * p.step, 0)
-        h_new, c_new, keep = cell.step(xp[row].to(kind), _with_bias(h @ weight.T, bias, cell), h, c, p.cap)
-        h_new = h_new if project is None else h_new @ project.T
         if s == warmup:
             h_start, c_start = h, c
+        fresh = None if resets is None else resets[row] & live
+        h, c = _zeroed(fresh, h, c)
+        x = _mask(live, xp[row], torch.zeros_like(xp[row])).to(
+            kind
+        )  # no NaN of another row, not even times a gradient of 0
+        h_new, c_new, keep = cell.step(x, _with_bias(h @ weight.T, bias, cell), h, c, p.cap)
+        h_new = h_new if project is None else h_new @ project.T
         h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
         if s >= warmup:
             rows.append(torch.where(live, row, xp.shape[0]))
             hs.append(h), cs.append(c), kept.append(keep)
             if borders and decay.numel():
-                decay = _mask(live, decay * cell.forget_gate(keep), decay)
+                (decay,) = _zeroed(fresh, _mask(live, decay * cell.forget_gate(keep), decay))
 
     n = xp.shape[0]
     y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
@@ -168,7 +180,7 @@ def backward(
 ) -> Adjoint:
     """The adjoint recursion on lanes in reverse time over saved states: lane j starts `warmup` steps after its stretch ends, from a
     zero adjoint (from dh_n, dc_n at a row's last time). Exact for one lane a row. Arguments as in `forward`."""
-    dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths = inputs
+    dy, dh_n, dc_n, y, saved, cells, w_hh, w_hr, h0, c0, base, lengths, resets = inputs
     kind, cell = arithmetic(y.dtype), p.spec
     batch, n, width = dh_n.shape[0], y.shape[0], w_hh.shape[0]
     hidden = width // cell.gates
@@ -202,6 +214,8 @@ def backward(
             h = y[row].to(kind)
         if cell.carries:
             h_before = _mask(t > 0, y[earlier], h0[b]).to(kind)
+        fresh = None if resets is None else resets[row] & live
+        h_before, c_before = _zeroed(fresh, h_before, c_before)
         kept = saved[row].to(kind) if cell.saved else NOTHING.h
         dz, carried = cell.vjp(dm, dc, kept, State(h, c), State(h_before, c_before), clamp)
         dc = _mask(live, carried.c, dc) if cell.has_cell else dc
@@ -211,7 +225,8 @@ def backward(
             rows.append(torch.where(live, row, n))
             dzs.append(dz), dhs.append(total)
             if borders and decay.numel():
-                decay = _mask(live, decay * cell.forget_gate(kept), decay)
+                (decay,) = _zeroed(fresh, _mask(live, decay * cell.forget_gate(kept), decay))
+        dh, dc = _zeroed(fresh, dh, dc)
 
     zs = y.new_zeros(n, width) if out is None else out.dz
     whole = y.new_zeros(n, w_hh.shape[1]) if out is None else out.dh
@@ -247,7 +262,7 @@ def adjoint_ends(inputs: BackwardInputs, p: Problem, dh_init: Tensor, dc_init: T
 
 def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> tuple[Tensor | None, ...]:
     """The true gradient of windows (stride 1) in xp, the weights, h0 and c0: `group` lanes at a time run again and go back."""
-    dy, dh_n, dc_n, *differentiable, base, lengths = inputs
+    dy, dh_n, dc_n, *differentiable, base, lengths, resets = inputs
     xp, h0, c0 = inputs.xp, inputs.h0, inputs.c0
     batch, n = h0.shape[0], xp.shape[0]
     wanted = [x for x in differentiable if x is not None]
@@ -260,7 +275,7 @@ def windowed_backward(inputs: WindowedInputs, p: Problem, group: int = 4096) -> 
     def states(ids: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         left = iter(given)
         moved = (None if x is None else next(left) for x in differentiable)
-        out = forward(Inputs(*moved, base, lengths), p, ids=ids)
+        out = forward(Inputs(*moved, base, lengths, resets), p, ids=ids)
         return (out.y,) if c0 is None else (out.y, out.cells)
 
     total = [torch.zeros_like(x) for x in wanted]
@@ -289,8 +304,11 @@ def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
 
 
-_scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
+scanned_forward, scanned_backward = scans.forward, scans.backward
+
+
+takes_resets = False  # it does, and pieces take fewer steps of Python
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

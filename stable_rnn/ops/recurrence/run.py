@@ -4,54 +4,66 @@ Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fr
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-from . import cascade, verified
+from . import cascade, pieces, verified
 from .backends import choose
 from .checks import check
-from .policy import Memory
+from .policy import Case, Memory
 from .problem import BackwardInputs, Inputs, Problem, WindowedInputs
 from .report import Run
 from .sweeps import Backward, Forward
 
+T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
 
-def forward(inputs: Inputs, p: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
+
+def forward(inputs: Inputs, asked: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
     """y, h_n, c_n, saved, cells, report; `save` asks for what the backward pass needs. `memory`: of checked plans."""
-    p = p.resolved()
-    check(p, inputs)
-    backend = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr)
+    backend, given, p, rows = _prepared(inputs, asked)
     if p.checked:
-        out, found = verified.run(Forward(backend, inputs, p, save), memory)
+        out, found = verified.run(Forward(backend, given, p, save), memory, Case.of(inputs, asked))
     elif p.scanned:
-        out, found = backend.scanned_forward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates), save), None
+        out, found = backend.scanned_forward(given, p, cascade.groups(given.w_hh, p.spec.gates), save), None
     else:
-        out, found = backend.forward(inputs, p, save=save), None
-    return out.y, out.h_n, out.c_n, out.saved, out.cells, report(found)
+        out, found = backend.forward(given, p, save=save), None
+    h_n, c_n = rows.states(out.h_n, out.c_n)
+    return out.y, h_n, c_n, out.saved, out.cells, report(found)
 
 
-def backward(inputs: BackwardInputs, p: Problem, memory: Memory | None = None) -> tuple[Tensor, ...]:
+def backward(inputs: BackwardInputs, asked: Problem, memory: Memory | None = None) -> tuple[Tensor, ...]:
     """dz, dh, dh0, dc0, report."""
-    p = p.resolved()
-    check(p, inputs)
-    inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
-    backend = choose(p, inputs.dy, inputs.w_hh, inputs.w_hr)
+    backend, given, p, rows = _prepared(inputs, asked)
+    given = given if given.c0 is not None else given._replace(dc_n=None)
     if p.checked:
-        out, found = verified.run(Backward(backend, inputs, p), memory)
+        out, found = verified.run(Backward(backend, given, p), memory, Case.of(inputs, asked))
     elif p.scanned:
-        out, found = backend.scanned_backward(inputs, p, cascade.groups(inputs.w_hh, p.spec.gates)), None
+        out, found = backend.scanned_backward(given, p, cascade.groups(given.w_hh, p.spec.gates)), None
     else:
-        out, found = backend.backward(inputs, p), None
-    return out.dz, out.dh, out.dh0, out.dc0, report(found)
+        out, found = backend.backward(given, p), None
+    dh0, dc0 = rows.origins(out.dh0, out.dc0)
+    return out.dz, out.dh, dh0, dc0, report(found)
 
 
 def windowed_backward(inputs: WindowedInputs, p: Problem) -> tuple[Tensor, ...]:
     """Gradients of xp, w_hh, w_hr, hidden_bias, h0, c0."""
-    p = p.resolved()
-    check(p, inputs)
-    inputs = inputs if inputs.c0 is not None else inputs._replace(dc_n=None)
-    found = choose(p, inputs.xp, inputs.w_hh, inputs.w_hr).windowed_backward(inputs, p)
-    return tuple(inputs.xp.new_empty(0) if t is None else t for t in found)
+    backend, given, p, rows = _prepared(inputs, p)
+    given = given if given.c0 is not None else given._replace(dc_n=None)
+    found = backend.windowed_backward(given, p)
+    *weights, dh0, dc0 = (inputs.xp.new_empty(0) if t is None else t for t in found)
+    return *weights, *rows.origins(dh0, dc0)
+
+
+def _prepared(inputs: T, p: Problem) -> tuple[ModuleType, T, Problem, pieces.Rows]:
+    """The backend, its inputs and numbers, and the rows that it runs: pieces of them where it takes no resets."""
+    check(p.resolved(), inputs)
+    backend, rows = choose(p.resolved(), inputs.rows, inputs.w_hh, inputs.w_hr), pieces.Rows()
+    if inputs.resets is not None and not backend.takes_resets:
+        inputs, p, rows = pieces.cut(inputs, p)
+    return backend, inputs, p.resolved(), rows
 
 
 def report(found: Run | None) -> Tensor:

@@ -53,7 +53,7 @@ class Scanned:
             return out._replace(h_n=h0.clone(), c_n=empty if c0 is None else c0.clone())
         before = torch.zeros_like(out.y)  # h one step earlier
         weight = by_unit(given.w_hh, cell.gates)
-        fields = common(SCAN, p, hidden, h0.shape[0], given.base, given.lengths, xp.dtype)
+        fields = common(SCAN, p, hidden, h0.shape[0], given.base, given.lengths, given.resets, xp.dtype)
         fields.update(zip(out._fields[:5], out), xp=xp, hidden_bias=given.hidden_bias, h0=h0, c0=c0, before=before)
         for first, end in pairwise(groups):
             rows = weight[first * cell.gates : end * cell.gates, :first]
@@ -73,7 +73,7 @@ class Scanned:
             return out._replace(dh0=dh_n.clone(), dc0=empty if given.dc_n is None or c0 is None else given.dc_n.clone())
         after = y.new_zeros(n, columns, dtype=self.kept(y.dtype))  # d_hidden one step later
         weight = by_unit(given.w_hh, cell.gates)
-        fields = common(SCAN_BACKWARD, p, hidden, batch, given.base, given.lengths, y.dtype)
+        fields = common(SCAN_BACKWARD, p, hidden, batch, given.base, given.lengths, given.resets, y.dtype)
         fields.update(dy=given.dy, y=y, saved=saved, cells=given.cells, h0=given.h0, c0=c0, dh_n=dh_n, dc_n=given.dc_n)
         fields.update(dz=out.dz, dh0=dh0, dc0=out.dc0, after=after)
         for first, end in reversed(list(pairwise(groups))):
@@ -85,7 +85,10 @@ class Scanned:
         used = row_length(p, batch, given.lengths, y.device) > 0
         opening = torch.where(used, row_base(p, batch, given.base, y.device), 0)
         kept = saved[opening].to(kind) if cell.saved else NOTHING.h
-        dh0 = dh0 + cell.hidden(out.dz[opening].to(kind), kept) @ given.w_hh.to(kind)
+        read = cell.hidden(out.dz[opening].to(kind), kept) @ given.w_hh.to(kind)
+        if given.resets is not None:
+            read = read.masked_fill(given.resets[opening, None], 0)
+        dh0 = dh0 + read
         return out._replace(dh0=torch.where(used[:, None], dh0, dh_n.to(kind)).to(dh_n.dtype))
 
 
@@ -109,6 +112,7 @@ def common(
     batch: int,
     base: Tensor | None,
     lengths: Tensor | None,
+    resets: Tensor | None,
     dtype: torch.dtype,
 ) -> Fields:
     """A struct's fields, of which those that both scans begin with have values, but for the group's."""
@@ -123,4 +127,5 @@ def common(
         "step": p.step,
         "base": base,
         "length": lengths,
+        "resets": resets,
     }

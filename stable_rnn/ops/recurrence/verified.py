@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import corrections, policy, reference, report
 from .corrections import Borders, corrected
-from .policy import Choice, Ledger, Memory
+from .policy import Case, Choice, Ledger, Memory
 from .report import Run
 from .sweeps import Sweep
 
@@ -26,18 +26,19 @@ PAYS = 0.75  # a pass pays if it leaves at most this part
 TINY, HUGE = 1e-30, 1e30  # jumps beyond count as these
 
 
-def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
-    """A sweep's output (`Output`, `Adjoint`), and what was done. `memory` of earlier calls of this layer and direction."""
-    p = sweep.p
+def run(sweep: Sweep, memory: Memory | None = None, case: Case | None = None) -> tuple[Any, Run]:
+    """A sweep's output (`Output`, `Adjoint`), and what was done. `memory` of earlier calls of this layer and direction; `case`: what the
+    caller asked for, if that is not the sweep's own rows."""
     device = "reference" if sweep.backend is reference else sweep.device.type
-    choice, case = policy.choose(p, sweep.batch, sweep.inputs.w_hh.numel(), device), (p, sweep.batch)
-    if not choice.why and memory is not None and memory.fell_back(*case, sweep.backward):
+    choice = policy.choose(sweep.p, sweep.batch, sweep.inputs.w_hh.numel(), device)
+    case = Case.of(sweep.inputs, sweep.p) if case is None else case
+    if not choice.why and memory is not None and memory.fell_back(case):
         choice.why = report.REMEMBERED
     if choice.why:
         sweep.whole()
         return sweep.out, Run(predicted=choice.predicted, passes=1, plain_from=0, why=choice.why)
     ledger, found = Ledger(choice), Run()
-    ledger.credit = memory.credit(*case, sweep.backward) if memory is not None else 0.0
+    ledger.credit = memory.credit(case) if memory is not None else 0.0
     if choice.measure:
         choice = _measured(sweep, choice, ledger)
     while not choice.why:
@@ -51,7 +52,7 @@ def run(sweep: Sweep, memory: Memory | None = None) -> tuple[Any, Run]:
         _go_on_plainly(sweep, ledger, found)
     dear = not ledger.free and ledger.spent > ledger.costs.plain
     if (choice.why or dear) and memory is not None:
-        memory.falls_back(*case, sweep.backward)
+        memory.falls_back(case)
     found.predicted, found.why = choice.predicted, choice.why
     return sweep.out, found
 
@@ -90,7 +91,7 @@ def _go_on_plainly(sweep: Sweep, ledger: Ledger, found: Run) -> None:
         found.chunk, found.plain_from, found.passes = 0, 0, 1
         return sweep.whole()
     p, ran = sweep.p, found.ran
-    jump, _ = _jumps(sweep.borders(1, ran), None if not sweep.backward else sweep.largest())
+    jump, _ = jumps(sweep.borders(1, ran), None if not sweep.backward else sweep.largest())
     first = lambda differs: min([ran, *(1 + differs.any(1).nonzero()[:1, 0]).tolist()])  # noqa: E731
     exact, good = first(~(jump == 0)), first(~(jump <= p.tol))
     found.plain_from, start = (good * p.stride, good) if ledger.agreed else (0, exact)
@@ -132,7 +133,7 @@ class _Lanes:
         while first < last:
             borders = sweep.borders(first, last)
             scale = sweep.largest() if sweep.backward else None
-            jump, of_h = _jumps(borders, scale)
+            jump, of_h = jumps(borders, scale)
             bad = ~(jump <= p.tol) if quiet is None else ~((jump <= p.tol) | quiet & (of_h <= p.tol))
             worst, typical, count, place = _numbers(jump, bad)
             found.passes = max(found.passes, passes)
@@ -147,7 +148,7 @@ class _Lanes:
             if probing and not ledger.allows(probing, certain, inf):
                 return report.BUDGET
             h, c = self.starts(borders, first, last, progress.rounding)
-            moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
+            moved, _ = jumps(borders._replace(h_end=h, c_end=c), scale)
             chosen = bad if progress.rounding else bad | (moved > IGNORED * p.tol)
             again = chosen.flatten().nonzero()[:, 0]
             price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
@@ -219,7 +220,7 @@ class _Lanes:
         return False
 
 
-def _jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest difference between the states before each border and behind it, of all and of h alone: (n, B). Relative to
     max(1, |state|), or to `scale`."""
     of = []

@@ -22,7 +22,7 @@ WORKSPACE = 1 << 25  # elements that a group may use at once
 
 def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     """As `reference.windowed_backward`, by `backend.forward` and `backend.backward`."""
-    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths = inputs
+    dy, dh_n, dc_n, xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets = inputs
     n, batch, k, device = xp.shape[0], h0.shape[0], p.warmup + 1, xp.device
     first_row, length = row_base(p, batch, base, device), row_length(p, batch, lengths, device)
     windows = p.lanes() * batch
@@ -52,7 +52,8 @@ def windowed_backward(backend: ModuleType | Kernels, inputs: WindowedInputs, p: 
         at_end = (steps - 1).clamp(min=0)
         dys[torch.arange(len(ids), device=device), at_end] = _rows(dy, rows.gather(1, at_end[:, None])[:, 0])
         places = torch.arange(len(ids), device=device) * k
-        given = Inputs(xs, w_hh, w_hr, hidden_bias, h_begin, c_begin, places, steps)
+        anew = None if resets is None else _rows(resets[:, None], rows.flatten())[:, 0]
+        given = Inputs(xs, w_hh, w_hr, hidden_bias, h_begin, c_begin, places, steps, anew)
         out = backend.forward(given, local)
         kept = out.y, out.saved, out.cells
         back = backend.backward(backward_inputs(dys.flatten(0, 1), dh_end, dc_end, *kept, given, local), local)
