@@ -3,7 +3,6 @@
 import lane_loop as loop
 import pytest
 import torch
-from test_native_recurrence import isa  # noqa: F401
 from test_native_threads import leaving
 
 from stable_rnn import StableLSTM, _native

@@ -86,8 +86,9 @@ def test_tiles_of_their_own():
         equal(loop.run_forward(team, made), expected[1])
 
 
-@pytest.mark.parametrize("dtype, barriers", [(torch.float32, 2), (torch.bfloat16, 4)])
-def test_input_projection(dtype, barriers):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_projection(dtype, isa):
+    barriers = 4 if dtype == torch.bfloat16 and isa != "avx512bf16" else 2  # more where rows are widened first
     x, w = torch.randn(6, 300).to(dtype), torch.randn(270, 300).to(dtype)
 
     def project(threads):
