@@ -60,7 +60,7 @@ class Stream:
     def __init__(self, module: StableRNNBase, batch_size: int | None, hx: Any, state: dict[str, Any] | None) -> None:
         if module.bidirectional:
             raise ValueError(
-                "stream: the reverse direction of a bidirectional module starts at the end, which no stream has"
+                "stream: a bidirectional module's reverse direction starts at the end, which no stream has"
             )
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"stream: batch_size must be None or an int of at least 1, got {batch_size!r}")
@@ -74,9 +74,6 @@ class Stream:
             self.state = state
         elif batch_size is not None or hx is not None:
             self._state = self._fresh(batch_size, hx)
-
-    def __repr__(self) -> str:
-        return f"Stream({self._of}, batch_size={self.batch_size})"
 
     @property
     def batch_size(self) -> int | None:
@@ -107,7 +104,7 @@ class Stream:
         if input.shape[sequences] != expected:
             what = "the stream's batch_size" if chosen is None else "the number of slots"
             raise ValueError(
-                f"push: input {tuple(input.shape)} is of {input.shape[sequences]} streams; {what} is {expected}"
+                f"push: input {tuple(input.shape)} has a batch of {input.shape[sequences]}; {what} is {expected}"
             )
         before = state if chosen is None else state.take(chosen)
         y, after = self._run_lanes(input, before) if self._has_lanes else self._run(input, before)
@@ -148,8 +145,7 @@ class Stream:
             start = before.start_h[level], None if before.start_c is None else before.start_c[level]
             steps = rows.view(*x.shape[:2], -1)
             steps = steps.transpose(0, 1) if self.module.batch_first else steps
-            lanes = Lanes(p, start, run_rows)
-            y, h, c, inputs[level] = lanes.run(steps, inputs[level], before.position[0], h, c)
+            y, h, c, inputs[level] = Lanes(p, start, run_rows).run(steps, inputs[level], before.position[0], h, c)
             y = y.transpose(0, 1) if self.module.batch_first else y
             return y.reshape(len(rows), -1), h, y.new_empty(0) if c is None else c, y.new_empty(0)
 
@@ -157,6 +153,9 @@ class Stream:
         after = before._replace(h=_kept(h, before), c=None if before.c is None else _kept(c, before))
         steps = x.shape[int(self.module.batch_first)]
         return y, after._replace(position=before.position + steps, inputs=[_kept(t, before) for t in inputs])
+
+    def __repr__(self) -> str:
+        return f"Stream({self._of}, batch_size={self.batch_size})"
 
     # ---- beginning, saving and going on
 
@@ -206,9 +205,8 @@ class Stream:
                 raise ValueError(f"hx: expected {'; '.join(map(describe, states))}, got {describe(hx)}")
             states = [h.detach().clone() for h in given]
         h, c = states if len(states) == 2 else (states[0], None)
-        width = m.proj_size or m.hidden_size
-        inputs = [like.new_zeros(0, h.shape[1], width if level else m.input_size) for level in range(m.num_layers)]
-        position = torch.zeros(1, h.shape[1], dtype=torch.int64, device="cpu")
+        inputs = [like.new_zeros(0, batch, h.shape[2] if level else m.input_size) for level in range(m.num_layers)]
+        position = torch.zeros(1, batch, dtype=torch.int64, device="cpu")
         return State(h, c, h.clone(), None if c is None else c.clone(), position, inputs)
 
     def _slots(self, name: str, slots: Any) -> Tensor:
