@@ -235,7 +235,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return able and (name == "torch" or recorded or leave_to_torch(x, self._cell, steps, batch, self.hidden_size))
 
     def _forward(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, run: Callable = layer
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None = None, run: Callable = layer
     ) -> tuple[Tensor | PackedSequence, tuple]:
         """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2. `run` as for `_stack`."""
         if self.training:

@@ -149,7 +149,7 @@ class Stream:
             y = y.transpose(0, 1) if self.module.batch_first else y
             return y.reshape(len(rows), -1), h, y.new_empty(0) if c is None else c, y.new_empty(0)
 
-        y, (h, c) = self.module._forward(x, (before.h, before.c), None, run=run)
+        y, (h, c) = self.module._forward(x, (before.h, before.c), run=run)
         after = before._replace(h=_kept(h, before), c=None if before.c is None else _kept(c, before))
         steps = x.shape[int(self.module.batch_first)]
         return y, after._replace(position=before.position + steps, inputs=[_kept(t, before) for t in inputs])
