@@ -83,6 +83,26 @@ def test_torchs_own_operations(name):
                 torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("plan", [Recurrent(), Windowed(3)], ids=str)
+def test_resets(plan):
+    """Sequences that begin anew: the mask is an input of the program."""
+    layer = StableLSTM(I, H, stability=None, plan=plan, bidirectional=True, dtype=torch.float64)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, resets):
+            return self.layer(x, resets=resets)[0]
+
+    x, resets = torch.randn(7, 3, I, dtype=torch.float64), torch.rand(7, 3) < 0.3
+    run = decomposed(Masked(), x, resets, shapes=(FREE, FREE)).module()
+    x, resets = torch.randn(13, 5, I, dtype=torch.float64), torch.rand(13, 5) < 0.3
+    with torch.no_grad():
+        torch.testing.assert_close(run(x, resets), layer(x, resets=resets)[0])
+
+
 @pytest.mark.parametrize("plan", [Recurrent(), Windowed(2), Chunked(5, 3)], ids=str)
 def test_states_and_lengths(plan):
     """Sequences of no times keep their states; what lies past a length is not read."""
