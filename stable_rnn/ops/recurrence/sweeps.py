@@ -75,9 +75,7 @@ class Sweep:
         time = later[:, None] * self.p.stride
         exists = time < self.length
         resets = self.inputs.resets
-        if (
-            resets is not None and resets.numel() and not self.backward
-        ):  # nothing passes a reset; adjoints there are zero
+        if resets is not None and resets.numel() and not self.backward:  # nothing passes; adjoints there are zero
             exists &= ~resets[torch.where(exists, self.base + time * self.p.step, 0)]
         return Borders(self.visited(h, first, last), self.visited(c, first, last), h_end, c_end, decay, exists)
 
