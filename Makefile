@@ -3,7 +3,7 @@
 # make check   all tests: builds, other processors and GPUs, sanitizers, benchmarks     (CI, beside make test)
 # make fast    the tests of TESTS alone, stopping at the first failure                  (developers)
 # make build   compile csrc again into stable_rnn/, incrementally                      (developers)
-# make bench   the table of benchmarks/README.md
+# make bench   pytest-benchmark: benchmarks/README.md has the others
 # make lint    ruff, mypy and the formatters alone; make format applies these
 # make docs    the documentation, in site/
 # make wheel   a wheel for other machines, in dist/, and its tests in a fresh environment; make sdist the sources
@@ -58,7 +58,7 @@ bench: .venv/installed
 	$(V)/python -m pytest benchmarks
 
 docs: .venv-docs/installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet -d site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -d site
 	@echo "site/index.html"
 
 # An environment of its own: mkdocs reads the package's sources and imports none of it.

@@ -1,7 +1,7 @@
 """Measures the CPU targets against torch in one run: `python -m benchmarks.targets [--out FILE.jsonl] [--seconds S] [--part NAME] ...`.
 
 Float32 but for `narrow`, input projection included on both sides. Every ratio is baseline / ours (above 1: ours is faster),
-of medians.
+of medians. The table goes to FILE.md, beside the rows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from stable_rnn._errors import UserError
 from .baselines import overlap_chunks, product_rate, shifted_products
 from .jsonl import Log
 from .speed.results import environment
+from .targets_table import write
 from .timing import race
 
 STABLE = {nn.LSTM: StableLSTM, nn.GRU: StableGRU, nn.RNN: StableRNN}
@@ -300,6 +301,8 @@ def main() -> None:
     for part in PARTS:
         if not options.part or part.__name__ in options.part:
             part(table)
+    if options.out:
+        write(options.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What `mkdocs build` does beyond mkdocs: pages made of files of the repository, and docstrings as the package writes them.
 
-A line `--8<-- "FILE"` of a page stands for that file, a path from the root: Markdown as it is, anything else as a block of code. Links in
-it are read as from where the file lies. They go to the page that includes their target, to a copy of a picture, or, for other files of the
-repository, to `repo_url`; without one the link's text stays, and no link.
+A line `--8<-- "FILE"` of a page stands for that file, a path from the root: Markdown as it is, anything else as a block of code. Links are
+those that work in the repository, from where the file lies that holds them. They go to the page that is or includes their target, to a
+copy of a picture, or, for other files of the repository, to `repo_url`; without one the link's text stays, and no link.
 """
 
 import os
@@ -15,15 +15,16 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^--8<-- "([^"]+)"$', re.M)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
+CODE_OR_LINK = re.compile(rf"^```.*?^```$|`[^`\n]+`|{LINK.pattern}", re.M | re.S)  # code holds no links
 PICTURES = {".png", ".svg"}
 
-pages: dict[str, str] = {}  # a file of the repository, the page that is made of it
+pages: dict[str, str] = {}  # a Markdown file of the repository, the page that is made of it
 
 
 def on_files(files, config):
     pages.clear()
     for page in files.documentation_pages():
+        pages[f"docs/{page.src_uri}"] = page.src_uri
         for name in INCLUDE.findall(page.content_string):
             if name.endswith(".md"):
                 pages[name] = page.src_uri
@@ -41,7 +42,7 @@ def on_page_markdown(markdown, page, config, files):
             return relinked(text, name, page.file.src_uri, config.repo_url)
         return f"```{name.rpartition('.')[2].replace('py', 'python')}\n{text.rstrip()}\n```"
 
-    return INCLUDE.sub(include, markdown)
+    return INCLUDE.sub(include, relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, config.repo_url))
 
 
 def target(link, name):
@@ -63,8 +64,8 @@ def relinked(text, name, page, repository):
 
     def link(match):
         mark, label, address = match.groups()
-        found = target(address, name)
-        if found is None:
+        found = address and target(address, name)
+        if not found:
             return match[0]
         path, anchor = found
         if not (ROOT / path).exists():
@@ -76,8 +77,7 @@ def relinked(text, name, page, repository):
             return f"{mark}[{label}]({os.path.relpath(f'pictures/{path}', here)})"
         return f"[{label}]({repository.rstrip('/')}/blob/HEAD/{path}{anchor})" if repository else label
 
-    parts = CODE.split(text)  # links in code are none
-    return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+    return CODE_OR_LINK.sub(link, text)
 
 
 FIELD = re.compile(r"^(\S+(?:, \S+)*) {2,}(\S.*)$")

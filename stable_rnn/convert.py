@@ -140,6 +140,7 @@ def _check_model(function: str, model: object) -> None:
 def _revert(m: Bookkeeping) -> None:
     for name in m._adopted:
         delattr(m, name)
+    m.__dict__.pop("_sequence", None)
     m.__class__ = _PLAIN[type(m)]  # type: ignore[assignment]  # from here on it is no Bookkeeping
 
 

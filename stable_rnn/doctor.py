@@ -29,8 +29,8 @@ from .precision import tf32_allowed
 EXPLAIN = {
     "cuda": "Fused kernels for NVIDIA GPUs from sm_80 (A100) on, every plan, float32, float16 and bfloat16. Missing: install from source "
     "with nvcc at hand and STABLE_RNN_CUDA=on; an older driver or GPU is served by triton.",
-    "triton": "GPU kernels that Triton compiles at first use, for NVIDIA from sm_75 on and AMD: no compiler needed. "
-    "Missing: pip install triton.",
+    "triton": "GPU kernels that Triton compiles at first use, for NVIDIA from sm_75 on and AMD: no nvcc needed, but once gcc or clang, "
+    "for Triton's driver. Missing: pip install triton.",
     "cpu": "Compiled C++ kernels, every plan, float32 and bfloat16. Missing after an install with STABLE_RNN_NATIVE=off: install again "
     "without it, with a C++17 compiler at hand. In a source tree: make build.",
     "torch": "torch's own recurrence (oneDNN, cuDNN): plan Recurrent() without a clamped forget gate, where it is the faster one.",

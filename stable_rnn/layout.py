@@ -98,6 +98,17 @@ def without_padding(x: Tensor, lengths: Tensor, batch_first: bool) -> Tensor:
 
 def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device) -> Tensor:
     """`lengths` as (B,) int64; values are checked on the CPU only, where that does not synchronize."""
+    lengths = as_lengths(lengths, batch, device)
+    visible = (
+        device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    )
+    if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
+    return lengths
+
+
+def as_lengths(lengths: Tensor, batch: int, device: torch.device) -> Tensor:
+    """`check_lengths` without a look at the values."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a Tensor of shape ({batch},), got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -106,13 +117,7 @@ def check_lengths(lengths: Tensor, batch: int, steps: int, device: torch.device)
         raise ValueError(f"lengths must have shape ({batch},), one per sequence; got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device {device}, got {lengths.device}")
-    lengths = lengths.long()
-    visible = (
-        device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    )
-    if visible and batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(f"lengths must lie in 0..{steps}, got {lengths.tolist()}")
-    return lengths
+    return lengths.long()
 
 
 def check_resets(resets: Tensor, input: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
     plan: Plan
     backend: str
     weight_hh_l0: Tensor
+    _sequence: Any = None  # the ranks that hold a part of time each, `distributed.SequenceGroup`
 
     def __init__(
         self, mode: str, *args: Any, stability: Stability | None, plan: PlanLike, backend: str, **kwargs: Any
@@ -88,7 +90,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             return None
         reports, notes = self._ran
         back = {place: note.report for place, note in notes.items() if note.report is not None}
-        seen = all(getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports)
+        seen = self._sequence is None and all(
+            getattr(self.plan.at(*place), "tol_on", "state") == "state" for place in reports
+        )
 
         def bound(jump: float, chunk: int) -> float | None:
             found = certificate(self)
@@ -124,8 +128,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             found.append(weights)
         return found
 
-    def _stack(self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H)."""
+    def _stack(
+        self, x: Tensor, rows: layout.Layout, h0: Tensor, c0: Tensor | None, run: Callable = layer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers and directions over buffer rows: x (N, I) -> y (N, D*P), h_n (L*D, B, P), c_n (L*D, B, H). `run`: one of them."""
         directions = [rows, rows.reversed(x.device)] if self.bidirectional else [rows]
         cast = autocast_dtype(x) is not None
         weights = self._weights(x, cast)
@@ -147,7 +153,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
                 start = h0[index], None if c0 is None else c0[index]
                 if p.checked and not torch.compiler.is_compiling():
                     notes[place] = Note(_memory(self, place, weights[index]))
-                y, h, c, report = layer(
+                y, h, c, report = run(
                     x,
                     w_ih,
                     bias,
@@ -357,6 +363,8 @@ class OneStateBase(StableRNNBase):
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths, resets=resets)
+        if self._sequence is not None:
+            return self._sequence.forward(self, input, hx, lengths, resets)
         if hx is not None and not isinstance(hx, Tensor):
             raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
         if not isinstance(input, PackedSequence):
@@ -496,6 +504,8 @@ class StableLSTM(StableRNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths, resets=resets)
+        if self._sequence is not None:
+            return self._sequence.forward(self, input, hx, lengths, resets)
         if isinstance(input, PackedSequence):
             hx = None if hx is None else pair(hx, None, input.sorted_indices is None)
         else:

@@ -30,6 +30,9 @@ class LayerReport:
         int | None
     )  # steps after which the plain recurrence went on, if it did; in the backward pass counted from the end
     why: str  # the plain recurrence ran; else empty
+    rounds: int = (
+        1  # runs of this rank's stretch of time, in `stable_rnn.distributed`; the other numbers are of the last
+    )
 
     @classmethod
     def of(cls, place: tuple[int, int], numbers: torch.Tensor) -> LayerReport:
@@ -49,10 +52,12 @@ class LayerReport:
             run.plain_from == 0,
             plain,
             WHY[run.why],
+            run.rounds,
         )
 
     def __str__(self) -> str:
         name = f"layer {self.layer}{', reverse' if self.direction else ''}: "
+        name += f"{self.rounds} rounds over the ranks, " * (self.rounds > 1)
         lanes = f"{self.lanes} lanes of {self.chunk} steps, warm-up {self.warmup}, {self.passes} pass"
         lanes += "es" * (self.passes > 1) + f", {self.lanes_rerun} rerun ({self.correct})" * (self.lanes_rerun > 0)
         lanes += f", jumps {' '.join(f'{jump:.1g}' for jump in self.jumps)}" * bool(self.jumps)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import targets_table
+
 ROOT = Path(__file__).parent.parent
 HIDDEN = {"site", "build", "dist", "demo-out"}
 FILES = [
@@ -39,12 +41,21 @@ def test_links(file):
     assert not faults
 
 
+def test_readme_fits_one_screen():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+
+
+def test_table_of_the_cpu_targets_is_that_of_its_rows():
+    rows = ROOT / "benchmarks/results/cpu.jsonl"
+    assert rows.with_suffix(".md").read_text(encoding="utf-8") == targets_table.markdown(rows)
+
+
 def test_site(tmp_path):
     made = subprocess.run(["make", ".venv-docs/installed"], cwd=ROOT, capture_output=True, text=True)
     if made.returncode:
         pytest.skip(f"mkdocs cannot be installed here: {made.stderr.strip().splitlines()[-1]}")
     built = subprocess.run(
-        [".venv-docs/bin/mkdocs", "build", "--strict", "--quiet", "-d", tmp_path],
+        [".venv-docs/bin/mkdocs", "build", "--strict", "-d", tmp_path],
         cwd=ROOT,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         stdout=subprocess.PIPE,
@@ -52,7 +63,15 @@ def test_site(tmp_path):
         text=True,
     )
     assert built.returncode == 0, built.stdout
-    for page in ("index", "api", "guide/plans", "maths/stability", "measurements", "changelog"):
+    for page in (
+        "index",
+        "api",
+        "guide/plans",
+        "maths/stability",
+        "measurements/index",
+        "measurements/cpu-rows",
+        "changelog",
+    ):
         text = (tmp_path / f"{page}.html").read_text(encoding="utf-8")
         assert "--8&lt;--" not in text and "--8<--" not in text
     reference = (tmp_path / "api.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Examples and the guide's pages run, as they stand: small, each in a process of its own."""
+"""Examples, the README and the guide's pages run, as they stand: small, each in a process of its own."""
 
 import json
 import os
@@ -15,8 +15,11 @@ SIZES = {
     "streaming": ["200"],
     "long_series": ["400", "3"],
     "train_certified": ["10"],
+    "rl_resets": ["3"],
     "train_cascade": ["--steps", "300", "--updates", "2"],
+    "sequence_parallel": ["100", "2"],
 }
+LAUNCHERS = {"sequence_parallel": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
 
 
 def run(*arguments, **variables):
@@ -31,11 +34,14 @@ def run(*arguments, **variables):
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda file: file.stem)
 def test_example(file):
     assert len(file.read_text().splitlines()) <= 40
-    run(file, *SIZES.get(file.stem, []))
+    run(*LAUNCHERS.get(file.stem, []), file, *SIZES.get(file.stem, []))
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/guide").glob("*.md")), ids=lambda page: page.stem)
-def test_page_of_the_guide(page, tmp_path):
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     if page.stem == "examples":  # the files above
         assert not blocks

@@ -12,7 +12,7 @@ LAYERS = [
     ("__main__", "cli", "demo", "doctor", "certify"),
     ("__init__",),
     ("_moved",),
-    ("convert", "optim"),
+    ("convert", "optim", "distributed"),
     ("modules", "gru", "step_cells", "functional", "memory"),
     ("bookkeeping", "watch", "validate", "checkpoint"),
     ("plans", "reports", "stability", "layout"),

@@ -331,11 +331,12 @@ def test_compile(plan):
 
 @pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
 def test_export(cls):
+    """A program for any B, T and mask."""
     ours = cls(I, H, num_layers=2, bidirectional=True, batch_first=True).eval()
     free = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("T", max=4096)}
-    given = torch.randn(3, 9, I), None, {"resets": torch.zeros(3, 9, dtype=torch.bool)}
-    shapes = {"input": free, "hx": None, "lengths": None, "resets": free}
-    program = torch.export.export(ours, given[:1], given[2], dynamic_shapes={k: shapes[k] for k in ("input", "resets")})
+    example, mask = torch.randn(3, 9, I), torch.zeros(3, 9, dtype=torch.bool)
+    shapes = {"input": free, "resets": free}
+    program = torch.export.export(ours, (example,), {"resets": mask}, dynamic_shapes=shapes)
     x, resets = torch.randn(5, 21, I), torch.rand(5, 21) < 0.2
     torch.testing.assert_close(program.module()(x, resets=resets), ours(x, resets=resets))
 

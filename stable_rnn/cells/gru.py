@@ -34,6 +34,13 @@ class Gru(Cell):
             dz = torch.where(z < clamp, dz, 0.0)
         return torch.cat([dn * q_n * r * (1 - r), dz, dn], 1), State(dh * z, NOTHING.c)
 
+    def joined(self, x: Tensor, q: Tensor) -> Tensor:
+        (x_r, x_z, x_n), (q_r, q_z, q_n) = x.chunk(3, 1), q.chunk(3, 1)
+        return torch.cat([x_r + q_r, x_z + q_z, x_n + torch.sigmoid(x_r + q_r) * q_n], 1)
+
+    def parted(self, saved: Tensor, q: Tensor) -> Tensor:
+        return torch.cat([*saved.chunk(4, 1)[:3], q.chunk(3, 1)[2]], 1)
+
     def hidden(self, dz: Tensor, saved: Tensor) -> Tensor:
         dr, dz, dn = dz.chunk(3, 1)
         return torch.cat([dr, dz, dn * saved.chunk(4, 1)[0]], 1)

@@ -65,6 +65,14 @@ class Cell:
             b_hh = torch.cat(parts)
         return (b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh), own
 
+    def joined(self, x: Tensor, q: Tensor) -> Tensor:
+        """x with which a step that has no hidden product does the same; what it saves goes through `parted`."""
+        return x + q
+
+    def parted(self, saved: Tensor, q: Tensor) -> Tensor:
+        """What a step with q saves, from what the one with `joined` saved."""
+        return saved
+
     def output(self, saved: Tensor, c: Tensor) -> Tensor:
         """h before its projection, of cells that have one, from what is saved."""
         raise NotImplementedError

@@ -161,6 +161,19 @@ def test_without_resets_nothing_changes(cell, backend, dtype):
             assert torch.equal(found[name], value), (schedule, name)
 
 
+@pytest.mark.parametrize("backend, dtype", BACKENDS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_opcheck(schedule, backend, dtype):
+    """Schema and fakes of the ops, with a mask that lies in another order."""
+    made, grads, _, base, lengths, resets, p = case("lstm", "lengths", schedule, backend, dtype)
+    inputs = Inputs(**made, base=base, lengths=lengths, resets=torch.stack([resets, ~resets], 1)[:, 0])
+    tests, ops = ("test_schema", "test_faketensor"), torch.ops.stable_rnn
+    torch.library.opcheck(ops.recurrence, (*inputs, *p, True), test_utils=tests)
+    y, _, _, saved, cells, _ = ops.recurrence(*inputs, *p, True)
+    given = backward_inputs(*(grads[name] for name in ("dy", "dh_n", "dc_n")), y, saved, cells, inputs, p)
+    torch.library.opcheck(ops.recurrence_backward, (*given, *p), test_utils=tests)
+
+
 @pytest.mark.parametrize("steps, batch", [(3, 0), (1, 1), (5, 1)])
 def test_sizes(steps, batch):
     """No rows, one of each."""

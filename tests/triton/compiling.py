@@ -27,7 +27,7 @@ KINDS = {
 }
 TYPES = {"float32": "fp32", "tf32": "fp32", "tf32x3": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 SHARED = {75: 64, 80: 163, 86: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KB that a program may use
-ROWS, COUNTER = ("base", "lengths", "ids"), "arrivals"
+ROWS, COUNTER, MASK = ("base", "lengths", "ids"), "arrivals", "resets"
 STARTS = ("h_init", "c_init", "dh_init", "dc_init", "ids")  # of lanes that run again
 BORDERS = (*(f"{name}_{end}" for name in ("h", "c", "dh", "dc") for end in ("start", "end")), "decay")
 WIDE = (*STARTS[:4], *BORDERS, "cells", "c_planes", "dc_planes")  # float32 in every storage type
@@ -50,6 +50,7 @@ def lacking(cell: Cell, backward: bool) -> set[str]:
 class Use(NamedTuple):
     shared: int  # bytes
     spilled: int  # bytes of a thread's stack (NVIDIA), spilled vector registers (AMD)
+    looped: bool  # a loop touches them
     code: str
 
 
@@ -79,7 +80,7 @@ def recurrence(
         ALONE=alone,
     )
     missing = {*absent, *lacking(CELLS[cell], backward)}
-    kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32"}
+    kinds = {name: "fp32" for name in WIDE} | dict.fromkeys(ROWS, "i64") | {COUNTER: "i32", MASK: "i1"}
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in fixed or name in missing:
@@ -101,15 +102,28 @@ def recurrence(
 def use(kernel) -> Use:
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]
-        return Use(kernel.metadata.shared, int(re.search(r"vgpr_spill_count:\s+(\d+)", code)[1]), code)
+        spilled = int(re.search(r"vgpr_spill_count:\s+(\d+)", code)[1])
+        return Use(kernel.metadata.shared, spilled, spilled > 0, code)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        printed = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return Use(kernel.metadata.shared, int(re.search(r"STACK:(\d+)", printed)[1]), kernel.asm["ptx"])
+        spilled = int(re.search(r"STACK:(\d+)", cuobjdump("--dump-resource-usage", file.name))[1])
+        looped = spilled > 0 and in_loops(cuobjdump("--dump-sass", file.name))
+    return Use(kernel.metadata.shared, spilled, looped, kernel.asm["ptx"])
+
+
+def cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def in_loops(sass: str) -> bool:
+    """Whether an access of a thread's stack lies between a branch and an earlier place that it goes to."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*);", sass)
+    stack = [int(at, 16) for at, what in lines if re.search(r"\b(LDL|STL)\b", what)]
+    jumps = [(int(at, 16), int(to[1], 16)) for at, what in lines if (to := re.search(r"\bBRA\b.*0x([0-9a-f]+)", what))]
+    assert stack and jumps
+    return any(to <= place <= at for place in stack for at, to in jumps)
 
 
 def spectral(arch, kind: str, scale: bool, alone: bool = True) -> Use:

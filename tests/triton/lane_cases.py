@@ -36,8 +36,8 @@ def to_device(values):
 
 
 def rows(case):
-    """base and lengths."""
-    return to_device(None if case.plain_base else case.base), to_device(case.lengths)
+    """base, lengths and resets."""
+    return to_device(None if case.plain_base else case.base), to_device(case.lengths), to_device(case.anew)
 
 
 def _poisoned(case, kind, wide, **columns):

@@ -48,6 +48,27 @@ def test_reasons(gpu, monkeypatch):
     assert backend.can_run(P, f32)[0] and "before triton 3.4" in backend.can_run(P, f32.half())[1]
 
 
+@pytest.mark.skipif(bool(backend.missing()), reason=backend.missing() or "-")
+def test_a_machine_where_nothing_can_be_launched(monkeypatch):
+    """Triton's driver is compiled by the machine's C compiler; without one other backends run."""
+    from triton.runtime import driver
+
+    def target():
+        raise RuntimeError("Failed to find C compiler")
+
+    x = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 0), is_cuda=True)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
+    monkeypatch.setattr(backend, "device_of", lambda x: backend.Device("cuda", 90, 100))
+    for stub, expected in (
+        (target, (False, "triton has no driver here (Failed to find C compiler)")),
+        (lambda: "a GPU", (True, "")),
+    ):
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=stub))
+        backend.unlaunchable.cache_clear()
+        assert backend.can_run(P, x) == expected
+    backend.unlaunchable.cache_clear()
+
+
 def test_programs_that_may_wait_for_each_other(monkeypatch):
     """On AMD's gfx9 none may."""
     monkeypatch.setattr(torch.version, "hip", "6.4")

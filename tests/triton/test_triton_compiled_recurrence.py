@@ -4,10 +4,11 @@ that nothing is spilled where all of a run is to stay on chip."""
 import re
 
 import pytest
-from compiling import BORDERS, SHARED, STARTS, recurrence
+from compiling import BORDERS, MASK, SHARED, STARTS, recurrence
 
 SMALL = 0  # bytes of a thread that leave its registers
 LARGE = 128  # a step of these waits for L2 many times longer
+MASKED = 16  # of small ones with resets: what is needed before and after the loop over time
 
 CASES = [
     # architecture, cell, dtype, hidden, windows
@@ -43,14 +44,17 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("arch, cell, kind, hidden, windows", CASES)
-def test_memory_and_registers(arch, cell, kind, hidden, windows, backward):
+def test_memory_and_registers(arch, cell, kind, hidden, windows, backward, resets):
     alone = windows or hidden <= 256  # else by teams
     absent = (*STARTS, *BORDERS, *(() if backward else ("saved", "cells"))) if windows else ()
+    absent += () if resets else (MASK,)
     small, use = recurrence(arch, backward, cell, kind, hidden, windows, alone, absent)
     assert use.shared <= SHARED[arch] << 10
-    assert use.spilled <= (SMALL if small else LARGE)
+    assert use.spilled <= (LARGE if not small else MASKED if resets else SMALL)
+    assert not (small and use.looped)
     if isinstance(arch, int):
         assert ("mma" in use.code) == (kind != "float32")  # tensor cores
         assert ("cvt.rna.tf32" in use.code) == (kind == "tf32x3")  # parts are rounded, not cut off

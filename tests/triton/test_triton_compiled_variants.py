@@ -47,18 +47,16 @@ def compiled(request, monkeypatch):
     return made
 
 
-def run(cell, hidden, dtype, steps, batch, stride, warmup, lengths=None, **options):
+def run(cell, hidden, dtype, steps, batch, stride, warmup, resets=None):
     gates = CELLS[cell].gates
     p = Problem(cell, steps, batch, stride, warmup, cap=0.5).resolved()
     zeros = lambda *shape: torch.zeros(*shape, dtype=dtype)  # noqa: E731
     h, c = zeros(batch, hidden), zeros(batch, hidden) if cell == "lstm" else None
     bias, before = (zeros(hidden), h) if cell == "gru" else (None, None)
     w = zeros(gates * hidden, hidden)
-    out = backend.forward(
-        Inputs(zeros(steps * batch, gates * hidden), w, None, bias, h, c, None, lengths), p, **options
-    )
+    out = backend.forward(Inputs(zeros(steps * batch, gates * hidden), w, None, bias, h, c, None, None, resets), p)
     dy = zeros(steps * batch, hidden)
-    backend.backward(BackwardInputs(dy, h, c, out.y, out.saved, out.cells, w, None, before, c, None, lengths), p)
+    backend.backward(BackwardInputs(dy, h, c, out.y, out.saved, out.cells, w, None, before, c, None, None, resets), p)
 
 
 SHAPES = [(5, 3), (1, 1), (16, 16), (17, 1), (300, 2), (1, 64), (4096, 1)]
@@ -68,11 +66,13 @@ KERNELS = [("lstm", 64, torch.float16), ("rnn_tanh", 130, torch.float32), ("lstm
 KERNELS += [("gru", 64, torch.float16), ("gru", 500, torch.float16)]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cell, hidden, dtype", KERNELS)
-def test_neither_time_nor_batch_compiles_anything_anew(compiled, cell, hidden, dtype):
+def test_neither_time_nor_batch_compiles_anything_anew(compiled, cell, hidden, dtype, masked):
     for steps, batch in SHAPES:
         for stride, warmup in ((0, 0), (4, 2), (16, 16)):
-            run(cell, hidden, dtype, steps, batch, stride, warmup)
+            resets = torch.zeros(steps * batch, dtype=torch.bool) if masked else None
+            run(cell, hidden, dtype, steps, batch, stride, warmup, resets)
     names = [name for name, *_ in compiled]
     # a team of one program and one of several are different kernels
     assert sorted(set(names)) == ["backward", "forward"] and len(names) <= 4, names

@@ -220,12 +220,13 @@ def test_tanh_and_sigmoid_to_a_few_units():
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
-@pytest.mark.parametrize("layout, lengths", [("padded", None), ("reverse", (7, 0, 5)), ("packed", (7, 3, 6))])
-def test_windowed_backward(cell, layout, lengths, way, monkeypatch):
+@pytest.mark.parametrize(
+    "layout, lengths, resets", [("padded", None, None), ("reverse", (7, 0, 5), 0.3), ("packed", (7, 3, 6), None)]
+)
+def test_windowed_backward(cell, layout, lengths, resets, way, monkeypatch):
     """The true gradient of windows: sums over the units of all windows, whose rounding grows like a random walk."""
-    case = Case(
-        cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=0.8 if cell in loop.CAPPED else 1.0
-    )
+    cap = 0.8 if cell in loop.CAPPED else 1.0
+    case = Case(cell, 7, 3, 20, stride=1, warmup=3, layout=layout, lengths=lengths, cap=cap, resets=resets)
     made = case.draw()
     names = ("dy", "dh_n", "dc_n", "xp", "w_hh", "w_hr", "hidden_bias", "h0", "c0")
 

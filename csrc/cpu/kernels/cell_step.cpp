@@ -58,7 +58,7 @@ void units(const CellStepParams& p, Cell cell, int64_t unit, int64_t first, int 
 
 template <class T, class Cell>
 const char* run_cell_step(const CellStepParams& p, Cell cell) {
-  constexpr int64_t worth_threads = 4000000;   // multiply-adds
+  constexpr int64_t worth_threads = 300000;   // multiply-adds; a core reads their weights more slowly than two
   const int64_t vectors = ceil_div(p.hidden, width), passes = ceil_div(p.batch, most_rows);
   const bool large = p.batch * p.hidden * (p.input + p.hidden) * Cell::gates >= worth_threads;
   parallel(large ? uncrowded(p.threads) : 1, true, [&](Team& team) {

@@ -73,6 +73,10 @@ class Kernels:
         """The `DType` of a tensor."""
         return DTYPES[x.dtype]
 
+    def padded(self, lengths: Tensor | None, rows: int) -> bool:
+        """Whether some buffer rows may be no time of any sequence; these are zero."""
+        return lengths is not None
+
     def make(self, like: Tensor, zero: bool, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A fresh output."""
         return like.new_zeros(shape, dtype=dtype) if zero else like.new_empty(shape, dtype=dtype)
@@ -95,7 +99,7 @@ class Kernels:
         hidden = columns // cell.gates
         if out is None:
             empty = xp.new_empty(0)
-            make, padded = self.make, lengths is not None  # rows past a length are zero
+            make, padded = self.make, self.padded(lengths, n)
             saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
             cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 5
@@ -131,7 +135,7 @@ class Kernels:
         hidden = columns // cell.gates
         if out is None:
             empty = y.new_empty(0)
-            make, padded = self.make, lengths is not None
+            make, padded = self.make, self.padded(lengths, n)
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 5
             out = Adjoint(
                 make(y, padded, n, columns),

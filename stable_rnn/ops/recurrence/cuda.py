@@ -124,6 +124,6 @@ def _scan(backward: bool, fields: Fields) -> None:
     (lib.scan_backward_cuda if backward else lib.scan_forward_cuda)(*addresses((fields | launch).values()))
 
 
-_scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
+scanned_forward, scanned_backward = scans.forward, scans.backward
 windowed_backward = partial(windows.windowed_backward, _kernels)

@@ -77,7 +77,7 @@ class FusedRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         given = Layer(*arguments)
-        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        inputs = given.inputs(project_now(given.x, given.w_ih, given.bias, given.p.backend))
         if not _plain(*inputs):
             return fresh(inputs, *_op(inputs, given.p, True))
         return fresh(inputs, *run.forward(inputs, given.p, True, given.note and given.note.memory))
@@ -108,7 +108,7 @@ class WindowedRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         given = Layer(*arguments)
-        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        inputs = given.inputs(project_now(given.x, given.w_ih, given.bias, given.p.backend))
         run_forward = run.forward if _plain(*inputs) else _op
         return fresh(inputs, *run_forward(inputs, given.p, False))
 
@@ -123,7 +123,7 @@ class WindowedRecurrence(torch.autograd.Function):
         given, needs = Layer(*ctx.saved_tensors, None, ctx.problem), Layer(*ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _reference_backward(given, dy, dh_n, dc_n)
-        inputs = given.inputs(_project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        inputs = given.inputs(project_now(given.x, given.w_ih, given.bias, given.p.backend))
         return given.gradients(_window_adjoint(inputs, given.p, dy, dh_n, dc_n), needs)
 
 
@@ -132,7 +132,7 @@ def project(x: Tensor, w_ih: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if w_ih is None else F.linear(x, w_ih, bias)
 
 
-def _project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: str, passing: bool = False) -> Tensor:
+def project_now(x: Tensor, w_ih: Tensor | None, bias: Tensor | None, backend: str, passing: bool = False) -> Tensor:
     """`project` where no gradient goes through it: by the kernel if it can."""
     if w_ih is not None and _plain(x) and native.can_project(x, w_ih, bias, backend):
         return native.project(x, w_ih, bias, passing)
@@ -177,9 +177,15 @@ def _adjoint(
         *adjoint, report = run.backward(inputs, p, note and note.memory)
     else:
         *adjoint, report = ops.recurrence_backward(*inputs, *p)
-    back = Adjoint(*adjoint, *(None,) * 5)
     if note is not None:
         note.report = report
+    return from_adjoint(Adjoint(*adjoint, *(None,) * 5), state, p, y, saved, cells, needs)
+
+
+def from_adjoint(
+    back: Adjoint, state: Inputs, p: Problem, y: Tensor, saved: Tensor, cells: Tensor, needs: Inputs | Layer
+) -> Inputs:
+    """The gradients, once the adjoint recursion has run."""
     wanted = Needs(needs.w_hh, needs.w_hr, needs.hidden_bias)
     product = _product(p.backend, back.dz, y, saved, cells)
     weights = weight_gradients(wanted, back, y, saved, cells, state, p, product)
@@ -259,7 +265,7 @@ def layer(
         y, h_n, c_n, _, _, report = function.apply(*tensors, base, lengths, resets, note, p)
         return y, h_n, c_n, report
     if not graph and _plain(*tensors):
-        xp = _project_now(x, w_ih, bias, p.backend, passing=True)
+        xp = project_now(x, w_ih, bias, p.backend, passing=True)
         inputs = Inputs(xp, w_hh, w_hr, hidden_bias, h0, c0, base, lengths, resets)
         y, h_n, c_n, _, _, report = run.forward(inputs, p, False, note and note.memory)
     else:

@@ -59,6 +59,10 @@ def _borrow(*shape: int) -> Tensor:
 class _Kernels(Kernels):
     make = staticmethod(_make)
 
+    def padded(self, lengths: Tensor | None, rows: int) -> bool:
+        """Not for sequences end to end, nor for pieces: here it costs nothing to look, and zeros as much as some kernels."""
+        return lengths is not None and int(lengths.sum()) < rows
+
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, None]:
         lib = _native.lib
         return lib.recurrence_backward if backward else lib.recurrence_forward, addresses(fields.values()), None

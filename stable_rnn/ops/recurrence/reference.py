@@ -304,8 +304,8 @@ def gradients(inputs: WindowedInputs, p: Problem) -> tuple[Tensor | None, ...]:
     return adjoint.dz, *weights, adjoint.dh0, adjoint.dc0 if given.c0 is not None else None
 
 
-_scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(reference_scan.scan, reference_scan.scan_backward, arithmetic, arithmetic)
+scanned_forward, scanned_backward = scans.forward, scans.backward
 
 
 takes_resets = False  # it does, and pieces take fewer steps of Python

@@ -38,6 +38,7 @@ class Run:
     plain_from: int = (
         -1
     )  # visited time from which the plain recurrence went on; 0: all of it is bitwise that; -1: nowhere
+    rounds: int = 1  # of the ranks that time is sharded over
     why: int = DONE
     jumps: list[float] = field(default_factory=list)  # the largest of every pass, before its correction
     left: float = 0.0  # the largest that stays
@@ -67,5 +68,5 @@ class Run:
         return found
 
 
-_NUMBERS = ("chunk", "warmup", "predicted", "passes", "lanes", "rerun", "plain_from", "why", "left")
+_NUMBERS = ("chunk", "warmup", "predicted", "passes", "lanes", "rerun", "plain_from", "why", "left", "rounds")
 SIZE = len(Run().tensor())

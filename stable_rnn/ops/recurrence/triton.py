@@ -1,4 +1,4 @@
-"""The `triton` backend: kernels that need no compiler on the user's machine, on float32, float16 and bfloat16 tensors.
+"""The `triton` backend: kernels that Triton compiles on the user's machine, on float32, float16 and bfloat16 tensors.
 
 `triton_small.py` runs what fits on chip, `triton_large.py` the rest; both are imported, and triton with them, as late as can be. Under
 `TRITON_INTERPRET=1` they run on the CPU too, slowly, for tests.
@@ -54,7 +54,7 @@ class Config(NamedTuple):
     stages: int
 
 
-takes_resets = False  # rows come cut into pieces
+takes_resets = True  # no wait for their number
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
@@ -67,6 +67,8 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
         return False, reason
     if x.is_cuda and interpreted():
         return False, "Triton's interpreter (TRITON_INTERPRET=1) runs one program after the other, on CPU tensors only"
+    if x.is_cuda and (reason := unlaunchable()):
+        return False, reason
     device = device_of(x)
     if device.kind == "cpu" and x.dtype == torch.bfloat16:
         return False, "Triton's interpreter has no bfloat16 products"
@@ -100,6 +102,16 @@ def missing() -> str:
         return f"triton cannot be imported ({error})"
     if found < OLDEST:
         return f"the Triton kernels need triton {'.'.join(map(str, OLDEST))}, this is {'.'.join(map(str, found))}"
+    return ""
+
+
+@cache
+def unlaunchable() -> str:
+    """Why Triton cannot launch on this machine's GPUs, or nothing. Its driver is a module that the machine's C compiler makes, once."""
+    try:
+        import_module("triton.runtime.driver").driver.active.get_current_target()
+    except Exception as error:
+        return f"triton has no driver here ({error})"
     return ""
 
 
@@ -165,11 +177,11 @@ def on_chip(device: Device) -> int:
 
 # What the kernels take of the fields, in their order.
 _FORWARD = itemgetter(
-    *"xp w_hh h0 c0 h_init c_init base length select y h_n c_n saved cells h_start c_start h_end c_end decay".split()
+    *"xp w_hh h0 c0 h_init c_init base length resets select y h_n c_n saved cells h_start c_start h_end c_end decay".split()
 )
 _BACKWARD = itemgetter(
     *(
-        "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length select dz dh0 dc0 "
+        "dy y saved cells w_hh c0 dh_n dc_n dh_init dc_init base length resets select dz dh0 dc0 "
         "dh_start dc_start dh_end dc_end decay"
     ).split()
 )
@@ -246,9 +258,9 @@ def _launch(
             )
 
 
-_SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length".split())
+_SCAN = itemgetter(*"xp sums hidden_bias h0 c0 base length resets".split())
 _SCANNED = itemgetter(*"y h_n c_n saved cells before".split())
-_SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length".split())
+_SCAN_BACKWARD = itemgetter(*"dy sums dh_n dc_n y saved cells h0 c0 base length resets".split())
 _SCANNED_BACKWARD = itemgetter(*"dz dh0 dc0 after".split())
 TIMES, COLUMNS = 32, 32  # of a program that scans: chosen to fit registers, not tuned on a device yet
 SCAN_OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
@@ -264,14 +276,14 @@ def _scan(backward: bool, fields: Fields) -> None:
         return
     if backward:
         cap = float(torch.tensor(cap, dtype=x.dtype)) if cap < 1 else float("inf")  # as in `_backward`
-        (dy, q, dh_n, dc_n, *saved, base, lengths), kernel = _SCAN_BACKWARD(fields), kernels.backward
-        totals = kernels.backward_totals, (dy, q, dh_n, *saved, base, lengths)
-        given, out = (dy, q, dh_n, dc_n, *saved, base, lengths), _SCANNED_BACKWARD(fields)
+        given, kernel, out = _SCAN_BACKWARD(fields), kernels.backward, _SCANNED_BACKWARD(fields)
+        dy, q, dh_n, dc_n, *rest = given
+        totals = kernels.backward_totals, (dy, q, dh_n, *rest)
         start = dc_n if cell.has_cell else None
     else:
-        (xp, q, bias, h0, c0, base, lengths), kernel = _SCAN(fields), kernels.forward
-        totals = kernels.forward_totals, (xp, q, bias, base, lengths)
-        given, out = (xp, q, bias, h0, c0, base, lengths), _SCANNED(fields)
+        given, kernel, out = _SCAN(fields), kernels.forward, _SCANNED(fields)
+        xp, q, bias, h0, c0, *rest = given
+        totals = kernels.forward_totals, (xp, q, bias, *rest)
         start = c0 if cell.has_cell else h0
     width = min(COLUMNS, max(1, 1 << (units - 1).bit_length()))
     chunks, tiles = -(-steps // TIMES), -(-units // width)
@@ -282,7 +294,7 @@ def _scan(backward: bool, fields: Fields) -> None:
         if cell.has_cell or cell.carries:
             maps = x.new_empty(batch * chunks * 2 * units, dtype=torch.float32)
             totals[0][(chunks, batch * tiles)](*totals[1], maps, *numbers, CELL=cell.name, **shape)
-            kernels.starts[(batch * tiles,)](start, maps, unit, units, batch, chunks, **shape)
+            kernels.starts[(batch * tiles,)](start, fields["resets"], maps, unit, units, batch, chunks, **shape)
         kernel[(chunks, batch * tiles)](*given, maps, *out, *numbers, CELL=cell.name, **shape)
 
 
@@ -315,6 +327,6 @@ class _Kernels(Kernels):
 _kernels = _Kernels()
 forward, backward = _kernels.forward, _kernels.backward
 ends, adjoint_ends = _kernels.ends, _kernels.adjoint_ends
-_scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
-scanned_forward, scanned_backward = _scans.forward, _scans.backward
+scans = Scanned(partial(_scan, False), partial(_scan, True), lambda dtype: torch.float32, lambda dtype: dtype)
+scanned_forward, scanned_backward = scans.forward, scans.backward
 windowed_backward = partial(windows.windowed_backward, _Kernels(many=True))

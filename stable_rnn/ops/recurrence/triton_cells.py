@@ -80,18 +80,19 @@ def vjp(
     at_prev,
     at_start,
     live,
+    goes_on,
     opens,
     H: tl.constexpr,
     CELL: tl.constexpr,
 ):
     """From the adjoints of h and c to dz, the gradient of x; to what the h before the step gets of dh beside the product with W_hh; and to
-    the adjoint of the c before. h and c before the step lie at `at_prev` in y and cells, or at `at_start` in h0 and c0 where the step
-    `opens` a row; h0 is None but for cells that read it."""
+    the adjoint of the c before. h and c before the step lie at `at_prev` in y and cells where the step `goes_on` from them, or at
+    `at_start` in h0 and c0 where it `opens` a row; else they are zero. h0 is None but for cells that read it."""
     carried = tl.zeros_like(dh)
     if CELL == "lstm":
-        dz, dc = lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H)
+        dz, dc = lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, goes_on, opens, H)
     elif CELL == "gru":
-        dz, carried = gru_vjp(dh, cap, y, saved, h0, at, at_prev, at_start, live, opens, H)
+        dz, carried = gru_vjp(dh, cap, y, saved, h0, at, at_prev, at_start, live, goes_on, opens, H)
     else:
         dz = rnn_vjp(dh, y, at_cell, live, CELL)
     return dz, carried, dc
@@ -149,7 +150,7 @@ def lstm_step(z, c, cap, saved, cells, at, at_cell, mask, H: tl.constexpr):
 
 
 @triton.jit
-def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, opens, H: tl.constexpr):
+def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live, goes_on, opens, H: tl.constexpr):
     """From `cap` on f is constant."""
     t = tanh(load(cells + at_cell, live))
     o = load(saved + at + 3 * H, live)
@@ -158,7 +159,7 @@ def lstm_vjp(dh, dc, cap, saved, cells, c0, at, at_cell, at_prev, at_start, live
     i, g = load(saved + at, live), load(saved + at + 2 * H, live)
     zi, zg = dc * g * (i * (1.0 - i)), dc * i * tl.fma(-g, g, 1.0)
     f = load(saved + at + H, live)
-    c_prev = load(cells + at_prev, live & ~opens) + load(c0 + at_start, live & opens)
+    c_prev = load(cells + at_prev, goes_on) + load(c0 + at_start, opens)
     zf = tl.where(f >= cap, 0.0, dc * c_prev * (f * (1.0 - f)))
     return (zi, zf, zg, zo), dc * f
 
@@ -185,10 +186,10 @@ def gru_step(z, x, h, cap, saved, at, mask, H: tl.constexpr):
 
 
 @triton.jit
-def gru_vjp(dh, cap, y, saved, h0, at, at_prev, at_start, live, opens, H: tl.constexpr):
+def gru_vjp(dh, cap, y, saved, h0, at, at_prev, at_start, live, goes_on, opens, H: tl.constexpr):
     """From `cap` on z is constant."""
     r, f, n = load(saved + at, live), load(saved + at + H, live), load(saved + at + 2 * H, live)
-    h_prev = load(y + at_prev, live & ~opens) + load(h0 + at_start, live & opens)
+    h_prev = load(y + at_prev, goes_on) + load(h0 + at_start, opens)
     zn = dh * (1.0 - f) * tl.fma(-n, n, 1.0)
     zr = zn * load(saved + at + 3 * H, live) * (r * (1.0 - r))
     zz = tl.where(f >= cap, 0.0, dh * (h_prev - n) * (f * (1.0 - f)))

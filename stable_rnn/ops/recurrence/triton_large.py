@@ -20,6 +20,7 @@ from .triton_cells import CARRIES, FORGETS, GATES, HAS_CELL, SAVED, forget, hidd
 from .triton_cells import step as cell_step
 from .triton_parts import (
     backward_run,
+    begins_anew,
     columns,
     forward_run,
     keep,
@@ -44,6 +45,7 @@ def forward(
     c_init,
     base,
     lengths,
+    resets,
     ids,
     y,
     h_n,
@@ -104,11 +106,12 @@ def forward(
                     tl.store(c_planes + turn % 2 * plane + place + unit, c, mask=unit < WIDTH)
                     keep(c_n, b * H + unit, c, there & last & (n == 0))
         for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32))):
+            row = first + s * step.to(tl.int64)
+            anew = begins_anew(resets, row, s < n)
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
             now, next = turn % 2 * plane + place, (turn + 1) % 2 * plane + place
-            row = first + s * step.to(tl.int64)
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                 live = (unit < H) & (s < n)
@@ -119,21 +122,22 @@ def forward(
                 if has_cell:
                     c = tl.load(c_planes + now + unit, mask=unit < WIDTH, other=0.0)
                     keep(c_start, id * H + unit, c, begins)
+                    c = tl.where(anew, 0.0, c)
                 x = columns(xp + row * (gates * H) + unit, H, live, gates)
                 z = sums(x, hidden_bias, unit, unit < H, CELL)
                 for k0 in range(0, H, INNER):
                     k = k0 + tl.arange(0, INNER)
-                    h = tl.load(h_planes + now + k[None, :], mask=k[None, :] < WIDTH, other=0.0)
+                    h = tl.load(h_planes + now + k[None, :], mask=(k[None, :] < WIDTH) & ~anew, other=0.0)
                     w, square = w_hh + unit * H + k[:, None], (unit < H) & (k[:, None] < H)
                     z = streamed_products(h, w, H * H, square, z, PRECISION, gates)
-                before = tl.load(h_planes + now + unit, mask=unit < WIDTH, other=0.0).to(
-                    tl.float32
-                )  # read by cells that need it
+                before = load(h_planes + now + unit, (unit < WIDTH) & ~anew)  # read by cells that need it
                 h, c = cell_step(
                     z, x, before, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
                 )
                 if decay is not None:
-                    multiply_decay(decay + id * H + unit, forget(z, cap, CELL), s > warm, writes)
+                    multiply_decay(
+                        decay + id * H + unit, tl.where(anew, 0.0, forget(z, cap, CELL)), ~anew & (s > warm), writes
+                    )
                 if has_cell:
                     tl.store(c_planes + next + unit, c, mask=unit < WIDTH)
                     keep(c_end, id * H + unit, c, ends)
@@ -160,6 +164,7 @@ def backward(
     dc_init,
     base,
     lengths,
+    resets,
     ids,
     dz,
     dh0,
@@ -215,11 +220,13 @@ def backward(
                     tl.store(dc_planes + turn % 2 * plane + place + unit, dc, mask=unit < WIDTH)
         # after its last step a lane only hands on
         for s in range(tl.maximum(begin, 0), tl.minimum(end, tl.max(n).to(tl.int32) + 1)):
+            row = first - s * step.to(tl.int64)
+            anew = begins_anew(resets, row, s < n)
+            ended = begins_anew(resets, row + step, (s > 0) & (s <= n))  # the step before handed nothing on
             if s > begin:
                 met += 1
                 meet(arrivals + team, met * members, ALONE)
             now, next = turn % 2 * plane + place, (turn + 1) % 2 * plane + place
-            row = first - s * step.to(tl.int64)
             for block in range(rank, tl.cdiv(H, UNITS), members):
                 unit = block * UNITS + tl.arange(0, UNITS)[None, :]
                 there = (unit < H) & (entry < count)
@@ -240,6 +247,7 @@ def backward(
                             dh,
                             input_precision=PRECISION,
                         )
+                dh = tl.where(ended, 0.0, dh)
                 dh += start(dh_n, dh_init, b * H + unit, entry * H + unit, given, there & (s == 0))
                 keep(dh_start, id * H + unit, dh, begins)
                 keep(dh_end, id * H + unit, dh, ends & (n > 0))
@@ -249,11 +257,12 @@ def backward(
                     total += load(dy + row * H + unit, live)
                 dc = 0.0
                 if has_cell:
-                    dc = tl.load(dc_planes + now + unit, mask=unit < WIDTH, other=0.0)
+                    dc = tl.load(dc_planes + now + unit, mask=(unit < WIDTH) & ~ended, other=0.0)
                     keep(dc_start, id * H + unit, dc, begins)
                     keep(dc_end, id * H + unit, dc, ends & (n > 0))
                     keep(dc0, b * H + unit, dc, ends & last)
                 at, at_cell = row * (kept * H) + unit, row * H + unit
+                opens, reads = last & (s == n - 1), live & ~anew  # time 0; there is a state before
                 dz_new, carried, dc = vjp(
                     total,
                     dc,
@@ -268,13 +277,14 @@ def backward(
                     (row - step) * H + unit,
                     b * H + unit,
                     live,
-                    last & (s == n - 1),
+                    reads & ~opens,
+                    reads & opens,
                     H,
                     CELL,
                 )
                 if decay is not None:
                     f = load(saved + at + FORGETS(CELL) * H, writes)
-                    multiply_decay(decay + id * H + unit, f, s > warm, writes)
+                    multiply_decay(decay + id * H + unit, tl.where(anew, 0.0, f), ~anew & (s > warm), writes)
                 if carries:
                     tl.store(dc_planes + next + unit, carried, mask=unit < WIDTH)
                 if has_cell:

@@ -54,6 +54,15 @@ def load(at, mask):
 
 
 @triton.jit
+def begins_anew(resets, row, there):
+    """Of lanes that are `there`: whether the state is zero before the step of this buffer row."""
+    anew = tl.full(row.shape, False, tl.int1)
+    if resets is not None:
+        anew = tl.load(resets + row, mask=there, other=0) != 0
+    return anew
+
+
+@triton.jit
 def columns(at, gap, mask, COUNT: tl.constexpr):
     """A tuple of COUNT tiles in the storage type, each `gap` elements after the one before: of a row's gates, or of their weights."""
     tiles = (tl.load(at, mask=mask, other=0.0),)

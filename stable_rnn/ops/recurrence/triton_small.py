@@ -10,7 +10,18 @@ import triton.language as tl
 
 from .triton_cells import FORGETS, GATES, HAS_CELL, SAVED, forget, hidden, sums, vjp
 from .triton_cells import step as cell_step
-from .triton_parts import backward_run, cast, columns, forward_run, keep, load, products, start, store_columns
+from .triton_parts import (
+    backward_run,
+    begins_anew,
+    cast,
+    columns,
+    forward_run,
+    keep,
+    load,
+    products,
+    start,
+    store_columns,
+)
 
 NUMBERS = ("count", "steps", "batch", "step", "stride", "warmup")  # no value of these compiles anything anew
 
@@ -25,6 +36,7 @@ def forward(
     c_init,
     base,
     lengths,
+    resets,
     ids,
     y,
     h_n,
@@ -68,29 +80,32 @@ def forward(
         c = start(c0, c_init, b * H + unit, entry * H + unit, given, there)
     product = tl.full((LANES, UNITS), 1.0, tl.float32)  # of the forget gates
     x = columns(xp + first * (gates * H) + unit, H, there & (n > 0), gates)
+    anew = begins_anew(resets, first, n > 0)
     for s in range(0, tl.max(n).to(tl.int32)):
         row = first + s * step.to(tl.int64)
         later = columns(
             xp + (row + step) * (gates * H) + unit, H, there & (s < n - 1), gates
         )  # of the next step, on their way meanwhile
+        anew_later = begins_anew(resets, row + step, s < n - 1)
         live = there & (s < n)
         begins, writes = live & (s == warm), live & (s >= warm)
-        before = h.to(w_hh.dtype.element_ty)
         keep(h_start, id * H + unit, h, begins)
         if has_cell:
             keep(c_start, id * H + unit, c, begins)
+        h, c = tl.where(anew, 0.0, h), tl.where(anew, 0.0, c)
+        before = h.to(w_hh.dtype.element_ty)
         z = products(before, w, sums(x, hidden_bias, unit, unit < H, CELL), PRECISION, gates)
         h_new, c_new = cell_step(
             z, x, h, c, cap, saved, cells, row * (kept * H) + unit, row * H + unit, writes, H, CELL
         )
         if decay is not None:
-            product = tl.where(writes, product * forget(z, cap, CELL), product)
+            product = tl.where(writes, tl.where(anew, 0.0, product * forget(z, cap, CELL)), product)
         if has_cell:
             c = tl.where(live, c_new, c)
         h_new = h_new.to(w_hh.dtype.element_ty)
         keep(y, row * H + unit, h_new, writes)
         h = tl.where(live, h_new.to(tl.float32), h)
-        x = later
+        x, anew = later, anew_later
     keep(h_end, id * H + unit, h, there & (n > 0))
     keep(h_n, b * H + unit, h, there & last)
     keep(decay, id * H + unit, product, there & (n > 0))
@@ -113,6 +128,7 @@ def backward(
     dc_init,
     base,
     lengths,
+    resets,
     ids,
     dz,
     dh0,
@@ -151,8 +167,10 @@ def backward(
     if has_cell:
         dc = start(dc_n, dc_init, b * H + unit, entry * H + unit, given, there)
     product = tl.full((LANES, UNITS), 1.0, tl.float32)  # of the forget gates
+    anew = begins_anew(resets, first, n > 0)
     for s in range(0, tl.max(n).to(tl.int32)):
         row = first - s * step.to(tl.int64)
+        anew_later = begins_anew(resets, row - step, s < n - 1)  # of the next step, on its way meanwhile
         live = there & (s < n)
         begins, writes = live & (s == warm), live & (s >= warm)
         keep(dh_start, id * H + unit, dh, begins)
@@ -162,7 +180,7 @@ def backward(
         if has_cell:
             keep(dc_start, id * H + unit, dc, begins)
         at, at_cell = row * (kept * H) + unit, row * H + unit
-        opens = last & (s == n - 1)  # time 0
+        opens, reads = last & (s == n - 1), live & ~anew  # time 0; there is a state before
         dz_new, carried, dc_new = vjp(
             total,
             dc,
@@ -177,19 +195,22 @@ def backward(
             (row - step) * H + unit,
             b * H + unit,
             live,
-            opens,
+            reads & ~opens,
+            reads & opens,
             H,
             CELL,
         )
         dq = cast(hidden(dz_new, saved, at, live, H, CELL), w_hh.dtype.element_ty, gates)
         store_columns(dz, row * (gates * H) + unit, H, cast(dz_new, w_hh.dtype.element_ty, gates), writes, gates)
         if decay is not None:
-            product = tl.where(writes, product * load(saved + at + FORGETS(CELL) * H, writes), product)
+            f = load(saved + at + FORGETS(CELL) * H, writes)
+            product = tl.where(writes, tl.where(anew, 0.0, product * f), product)
         for gate in tl.static_range(gates):
             carried = tl.dot(dq[gate], w[gate], carried, input_precision=PRECISION)
         if has_cell:
-            dc = tl.where(live, dc_new, dc)
-        dh = tl.where(live, carried, dh)
+            dc = tl.where(live, tl.where(anew, 0.0, dc_new), dc)
+        dh = tl.where(live, tl.where(anew, 0.0, carried), dh)
+        anew = anew_later
     keep(dh_end, id * H + unit, dh, there & (n > 0))
     keep(dh0, b * H + unit, dh, there & last)
     keep(decay, id * H + unit, product, there & (n > 0))

@@ -91,7 +91,7 @@ def _go_on_plainly(sweep: Sweep, ledger: Ledger, found: Run) -> None:
         found.chunk, found.plain_from, found.passes = 0, 0, 1
         return sweep.whole()
     p, ran = sweep.p, found.ran
-    jump, _ = _jumps(sweep.borders(1, ran), None if not sweep.backward else sweep.largest())
+    jump, _ = jumps(sweep.borders(1, ran), None if not sweep.backward else sweep.largest())
     first = lambda differs: min([ran, *(1 + differs.any(1).nonzero()[:1, 0]).tolist()])  # noqa: E731
     exact, good = first(~(jump == 0)), first(~(jump <= p.tol))
     found.plain_from, start = (good * p.stride, good) if ledger.agreed else (0, exact)
@@ -133,7 +133,7 @@ class _Lanes:
         while first < last:
             borders = sweep.borders(first, last)
             scale = sweep.largest() if sweep.backward else None
-            jump, of_h = _jumps(borders, scale)
+            jump, of_h = jumps(borders, scale)
             bad = ~(jump <= p.tol) if quiet is None else ~((jump <= p.tol) | quiet & (of_h <= p.tol))
             worst, typical, count, place = _numbers(jump, bad)
             found.passes = max(found.passes, passes)
@@ -148,7 +148,7 @@ class _Lanes:
             if probing and not ledger.allows(probing, certain, inf):
                 return report.BUDGET
             h, c = self.starts(borders, first, last, progress.rounding)
-            moved, _ = _jumps(borders._replace(h_end=h, c_end=c), scale)
+            moved, _ = jumps(borders._replace(h_end=h, c_end=c), scale)
             chosen = bad if progress.rounding else bad | (moved > IGNORED * p.tol)
             again = chosen.flatten().nonzero()[:, 0]
             price = ledger.costs.run(len(again), p.stride) + ledger.costs.host + ledger.costs.mend
@@ -220,7 +220,7 @@ class _Lanes:
         return False
 
 
-def _jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def jumps(borders: Borders, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest difference between the states before each border and behind it, of all and of h alone: (n, B). Relative to
     max(1, |state|), or to `scale`."""
     of = []
