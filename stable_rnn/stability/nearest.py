@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.spectral.norm import gram
 
 FAR = 64.0  # times the bound: weights that reach further are scaled down to it first, so that no square overflows
-LITTLE, SOME = 0.01, 0.1  # beyond the bound: to be scaled, or clipped
+LITTLE, SOME, MUCH = 0.01, 0.03, 0.125  # of `into_ball`
 ROUNDS, STEP_ROUNDS = 8, 2
 TURNS = 2
 NEWTON = 12
@@ -23,23 +23,24 @@ SPARE, MULTIPLE, PERIOD = 8, 8, 16  # of `Directions`
 def into_ball(W: Tensor, scales: Tensor, bound: float) -> Tensor:
     """Weights near the closest ones (Frobenius norm) inside, up to the rounding of their dtype; W itself if it is inside.
 
-    One round as a rule, or until little is left outside: all of W is so much shorter, or if that is too much, singular values are clipped. A
-    round takes P^3 * 10 operations, for the eigenvectors, beside some 30 G H P^2 for its products."""
+    One round as a rule, or more until the norm is beyond the bound by SOME of what it was and by MUCH at most. Then singular values are
+    clipped; but weights from far outside, where LITTLE is left of the bound, are all shorter by that. A round takes P^3 * 10 operations,
+    for the eigenvectors, beside some 30 G H P^2 for its products."""
     W, rounding = _near(W, scales, bound), 8 * torch.finfo(W.dtype).eps
     aim = bound * (1 - 32 * rounding)  # eigenvalues are off by rounding
     squares, V = _all_directions(W, scales)
     first = _excess(squares, bound)
     if not first > rounding:
         return W
-    little = LITTLE * min(first, 1.0)
+    far, little = first > 1, LITTLE * min(first, 1.0)
     for _ in range(ROUNDS):
         Y = W @ V
         onto, excess = _onto(Y, squares, scales, bound, little)
-        W = W + onto.sub_(Y) @ V.mT
-        if excess <= little:
+        W = onto @ V.mT if far else W + onto.sub_(Y) @ V.mT  # a difference of large weights would cancel
+        if excess <= little and far:
             return W * (aim / bound / (1 + max(excess, 0.0)))
         squares, V = _all_directions(W, scales)
-        if excess <= SOME:
+        if excess <= min(SOME * first, MUCH):
             break
     over = squares > aim * aim
     V = V[:, over]
