@@ -6,8 +6,9 @@ from ._entry import from_command_line
 from ._version import __version__  # noqa: F401
 
 if TYPE_CHECKING or not from_command_line():
-    from . import _ops, functional, stability  # noqa: F401  _ops registers torch.ops.stable_rnn
+    from . import functional, stability  # noqa: F401
     from ._moved import moved as __getattr__
+    from ._ops import decompositions  # it registers torch.ops.stable_rnn
     from .convert import stabilize, unstabilize
     from .gru import StableGRU
     from .memory import memory
@@ -38,6 +39,7 @@ __all__ = [
     "Windowed",
     "backends",
     "certificate",
+    "decompositions",
     "memory",
     "project_after_step",
     "stabilize",

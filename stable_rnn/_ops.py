@@ -54,7 +54,8 @@ def _register(
 def _forward_fake(inputs: Inputs, p: Problem, save: bool) -> tuple[Tensor, ...]:
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
-            "torch.onnx has no form of this recurrence; export the plain module, module.to_torch(), or unstabilize(model)"
+            "torch.onnx has no form of this recurrence; give it the program in torch's own operations, "
+            "torch.export.export(model, ...).run_decompositions(stable_rnn.decompositions()), or export unstabilize(model)"
         )
     check(p, inputs, values=False)
     xp, w_hh, c0, cell, empty = inputs.xp, inputs.w_hh, inputs.c0, p.spec, inputs.xp.new_empty
@@ -119,3 +120,17 @@ torch.library.register_vmap(
     "stable_rnn::recurrence_backward", fold_rule(_OPS.recurrence_backward, BackwardInputs), lib=_library
 )
 torch.library.register_vmap("stable_rnn::windowed_backward", loop_rule(_OPS.windowed_backward), lib=_library)
+
+
+def decompositions() -> dict[Callable, Callable]:
+    """The recurrence in torch's own operations, for programs that leave: they run without this package, with T and B free.
+
+        program = torch.export.export(model.eval(), (x,), dynamic_shapes=...).run_decompositions(stable_rnn.decompositions())
+        torch.onnx.export(program, dynamo=True)  or  torch._inductor.aoti_compile_and_package(program)
+
+    `Windowed(k)` becomes feed-forward, k steps of all windows at once; other plans are one scan: `Chunked` over the steps of all chunks at
+    once, the others over T, for `Verified` and `Scanned` equal `Recurrent`. The program has no gradient. Tested with torch 2.13; older
+    releases may lack parts of the scan."""
+    from .ops.recurrence import graph  # older torch has no such scan
+
+    return {_OPS.recurrence.default: graph.recurrence}

@@ -67,22 +67,17 @@ class StableGRU(OneStateBase):
             **kwargs,
         )
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    def _forward(
+        self, input: Tensor | PackedSequence, hx: tuple | None, *rest: Any, **options: Any
+    ) -> tuple[Tensor | PackedSequence, tuple]:
         """Under autocast h keeps its dtype on CPUs, as in nn.GRU; so does the arithmetic, in that of the weights."""
         x = input.data if isinstance(input, PackedSequence) else input
-        state = x if hx is None else hx
-        kind = autocast_dtype(x) if isinstance(x, Tensor) and isinstance(state, Tensor) and x.is_cpu else None
+        state = x if hx is None else hx[0]
+        kind = autocast_dtype(x) if x.is_cpu else None
         if kind is None:
-            return super().forward(input, hx, lengths=lengths, resets=resets)
+            return super()._forward(input, hx, *rest, **options)
         inner, out = self.weight_hh_l0.dtype, torch.promote_types(kind, state.dtype)
         with torch.autocast("cpu", enabled=False):
-            hx = None if hx is None else hx.to(inner)
-            y, h_n = super().forward(input.to(inner), hx, lengths=lengths, resets=resets)
-        return y.to(out), h_n.to(out)
+            hx = None if hx is None else (hx[0].to(inner), None)
+            y, hidden = super()._forward(input.to(inner), hx, *rest, **options)
+        return y.to(out), (hidden[0].to(out), None)

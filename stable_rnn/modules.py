@@ -25,6 +25,7 @@ from .ops.recurrence.problem import Problem
 from .plans import Plan, PlanLike, Recurrent
 from .reports import Report
 from .stability import Certificate, Certified, Stability, certificate, check_stability
+from .streaming import Stream
 from .validate import check_state, check_weight, describe, pair
 
 _TORCH: dict[str, Any] = {"rnn_tanh": _VF.rnn_tanh, "rnn_relu": _VF.rnn_relu, "lstm": _VF.lstm, "gru": _VF.gru}
@@ -102,6 +103,16 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return Report.of(tuple(reports), tuple(reports.values()), backward, bound)
 
     # ---- running
+
+    def stream(self, batch_size: int | None = None, hx: Any = None, state: dict[str, Any] | None = None) -> Stream:
+        """Its input as it comes: `stream.push(x)` gives the outputs of the next steps, whatever the plan, those of one pass over all steps.
+
+        batch_size  streams side by side, with numbers to push some of them by; None: the first push tells
+        hx          where they begin, as `forward` takes it; None: at zero
+        state       what `stream.state` was, to go on from; without the other two
+
+        Dropout is that of each push, in training mode. `ValueError` for a bidirectional module, and arguments that do not fit."""
+        return Stream(self, batch_size, hx, state)
 
     @property
     def _cell(self) -> str:
@@ -234,9 +245,14 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         return able and (name == "torch" or recorded or leave_to_torch(x, self._cell, steps, batch, self.hidden_size))
 
     def _forward(
-        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        run: Callable = layer,
     ) -> tuple[Tensor | PackedSequence, tuple]:
-        """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2."""
+        """The modules' forward pass; hx is (h0, c0) or None, h0 and c0 of 3 dimensions or, unbatched, 2. `run` as for `_stack`."""
         if self.training:
             watch.trains(self)
         if isinstance(input, PackedSequence):
@@ -275,7 +291,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             y, hidden = found
         else:
             rows = layout.padded(x.shape, self.batch_first, lengths, resets, x.device)
-            y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, *hx)
+            y, *hidden = self._stack(x.reshape(-1, x.shape[2]), rows, hx[0], hx[1], run)
             y = y.view(*x.shape[:2], y.shape[1])
         if not batched:
             y, hidden = y.squeeze(one), [h.squeeze(1) for h in hidden]

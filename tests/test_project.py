@@ -212,7 +212,7 @@ def test_steps_end_at_the_nearest_weights(seed, way):
     push = (v * found.clamp(min=0)) @ v.mT
     w = torch.stack([torch.linalg.solve(one + d * d * push, row) for d, row in zip(rows[:, 0], goal)])
     least = (w - goal).square().sum() + (push @ (w.mT @ (rows * rows * w) - bound**2 * one)).trace()
-    assert least <= (goal - near).square().sum() <= least * 1.01
+    assert least <= (goal - near).square().sum() <= least * (1.002 if way == "at once" else 1.01)
     assert (goal - other).square().sum() > least * 1.2
 
 

@@ -125,6 +125,11 @@ def test_the_rule(monkeypatch):
     assert not leave_to_torch(narrow, "lstm", 8, 1, 64) and leave_to_torch(x, "lstm", 8, 1, 64)
     assert not leave_to_torch(x, "lstm", 8, 1, 65) and not leave_to_torch(x, "lstm", 9, 1, 64)
     assert leave_to_torch(x, "rnn_relu", 1, 1000, 1000) and not leave_to_torch(x, "rnn_relu", 2, 1000, 1000)
+    assert leave_to_torch(x, "rnn_tanh", 8, 4, 64) and not leave_to_torch(x, "rnn_tanh", 8, 4, 256)
+    with torch.no_grad():
+        assert leave_to_torch(x, "rnn_tanh", 1, 1, 64) and not leave_to_torch(x, "rnn_tanh", 1, 2, 64)
+        assert leave_to_torch(x, "rnn_tanh", 8, 4, 64) and not leave_to_torch(x, "rnn_tanh", 8, 4, 256)
+        assert leave_to_torch(x, "rnn_tanh", 4, 1, 1024) and not leave_to_torch(x, "rnn_tanh", 4, 2, 1024)
     assert leave_to_torch(x.double(), "lstm", 100, 1, 64)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..ops.spectral import spectral_norm_bound
+from ..ops.spectral.certified import proven_within
+from ..ops.spectral.norm import width
 
 STEPS = 60  # of power iterations; they only propose weights of a norm, which is then proven
 POWERS = 8  # of those for a norm from below
@@ -136,6 +138,14 @@ def crossing(w_hh: Tensor, scales: Callable[[float], Tensor], low: float) -> flo
 def exceeds(matrix: Tensor, bound: float) -> bool:
     """Whether a few power iterations show that ||matrix||_2 > bound; by less than float32 may be off, they don't."""
     return _power(matrix.float(), _start(matrix))[0] > bound * (1 + 1e-4)
+
+
+def within(matrix: Tensor, bound: float) -> bool | None:
+    """Whether ||matrix||_2 <= bound, where a few power iterations or a Cholesky factor tell: by so much that `norm2` says the same."""
+    if exceeds(matrix, bound):
+        return False
+    spare = width(max(matrix.shape), min(matrix.shape))  # `norm2` is no sharper
+    return True if proven_within(matrix, bound * (1 - spare)) < bound else None
 
 
 def _start(matrix: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..ops.spectral import row_project_
-from .bounds import GATE, ROUNDS, Drive, length, times, up
-from .cell import Ball, CellStability, Reach
+from .bounds import GATE, ROUNDS, Drive, drive_of_bound, length, times, up
+from .cell import Ball, CellStability, Reach, Verdict
 from .comparison import Comparison, depth, rates, settled
-from .contraction import Contraction, crossing, norm2, perron, upwards
+from .contraction import Contraction, crossing, exceeds, norm2, perron, upwards, within
 from .limits import Limits
 from .rows import lower_forget, wide
 from .weights import KINDS, LayerWeights, Names
@@ -48,6 +48,27 @@ class Gru(CellStability):
         if groups is not None and forget < 1 and "inf" in norms:
             found.append(Comparison(partial(_gru_units, w, b), 2 * b.h, w.hidden, min(rates(forget))))
         return Reach(found, b.h, length(b.h), 0.0, forget, groups)
+
+    def verdict(self, w: LayerWeights, x: Tensor, limits: Limits) -> Verdict | None:
+        """The contractions of a certificate want ||D W_hh||_2 <= rate for one of a few D, which fall as the rate grows."""
+        if limits.norm not in ("2", "radius"):
+            return None
+        b = gru_bounds(w, drive_of_bound(w, x, math.inf, math.inf), limits.cap)
+        outside = Verdict(False, b.h, length(b.h))
+        if not (b.z < 1).all():
+            return outside
+
+        def scaled(zeta: Tensor) -> Tensor | None:  # None: no such rate with this zeta
+            scales, _ = gru_scales(b.m, b.z, limits.rate, zeta)
+            return scales[:, None] * w.w_hh if torch.isfinite(scales).all() else None
+
+        of_set, *others = _zetas(w, b)
+        found = scaled(of_set)
+        inside = False if found is None else within(found, limits.rate)
+        if inside is not False:
+            return None if inside is None else outside._replace(inside=True)
+        tried = (scaled(zeta) for zeta in others)
+        return outside if all(each is None or exceeds(each, limits.rate) for each in tried) else None
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         return 0.0, drive * 2 + unit * (
@@ -169,16 +190,20 @@ def gru_scales(m: Tensor, z: Tensor, rate: float, zeta: Tensor | float) -> tuple
 
 def _gru_two(w: LayerWeights, b: GruBounds, upper: bool, target: tuple[float, float] | None) -> Contraction:
     """The least rate found with ||D(rate) W_hh||_2 <= rate, for a few ways to weigh W_hz."""
-    zetas = [torch.full_like(b.z, zeta) for zeta in (*ZETAS, ZETA)] + [(2 * b.z * b.z).clamp(min=LEAST_ZETA)]
-    if not w.w_hh.chunk(3)[1].any():
-        zetas.append(torch.full_like(b.z, NO_UPDATE))
+    zetas = _zetas(w, b)
     rate, number = min((_crossing(w, b, zeta), number) for number, zeta in enumerate(zetas))
     found = [gru_two_at(w, b, rate, zetas[number], upper)]
     if found[0].rate > rate:  # the estimate was short
         found.append(gru_two_at(w, b, (rate + found[0].rate) / 2, zetas[number], upper))
     if target is not None and min(c.rate for c in found) > target[0]:
-        found.append(gru_two_at(w, b, target[0], torch.full_like(b.z, ZETA), upper))
+        found.append(gru_two_at(w, b, target[0], zetas[0], upper))
     return min(found, key=lambda c: c.rate)
+
+
+def _zetas(w: LayerWeights, b: GruBounds) -> list[Tensor]:
+    """Weights of W_hz to try, the set's first."""
+    zetas = [torch.full_like(b.z, zeta) for zeta in (ZETA, *ZETAS)] + [(2 * b.z * b.z).clamp(min=LEAST_ZETA)]
+    return zetas if w.w_hh.chunk(3)[1].any() else [*zetas, torch.full_like(b.z, NO_UPDATE)]
 
 
 def _crossing(w: LayerWeights, b: GruBounds, zeta: Tensor) -> float:

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..ops.spectral import row_project_
-from ..ops.spectral.certified import proven_within
-from ..ops.spectral.norm import width
 from .bounds import GATE, ROUNDS, Drive, drive_of_bound, length, times, up
 from .cell import Ball, CellStability, Reach, Verdict
 from .comparison import Comparison, depth, rates, settled
-from .contraction import Contraction, crossing, exceeds, norm2, perron, upwards
+from .contraction import Contraction, crossing, exceeds, norm2, perron, upwards, within
 from .limits import Limits
 from .rows import lower_forget
 from .weights import KINDS, LayerWeights, Names
@@ -59,13 +57,10 @@ class Lstm(CellStability):
         kappa = 1.0 if w.w_hr is None else norm2(w.w_hr)
         own, even = shares(w, b, limits.target[1])
         rate = limits.rate
-        of_set, other = (gate_scales(b, rate, share, kappa)[:, None] * w.w_hh for share in (even, own))
-        spare = width(max(w.w_hh.shape), min(w.w_hh.shape))  # the certificate's own bound of a norm is no sharper
-        if not exceeds(of_set, rate):
-            return outside._replace(inside=True) if proven_within(of_set, rate * (1 - spare)) < rate else None
-        if not exceeds(other, rate):
+        inside = within(gate_scales(b, rate, even, kappa)[:, None] * w.w_hh, rate)
+        if inside is False and not exceeds(gate_scales(b, rate, own, kappa)[:, None] * w.w_hh, rate):
             return None
-        return outside
+        return None if inside is None else outside._replace(inside=inside)
 
     def step_error(self, drive: float, unit: float, h: float, cell: float) -> tuple[float, float]:
         dc = drive * (cell / 4 + 1.25) + unit * (2 * cell + 1)

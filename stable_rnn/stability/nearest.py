@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops.spectral.norm import gram
+
 FAR = 64.0  # times the bound: weights that reach further are scaled down to it first, so that no square overflows
-LEFT = 0.01  # of what was outside, to be clipped
+LITTLE, SOME, MUCH = 0.01, 0.03, 0.125  # of `into_ball`
 ROUNDS, STEP_ROUNDS = 8, 2
+TURNS = 2
 NEWTON = 12
 SPARE, MULTIPLE, PERIOD = 8, 8, 16  # of `Directions`
 
@@ -20,24 +23,28 @@ SPARE, MULTIPLE, PERIOD = 8, 8, 16  # of `Directions`
 def into_ball(W: Tensor, scales: Tensor, bound: float) -> Tensor:
     """Weights near the closest ones (Frobenius norm) inside, up to the rounding of their dtype; W itself if it is inside.
 
-    Rounds until the norm is beyond the bound by a hundredth of what it was, two or three, then the rest is clipped. Each takes P^3 * 10
-    operations, for the eigenvectors, beside its products."""
-    W, rounding, close = _near(W, scales, bound), 8 * torch.finfo(W.dtype).eps, 0.0
-    for number in range(ROUNDS + 1):
-        squares, V = _all_directions(W, scales)
-        if not squares[-1] > bound * bound * (1 + rounding):
-            break
-        excess = float(squares[-1].sqrt()) / bound - 1
-        last = excess <= close or number == ROUNDS
-        close = close or LEFT * excess
-        aim = bound * (1 - 32 * rounding) if last else bound  # eigenvalues are off by rounding
-        over = squares > aim * aim
-        squares, V = squares[over], V[:, over]
+    One round as a rule, or more until the norm is beyond the bound by SOME of what it was and by MUCH at most. Then singular values are
+    clipped; but weights from far outside, where LITTLE is left of the bound, are all shorter by that. A round takes P^3 * 10 operations,
+    for the eigenvectors, beside some 30 G H P^2 for its products."""
+    W, rounding = _near(W, scales, bound), 8 * torch.finfo(W.dtype).eps
+    aim = bound * (1 - 32 * rounding)  # eigenvalues are off by rounding
+    squares, V = _all_directions(W, scales)
+    first = _excess(squares, bound)
+    if not first > rounding:
+        return W
+    far, little = first > 1, LITTLE * min(first, 1.0)
+    for _ in range(ROUNDS):
         Y = W @ V
-        W = W + (Y * (aim * squares.rsqrt() - 1) if last else _less(Y, squares, scales, bound)) @ V.mT
-        if last:
+        onto, excess = _onto(Y, squares, scales, bound, little)
+        W = onto @ V.mT if far else W + onto.sub_(Y) @ V.mT  # a difference of large weights would cancel
+        if excess <= little and far:
+            return W * (aim / bound / (1 + max(excess, 0.0)))
+        squares, V = _all_directions(W, scales)
+        if excess <= min(SOME * first, MUCH):
             break
-    return W
+    over = squares > aim * aim
+    V = V[:, over]
+    return W + (W @ V * (aim * squares[over].rsqrt() - 1)) @ V.mT
 
 
 @dataclass
@@ -88,8 +95,12 @@ def _near(W: Tensor, scales: Tensor, bound: float) -> Tensor:
 
 def _all_directions(W: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The squares (P,) of the singular values of diag(d) W, ascending, and its right singular vectors (P, P)."""
-    scaled = _rows(scales, W) * W
-    return torch.linalg.eigh(scaled.mT @ scaled)
+    return torch.linalg.eigh(gram(_rows(scales, W) * W))
+
+
+def _excess(squares: Tensor, bound: float) -> float:
+    """How far the largest singular value is beyond the bound, relative to it."""
+    return float(squares[-1].clamp(min=0).sqrt()) / bound - 1
 
 
 def _power_step(W: Tensor, Y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,10 +112,40 @@ def _power_step(W: Tensor, Y: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, T
     return squares, V @ turn, Y @ turn
 
 
-def _less(Y: Tensor, squares: Tensor, scales: Tensor, bound: float) -> Tensor:
-    """What Y = W V (G*H, k) loses where direction v, outside by its own square, is divided by 1 + mu d_g^2 in gate g, so that it comes to
-    lie on the bound: mu >= 0 of sum_g d_g^2 |W_g v|^2 / (1 + mu d_g^2)^2 = bound^2, by Newton's method for 1/bound, from mu = 0."""
+def _onto(Y: Tensor, squares: Tensor, scales: Tensor, bound: float, left: float) -> tuple[Tensor, float]:
+    """Y = W V (G*H, P) in all directions, with those outside on the bound, and how far the norm still is beyond it: by `left` at most,
+    if a few corrections do.
+
+    Gates that shrink differently turn directions towards each other: K = Y^T diag(d)^2 Y is diagonal no longer, where Lambda is. Entries
+    L_ij more of it move K_ij by -L_ij sum_g d_g^4 (k_gi |Y_gj|^2 + k_gj |Y_gi|^2), k_gi = 1 / (1 + mu_i d_g^2), to first order."""
     gates, speed = Y.reshape(len(scales), -1, Y.shape[1]), scales.square()[:, None]
+    kept, rows = _kept(gates, squares, speed, bound), _rows(scales, Y)
+    floor = torch.zeros_like(squares).masked_fill_(squares > bound * bound, -torch.inf)  # what is inside may stay there
+    gates = gates * kept[:, None]
+    for number in range(TURNS + 1):
+        K = gram(rows * gates.reshape(Y.shape))
+        if number:
+            excess = _excess(torch.linalg.eigvalsh(K), bound)
+            if excess <= left or number == TURNS:
+                break
+        pace = (speed.square() * kept).mT @ gates.square().sum(1)
+        pace = pace + pace.mT
+        K.diagonal().sub_(bound * bound).clamp_(min=floor)
+        L = K.div_(pace.clamp_(min=1e-4 * float(pace.max())))  # short directions are orthogonal up to rounding only
+        turned = (gates.reshape(Y.shape) @ L).reshape(gates.shape)
+        gates.sub_(turned.mul_((speed * kept)[:, None]))
+    return gates.reshape(Y.shape), excess
+
+
+def _less(Y: Tensor, squares: Tensor, scales: Tensor, bound: float) -> Tensor:
+    """What Y = W V (G*H, k) loses where each direction outside comes to lie on the bound alone."""
+    gates, speed = Y.reshape(len(scales), -1, Y.shape[1]), scales.square()[:, None]
+    return ((_kept(gates, squares, speed, bound) - 1)[:, None] * gates).reshape(Y.shape)
+
+
+def _kept(gates: Tensor, squares: Tensor, speed: Tensor, bound: float) -> Tensor:
+    """1 / (1 + mu d_g^2) (G, k), by which direction v, with W_g v a column of `gates` (G, H, k), comes to lie on the bound, from outside by
+    its own square: mu >= 0 of sum_g d_g^2 |W_g v|^2 / (1 + mu d_g^2)^2 = bound^2, by Newton's method for 1/bound, from mu = 0."""
     parts = speed * gates.square().sum(1)  # (G, k)
     mu = torch.zeros_like(squares)
     for _ in range(NEWTON):
@@ -113,7 +154,7 @@ def _less(Y: Tensor, squares: Tensor, scales: Tensor, bound: float) -> Tensor:
         size = now.sum(0).sqrt()
         mu = mu + (1 / bound - 1 / size).clamp(min=0) * size**3 / (now * speed / shrunk).sum(0)
     mu = torch.where(squares > bound * bound, mu, 0.0)  # also of directions with no length, where mu is NaN
-    return ((1 / (1 + mu * speed) - 1)[:, None] * gates).reshape(Y.shape)
+    return 1 / (1 + mu * speed)
 
 
 def _rows(scales: Tensor, W: Tensor) -> Tensor:

@@ -199,8 +199,11 @@ def _project_layers(weights: dict[str, Tensor], levels: list[list[Names]], stabi
                 if found.inside:
                     break
                 margin, moved = FIRST_MARGIN * 8**attempt, True
-                _into_balls(STABILITY[cell].balls(weights, names, stability, margin), proven=attempt > 0)
                 STABILITY[cell].bring_in(weights, names, stability, margin, x, torch.float64)
+                balls = STABILITY[cell].balls(weights, names, stability, margin)
+                if balls:  # after rows of forget gates, which take most room and often end small, for other reasons
+                    _into_balls(balls, proven=attempt > 0)
+                    STABILITY[cell].bring_in(weights, names, stability, margin, x, torch.float64)
             else:
                 layer, _ = _certificate(read(weights.get, names, cell), x, x2, stability)
                 forget = (

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..ops.spectral import row_project_
 from .bounds import GATE, ROUNDS, Drive, length, times, up
-from .cell import Ball, CellStability, Reach
+from .cell import Ball, CellStability, Reach, Verdict
 from .comparison import Comparison, depth, rates, settled
-from .contraction import Contraction, norm2, perron, piled_up, upwards
+from .contraction import Contraction, norm2, perron, piled_up, upwards, within
 from .limits import Limits
 from .nearest import computable
 from .radius import SHORT, into_radius, proven, radius, weighing
@@ -25,6 +25,7 @@ LARGEST = 512  # units for which a numerical radius is looked for: it takes seco
 
 class Tanh(CellStability):
     assumed = "tanh cells"
+    most = 1.0  # |h|, whatever the weights are
 
     def reach(
         self,
@@ -44,6 +45,14 @@ class Tanh(CellStability):
         if groups is None or "inf" not in norms:
             return Reach(found, h, h2, 0.0, None, groups)
         return Reach([*found, self.compared(w, h, found)], h, h2, 0.0, None, groups)
+
+    def verdict(self, w: LayerWeights, x: Tensor, limits: Limits) -> Verdict | None:
+        """By ||W_hh||_2 alone: no inputs and no bound of the state matter."""
+        inside = within(w.w_hh, limits.rate) if limits.norm == "2" else None
+        if inside is None:
+            return None
+        h = torch.full((w.hidden,), self.most, dtype=torch.float64)
+        return Verdict(inside, h, length(h))
 
     def compared(self, w: LayerWeights, h: Tensor, found: list[Contraction]) -> Comparison:
         box = self.apart * h
@@ -74,6 +83,7 @@ class Tanh(CellStability):
 
 class Relu(Tanh):
     apart = 1.0  # outputs have one sign
+    most = math.inf
 
     def bound(self, b: RnnBounds, found: list[Contraction]) -> Tensor:
         """`start` of each contraction is what its inputs can build up from zero."""

@@ -39,6 +39,7 @@ from stable_rnn.ops.recurrence.problem import (
     backward_inputs,
     row_length,
 )
+from stable_rnn.ops.recurrence.report import Run
 
 __all__ = ["machine"]  # the fixture
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
@@ -316,6 +317,27 @@ def test_no_nan_goes_over_a_reset_in_scans(cell, device):
     (y, dz), (far_y, far_dz) = both(made["xp"], grads["dy"]), both(xp, dy)
     assert far_y[at - 1].isnan().all() and torch.equal(far_y[at:], y[at:])
     assert far_dz[at].isnan().any() and torch.equal(far_dz[:at], dz[:at])
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+def test_checked_lanes_that_begin_at_resets_run_once(cell, device):
+    """Forward, whatever the state before a border is; backward no adjoint passes it either."""
+    made, grads = draw(cell, 24, 2, 6, 6, torch.float32)
+    resets = torch.zeros(12, 2, dtype=torch.bool)
+    resets[[4, 8]] = True
+    inputs = Inputs(*on(device, Inputs(**made, base=None, lengths=None, resets=resets.flatten())))
+    grads = moved(device, grads)
+    plain, checked = (Problem(cell, 12, 2, *how, backend="cuda") for how in ((0, 0), (4, 0, 0.0, 9)))
+    *expected, _ = run.forward(inputs, plain, True)
+    *found, said = run.forward(inputs, checked, True)
+    assert (Run.of(said).chunk, Run.of(said).passes, Run.of(said).rerun) == (4, 1, 0)
+    y, _, _, saved, cells = expected
+    ends = grads["dy"], grads["dh_n"], grads["dc_n"] if cell == "lstm" else None
+    given = backward_inputs(*ends, y, saved, cells, inputs, plain)
+    *back, said = run.backward(given, checked)
+    assert (Run.of(said).chunk, Run.of(said).passes, Run.of(said).rerun) == (4, 1, 0)
+    for a, b in zip([*found, *back], [*expected, *run.backward(given, plain)[:4]], strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])

@@ -7,6 +7,7 @@ import torch
 from spectra import norm, with_spectrum
 
 from stable_rnn.functional import spectral_norm_bound
+from stable_rnn.ops.spectral.norm import gram
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,6 +103,22 @@ def test_needs_no_correct_cholesky(monkeypatch):
     good = spectral_norm_bound(W)
     monkeypatch.setattr(torch.linalg, "cholesky_ex", wrong)
     assert spectral_norm_bound(W) > good * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (300, 257), (2, 130, 129), (300, 600)])
+def test_products_use_symmetry(shape):
+    A = torch.randn(shape, dtype=torch.float64)
+    G = gram(A)
+    assert torch.allclose(G, A.mT @ A, rtol=1e-12, atol=1e-12)
+    assert torch.equal(G[..., :64, 150:], G[..., 150:, :64].mT)
+    U = A[..., : min(shape[-2:]), : min(shape[-2:])].triu()
+    assert torch.allclose(gram(U, upper=True), U.mT @ U, rtol=1e-12, atol=1e-12)
+
+
+def test_a_triangle_needs_no_zeros():
+    """What a wrong factor holds below the diagonal is left out or counted: the product is still positive semidefinite."""
+    A = torch.randn(300, 300, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(gram(A, upper=True))[0] > -1e-9
 
 
 def test_leaves_the_graph_alone():

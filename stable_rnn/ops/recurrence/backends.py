@@ -36,16 +36,17 @@ def choose(p: Problem, x: Tensor, w_hh: Tensor, w_hr: Tensor | None) -> ModuleTy
 
 
 _TILES_OF_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["amx_bfloat16"]
-SHORT, SMALL, FEW, NARROW = 8, 1 << 13, 8, 64  # steps; states of all steps but the first; rows; units
+SHORT, FEW, NARROW = 8, 8, 64  # steps; rows; units
+SMALL, WORK = 1 << 13, 1 << 20  # of all steps but the first: a single row's states; multiply-adds
 
 
 def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: int) -> bool:
     """Whether `auto` gives a plain recurrence of so many steps (None: packed) to torch's own.
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
-    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, and in oneDNN's LSTM: of more
-    than one step for batches, and trained or in bfloat16 of few units; and so may any inference of an LSTM in bfloat16 where the
-    machine has tiles of that (AMX), which no kernel here uses."""
+    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, while its products are small, but
+    for a single step of a batch without gradients; and in oneDNN's LSTM: of more than one step for batches, and trained or in bfloat16 of
+    few units; and so may any inference of an LSTM in bfloat16 where the machine has tiles of that (AMX), which no kernel here uses."""
     if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode
@@ -59,8 +60,12 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
             return steps <= SHORT and batch >= FEW
         few = native.MULTIPLIES_BFLOAT16 and steps <= 2 * SHORT and hidden < 2 * NARROW
         return _TILES_OF_BFLOAT16 or few
-    loop = cell in ("rnn_tanh", "rnn_relu") and x.dtype is torch.float32
-    return loop and steps <= SHORT and (steps - 1) * batch * hidden <= SMALL
+    if cell not in ("rnn_tanh", "rnn_relu") or x.dtype is not torch.float32 or steps > SHORT:
+        return False
+    small = (steps - 1) * batch * hidden * hidden <= WORK
+    if torch.is_grad_enabled():
+        return small
+    return (steps - 1) * hidden <= SMALL if batch == 1 else steps > 1 and small
 
 
 def backends() -> list[Backend]:

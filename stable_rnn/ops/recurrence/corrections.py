@@ -42,7 +42,7 @@ class Borders(NamedTuple):
     h_end: Tensor  # where the lane before it ended
     c_end: Tensor
     decay: Tensor  # of the lane before it
-    exists: Tensor  # (n, B): the row goes on behind the border
+    exists: Tensor  # (n, B): the row goes on behind the border, from the state before it
 
 
 class Response(NamedTuple):

@@ -72,7 +72,11 @@ class Sweep:
         later = (
             self.lanes - lane if self.backward else lane
         )  # which of the two lanes of a border is the later one in time
-        exists = later[:, None] * self.p.stride < self.length
+        time = later[:, None] * self.p.stride
+        exists = time < self.length
+        resets = self.inputs.resets
+        if resets is not None and resets.numel() and not self.backward:  # nothing passes; adjoints there are zero
+            exists &= ~resets[torch.where(exists, self.base + time * self.p.step, 0)]
         return Borders(self.visited(h, first, last), self.visited(c, first, last), h_end, c_end, decay, exists)
 
     def run(self, first: int, last: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .later import on_device
-from .norm import prove, scaled, shift, spectral_norm_bound, width
+from .norm import prove, scaled, shift, spectral_norm_bound, tall, width
 from .reference import krylov
 
 ROUNDING = 2.0**-20  # of a step in float32, relative to the bound, where the norm is not far beyond it
@@ -122,7 +122,7 @@ def proven(W: Tensor, limit: Tensor, exponent: Tensor) -> Tensor:
         return A.new_zeros(A.shape[:-2])
     limit, exponent = limit.to(A.device), exponent.to(A.device)
     gap = exponent - own
-    square = prove(A, shift(limit, gap.clamp(-500, 500)).square())
+    square = prove(tall(A), shift(limit, gap.clamp(-500, 500)).square())
     far = torch.where(
         gap < 0, torch.inf, float(A.shape[-2] * A.shape[-1])
     )  # so far outside, or inside, that the largest entry decides

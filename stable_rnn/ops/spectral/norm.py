@@ -8,6 +8,7 @@ from torch import Tensor
 from .memory import overlaps_itself
 
 UNIT = 2.0**-53  # unit roundoff of float64
+BLOCK = 128  # columns, at least, of a product that uses symmetry
 
 
 def check_dtype(W: Tensor, name: str = "W") -> None:
@@ -68,7 +69,7 @@ def check_bound(bound: object) -> None:
 def shift(x: Tensor, exponent: Tensor) -> Tensor:
     """x * 2**exponent for float64 x, in two factors so that neither power overflows."""
     half = torch.div(exponent, 2, rounding_mode="floor")
-    return x * torch.exp2(half.double()) * torch.exp2((exponent - half).double())
+    return (x * torch.exp2(half.double())).mul_(torch.exp2((exponent - half).double()))
 
 
 def scaled(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +80,12 @@ def scaled(W: Tensor) -> tuple[Tensor, Tensor]:
     A = (W.cpu() if W.device.type == "mps" else W).double()  # MPS has no float64
     if A.numel() == 0:
         return A, torch.zeros(A.shape[:-2], dtype=torch.int32, device=A.device)
-    exponent = torch.frexp(A.abs().amax((-2, -1))).exponent
+    exponent = torch.frexp(torch.maximum(A.amax((-2, -1)), -A.amin((-2, -1)))).exponent
     return shift(A, -exponent[..., None, None]), exponent
+
+
+def tall(A: Tensor) -> Tensor:
+    return A if A.shape[-2] >= A.shape[-1] else A.mT
 
 
 def width(m: int, n: int) -> float:
@@ -88,11 +93,25 @@ def width(m: int, n: int) -> float:
     return 1e-9 + 4 * UNIT * n * (m + 3 * n)
 
 
-def prove(A: Tensor, t: Tensor) -> Tensor:
+def gram(A: Tensor, upper: bool = False) -> Tensor:
+    """A^T A (..., n, n) of A (..., m, n), in blocks of columns of which five eighths are computed, the others mirrored.
+
+    upper: A (..., n, n) is taken for upper triangular, up to a block; half of the rest are left."""
+    n = A.shape[-1]
+    G, wide = A.new_empty(*A.shape[:-2], n, n), max(BLOCK, -(-n // 4))
+    for start in range(0, n, wide):
+        stop = start + wide
+        rows = A[..., : stop if upper else None, :]
+        part = G[..., start:stop, start:] = rows[..., start:stop].mT @ rows[..., start:]
+        G[..., stop:, start:stop] = part[..., wide:].mT
+    return G
+
+
+def prove(A: Tensor, t: Tensor, G: Tensor | None = None) -> Tensor:
     """An upper bound of ||A||_2^2 close to t, or infinity where t is too small to prove one.
 
-    A (..., m, n) float64 with max |A| in [1/2, 1) or A = 0;  t (...) float64, positive.  Rigorous for floating point arithmetic:
-    with G = A^T A, M = t I - G and any lower triangular L,
+    A (..., m, n) float64, m >= n, with max |A| in [1/2, 1) or A = 0;  t (...) float64, positive;  G = gram(A), if it is there.
+    Rigorous for floating point arithmetic: with M = t I - G and any lower triangular L,
 
         t I - A^T A  =  L L^T + (M - L L^T) + (t I - G - M) + (G - A^T A),
 
@@ -100,15 +119,13 @@ def prove(A: Tensor, t: Tensor) -> Tensor:
     others (and its own error) are bounded by gamma_k = k u / (1 - k u) (Higham, Accuracy and Stability, section 3.5), which holds
     for any order of summation. So nothing is assumed about the Cholesky routine; float64 products are assumed to be plain sums.
     """
-    if A.shape[-2] < A.shape[-1]:
-        A = A.mT
     m, n = A.shape[-2:]
-    gram = A.mT @ A  # (..., n, n)
-    M = -gram
+    G = gram(A) if G is None else G
+    M = -G
     M.diagonal(dim1=-2, dim2=-1).add_(t[..., None])
     L, info = torch.linalg.cholesky_ex(M)
-    residual = torch.linalg.matrix_norm(M - L @ L.mT)
-    squares_A, squares_L = A.square().sum((-2, -1)), L.square().sum((-2, -1))
+    residual = torch.linalg.matrix_norm(M - gram(L.mT, upper=True))
+    squares_A, squares_L = G.diagonal(dim1=-2, dim2=-1).sum(-1), L.square().sum((-2, -1))
     diagonal = M.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     gamma_m, gamma_n = (m + 2) * UNIT / (1 - (m + 2) * UNIT), (n + 2) * UNIT / (1 - (n + 2) * UNIT)
     # The factor 2 covers the rounding of these few sums themselves; u * t covers underflow in the products.
@@ -131,15 +148,15 @@ def spectral_norm_bound(W: Tensor) -> Tensor:
     A, exponent = scaled(check_matrix(W))
     if A.numel() == 0:
         return A.new_zeros(A.shape[:-2])
-    if A.shape[-2] < A.shape[-1]:
-        A = A.mT
+    A = tall(A)
     m, n = A.shape[-2:]
-    estimate = torch.linalg.eigvalsh(A.mT @ A)[..., -1].clamp(min=0.25)  # max |A| >= 1/2, and so is the norm
+    G = gram(A)
+    estimate = torch.linalg.eigvalsh(G)[..., -1].clamp(min=0.25)  # max |A| >= 1/2, and so is the norm
     margin = width(m, n) / 2
-    square = prove(A, estimate * (1 + margin))
+    square = prove(A, estimate * (1 + margin), G)
     while torch.isinf(square).any():  # never seen; a wider margin must succeed in the end
         margin *= 16
-        square = torch.where(torch.isinf(square), prove(A, estimate * (1 + margin)), square)
+        square = torch.where(torch.isinf(square), prove(A, estimate * (1 + margin), G), square)
     up = torch.full_like(square, torch.inf)
     norm = torch.nextafter(shift(torch.nextafter(square.sqrt(), up), exponent), up)
     return torch.where((A == 0).all(-1).all(-1), 0.0, norm).to(W.device if W.device.type != "mps" else "cpu")
