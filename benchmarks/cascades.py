@@ -1,6 +1,6 @@
 """Cascades under `Scanned()` beside the plain recurrence: `python -m benchmarks.cascades [--out FILE.jsonl] [--rounds N]`.
 
-Plain LSTM weights without what a cascade of 8 groups does not have; float32, input projection included, forward under `no_grad`,
+Plain LSTM and GRU weights without what a cascade of 8 groups does not have; float32, input projection included, forward under `no_grad`,
 forward+backward with the gradients of all weights. In each round everybody runs once, in turn; a ratio is that of one round, time over
 `Scanned()`'s (above 1: `Scanned()` is faster), given as median (smallest … largest) of the rounds."""
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from stable_rnn import Cascade, Chunked, Recurrent, Scanned, StableLSTM
+from stable_rnn import Cascade, Chunked, Recurrent, Scanned, StableGRU, StableLSTM
 from stable_rnn._errors import UserError
 
 from .jsonl import Log
@@ -24,17 +24,19 @@ from .timing import clock
 
 GROUPS = 8
 SIZES = [(16384, 1, 128), (16384, 1, 256), (2048, 16, 128), (2048, 16, 256)]  # T, B, H = I
+CELLS = {"LSTM": (StableLSTM, nn.LSTM), "GRU": (StableGRU, nn.GRU)}
 PLANS = {"Recurrent()": Recurrent(), "Chunked(256, 32)": Chunked(256, 32)}
 
 
-def models(hidden: int) -> dict[str, nn.Module]:
+def models(cell: str, hidden: int) -> dict[str, nn.Module]:
     """The same weights under each plan, and in torch's module."""
     made: dict[str, nn.Module] = {}
+    ours, theirs = CELLS[cell]
     for name, plan in {"Scanned()": Scanned(), **PLANS}.items():
-        m = StableLSTM(hidden, hidden, stability=Cascade(GROUPS, forget=0.999999), plan=plan, backend="cpu")
+        m = ours(hidden, hidden, stability=Cascade(GROUPS, forget=0.999999), plan=plan, backend="cpu")
         m.stability = None
         made[name] = m
-    made["nn.LSTM"] = nn.LSTM(hidden, hidden)
+    made["nn"] = theirs(hidden, hidden)
     for m in made.values():
         m.load_state_dict(made["Scanned()"].state_dict())
     return made
@@ -52,13 +54,13 @@ def call(m: nn.Module, x: torch.Tensor, backward: bool) -> Callable[[], None]:
     return both if backward else forward
 
 
-def measure(steps: int, batch: int, hidden: int, backward: bool, rounds: int) -> dict:
+def measure(cell: str, steps: int, batch: int, hidden: int, backward: bool, rounds: int) -> dict:
     x = torch.randn(steps, batch, hidden)
-    runs = {name: call(m, x, backward) for name, m in models(hidden).items()}
+    runs = {name: call(m, x, backward) for name, m in models(cell, hidden).items()}
     for run in runs.values():
         run()
     times = [{name: clock(run) for name, run in runs.items()} for _ in range(rounds)]
-    row = {"T": steps, "B": batch, "H": hidden, "passes": "forward+backward" if backward else "forward"}
+    row = {"cell": cell, "T": steps, "B": batch, "H": hidden, "passes": "forward+backward" if backward else "forward"}
     row["ms"] = 1e3 * statistics.median(t["Scanned()"] for t in times)
     for name in runs:
         if name != "Scanned()":
@@ -68,8 +70,8 @@ def measure(steps: int, batch: int, hidden: int, backward: bool, rounds: int) ->
 
 
 def shown(row: dict) -> str:
-    what = f"| LSTM B={row['B']} H={row['H']} T={row['T']} {row['passes']} | {row['ms']:.3g} |"
-    others = (row[name] for name in (*PLANS, "nn.LSTM"))
+    what = f"| {row['cell']} B={row['B']} H={row['H']} T={row['T']} {row['passes']} | {row['ms']:.3g} |"
+    others = (row[name] for name in (*PLANS, "nn"))
     return what + "".join(f" {a:.2f} ({b:.2f} … {c:.2f}) |" for a, b, c in others)
 
 
@@ -83,10 +85,10 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     torch.manual_seed(0)
-    print("| case | Scanned(), ms | over " + " | over ".join([*PLANS, "nn.LSTM"]) + " |")
+    print("| case | Scanned(), ms | over " + " | over ".join([*PLANS, "torch.nn"]) + " |")
     print("|---" * (3 + len(PLANS)) + "|")
-    for size, backward in product(SIZES, (False, True)):
-        row = measure(*size, backward, options.rounds)
+    for cell, size, backward in product(CELLS, SIZES, (False, True)):
+        row = measure(cell, *size, backward, options.rounds)
         log.add(row)
         print(shown(row), flush=True)
 

@@ -116,7 +116,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
 
     def _torch_step(self, x: Tensor, h: Tensor, c: Tensor | None, weights: tuple) -> tuple[Tensor, Tensor | None]:
         """A step of a training loop by torch's own cell, or with a clamp, which that has not, by such operations: they take less time
-        than a Function around our kernel (benchmarks/README.md)."""
+        than a Function around our kernel (docs/measurements/cpu.md)."""
         spec, (w_ih, w_hh, b_ih, b_hh) = MODES[self.mode], weights
         w_hh = self._trained(w_hh)
         if self._cap == 1:
