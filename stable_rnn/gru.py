@@ -70,14 +70,29 @@ class StableGRU(OneStateBase):
     def _forward(
         self, input: Tensor | PackedSequence, hx: tuple | None, *rest: Any, **options: Any
     ) -> tuple[Tensor | PackedSequence, tuple]:
-        """Under autocast h keeps its dtype on CPUs, as in nn.GRU; so does the arithmetic, in that of the weights."""
-        x = input.data if isinstance(input, PackedSequence) else input
-        state = x if hx is None else hx[0]
-        kind = autocast_dtype(x) if x.is_cpu else None
-        if kind is None:
+        found = self._wide(input.data if isinstance(input, PackedSequence) else input, None if hx is None else hx[0])
+        if found is None:
             return super()._forward(input, hx, *rest, **options)
-        inner, out = self.weight_hh_l0.dtype, torch.promote_types(kind, state.dtype)
+        inner, out = found
         with torch.autocast("cpu", enabled=False):
             hx = None if hx is None else (hx[0].to(inner), None)
             y, hidden = super()._forward(input.to(inner), hx, *rest, **options)
         return y.to(out), (hidden[0].to(out), None)
+
+    def _shared(self, input: Any, hx: Any, *rest: Any) -> tuple[Tensor, Any]:
+        found = self._wide(input, hx)
+        if found is None:
+            return super()._shared(input, hx, *rest)
+        inner, out = found
+        with torch.autocast("cpu", enabled=False):
+            hx = hx.to(inner) if isinstance(hx, Tensor) else hx
+            y, h = super()._shared(input.to(inner), hx, *rest)
+        return y.to(out), h.to(out)
+
+    def _wide(self, x: Any, h: Any) -> tuple[torch.dtype, torch.dtype] | None:
+        """Under autocast h keeps its dtype on CPUs, as in nn.GRU; so does the arithmetic, in that of the weights: this one, and h's."""
+        kind = autocast_dtype(x) if isinstance(x, Tensor) and x.is_cpu else None
+        if kind is None:
+            return None
+        state = h if isinstance(h, Tensor) else x
+        return self.weight_hh_l0.dtype, torch.promote_types(kind, state.dtype)

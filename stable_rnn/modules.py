@@ -111,7 +111,8 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         hx          where they begin, as `forward` takes it; None: at zero
         state       what `stream.state` was, to go on from; without the other two
 
-        Dropout is that of each push, in training mode. `ValueError` for a bidirectional module, and arguments that do not fit."""
+        Dropout is that of each push, in training mode. `ValueError` for a bidirectional module, one that shares time with other ranks, and
+        arguments that do not fit."""
         return Stream(self, batch_size, hx, state)
 
     @property
@@ -297,6 +298,10 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             y, hidden = y.squeeze(one), [h.squeeze(1) for h in hidden]
         return y, tuple(hidden)
 
+    def _shared(self, input: Any, hx: Any, *rest: Any) -> tuple[Tensor, Any]:
+        """The forward pass of a stretch of time, among the ranks that hold the others; arguments as they are given, checked there."""
+        return self._sequence.forward(self, input, hx, *rest)
+
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         cast = autocast_dtype(x) is not None
         weights = [w.to(x.dtype) if cast else w for each in self._weights(x, cast) for w in each]
@@ -380,7 +385,7 @@ class OneStateBase(StableRNNBase):
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths, resets=resets)
         if self._sequence is not None:
-            return self._sequence.forward(self, input, hx, lengths, resets)
+            return self._shared(input, hx, lengths, resets)
         if hx is not None and not isinstance(hx, Tensor):
             raise AttributeError(f"hx must be a tensor h_0, got {describe(hx)}")  # the exception of torch's hx.dim()
         if not isinstance(input, PackedSequence):
@@ -521,7 +526,7 @@ class StableLSTM(StableRNNBase):
         if isinstance(input, Proxy):
             return self._leaf(input, hx, lengths=lengths, resets=resets)
         if self._sequence is not None:
-            return self._sequence.forward(self, input, hx, lengths, resets)
+            return self._shared(input, hx, lengths, resets)
         if isinstance(input, PackedSequence):
             hx = None if hx is None else pair(hx, None, input.sorted_indices is None)
         else:

@@ -62,6 +62,7 @@ class Stream:
             raise ValueError(
                 "stream: a bidirectional module's reverse direction starts at the end, which no stream has"
             )
+        _check_alone("stream", module)
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"stream: batch_size must be None or an int of at least 1, got {batch_size!r}")
         if state is not None and (hx is not None or batch_size is not None):
@@ -87,9 +88,10 @@ class Stream:
         P columns. `slots`: the numbers of the B streams that are given input, all different; the others stand still.
 
         Gradients go through a push, not from one to the next. A push that raises leaves the streams where they were: `ValueError` for an
-        input or slots that do not fit, or another plan than the stream was made under; `TypeError` for what is no tensor; the
-        module's own errors."""
+        input or slots that do not fit, another plan than the stream was made under, or a module that shares time with other ranks;
+        `TypeError` for what is no tensor; the module's own errors."""
         module, state, sequences = self.module, self._state, int(not self.module.batch_first)
+        _check_alone("push", module)
         if module.plan is not self._plan and module.plan != self._plan:
             raise ValueError(f"push: the stream was made under the plan {self._plan}, the module now has {module.plan}")
         if not isinstance(input, Tensor):
@@ -277,6 +279,13 @@ class Lanes(NamedTuple):
         y = y.index_select(0, rows.flatten().to(x.device)).view(steps, batch, -1)
         last = lane[-1].to(x.device)
         return y, h.index_select(0, last), None if c is None else c_n.index_select(0, last)
+
+
+def _check_alone(name: str, module: StableRNNBase) -> None:
+    if module._sequence is not None:
+        raise ValueError(
+            f"{name}: the module shares time with other ranks, which a stream does not; sequence_parallel(model, None) ends that"
+        )
 
 
 def _runs_lanes(p: Problem) -> bool:

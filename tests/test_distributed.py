@@ -269,6 +269,8 @@ def _errors(rank):
         "long": said(lambda: module(x, lengths=torch.tensor([11, 3, 3]))),
         "gradients": said(lambda: module(x.clone().requires_grad_(other))),
     }
+    module.plan = Verified()
+    found["integers"] = said(lambda: module(x.int()))
     module.plan = Windowed(3 + rank)
     found["plans"] = said(lambda: module(x))
     module.plan = {}
@@ -302,6 +304,7 @@ def test_errors_come_on_every_rank(two):
         "lengths": "rank 0: lengths [10, 3, 9]; rank 1: lengths [10, 3, 8]",
         "long": "lengths must lie in 0..10, got [11, 3, 3]",
         "gradients": "rank 0: gradients of (input, states, parameters) [False,",
+        "integers": "RNN input dtype (torch.int32) does not match weight dtype (torch.float32)",
         "plans": "rank 0: plan Windowed(k=3); rank 1: plan Windowed(k=4)",
         "recurrent": "Recurrent() goes from step to step, and cannot run on several ranks at once; give each layer one of Windowed",
         "no cascade": "Scanned() needs a cascade",
@@ -323,9 +326,11 @@ def _ways_to_run(rank):
     model = nn.Sequential(StableGRU(I, H, plan=Chunked(4, 3)))
     x = torch.randn(10, B, I)
     mine = slice(5 * rank, 5 * rank + 5)
+    h = torch.randn(1, B, H)
     with torch.autocast("cpu", torch.bfloat16):
-        low, _ = model(x)
+        low, low_h = model[0](x, h)
     whole, _ = model(x)
+    stream = model[0].stream()
     assert sequence_parallel(model, dist.group.WORLD) is model
     found = []
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -333,8 +338,10 @@ def _ways_to_run(rank):
             found.append(model(x[mine])[0])
     found += [torch.compile(model, backend="eager")(x[mine])[0], copy.deepcopy(model)(x[mine])[0]]
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = model(x[mine])
-    refused = said(lambda: pickle.dumps(model))
+        each = model[0](x[mine], h), torch.compile(model[0], backend="eager")(x[mine], h)
+    as_low = [y.dtype is low.dtype and torch.allclose(y, low[mine], atol=1e-6) for y, _ in each]
+    as_low += [h_n.dtype is low_h.dtype and torch.allclose(h_n, low_h, atol=1e-6) for _, h_n in each]
+    refused = [said(call) for call in (lambda: pickle.dumps(model), model[0].stream, lambda: stream.push(x[mine]))]
     sequence_parallel(model, None)
     pickle.dumps(model)
     alike = [torch.allclose(y, whole[mine], atol=1e-6) for y in found] + [torch.equal(model(x)[0], whole)]
@@ -347,13 +354,15 @@ def _ways_to_run(rank):
         alike.append(
             none.shape == (5, 0, 2 * H) and h.shape == c.shape == (4, 0, H) and empty.grad.shape == empty.shape
         )
-    return alike, y.dtype == low.dtype and torch.allclose(y, low[mine], atol=2e-2), refused
+    return alike, as_low, refused
 
 
 def test_ways_to_run(two):
-    for alike, low, refused in two["_ways_to_run"]:
-        assert alike == [True] * 9 and low
-        assert refused.startswith("TypeError: a module that shares time with other ranks cannot be pickled")
+    for alike, low, (pickled, *streams) in two["_ways_to_run"]:
+        assert alike == [True] * 9 and low == [True] * 4
+        assert pickled.startswith("TypeError: a module that shares time with other ranks cannot be pickled")
+        for name, text in zip(("stream", "push"), streams, strict=True):
+            assert text.startswith(f"ValueError: {name}: the module shares time with other ranks")
 
 
 def _trained(rank):

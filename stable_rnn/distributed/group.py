@@ -96,13 +96,6 @@ class _Given(NamedTuple):
             )
         if not isinstance(input, Tensor) or input.dim() != 3:
             raise ValueError(f"input must be a tensor of 3 dimensions, got {describe(input)}")
-        for layer in range(module.num_layers):
-            for direction in range(1 + module.bidirectional):
-                if module.plan.at(layer, direction).numbers(input)["stride"] == WHOLE:
-                    raise ValueError(
-                        "Recurrent() goes from step to step, and cannot run on several ranks at once; give each layer one "
-                        "of Windowed(k), Chunked(chunk, warmup), Verified(...), Scanned()"
-                    )
         if MODES[module.mode].has_cell:
             hx = None if hx is None else pair(hx, 3)
         elif hx is not None:
@@ -113,6 +106,13 @@ class _Given(NamedTuple):
         steps, batch = x.shape[:2][::-1] if module.batch_first else x.shape[:2]
         hx = module._zeros(x, batch) if hx is None else hx
         module._check_args(x, hx, None)
+        for layer in range(module.num_layers):
+            for direction in range(1 + module.bidirectional):
+                if module.plan.at(layer, direction).numbers(input)["stride"] == WHOLE:
+                    raise ValueError(
+                        "Recurrent() goes from step to step, and cannot run on several ranks at once; give each layer one "
+                        "of Windowed(k), Chunked(chunk, warmup), Verified(...), Scanned()"
+                    )
         if steps == 0:
             raise ValueError("every rank's stretch must have a step at least, got an input without any")
         if lengths is not None:
