@@ -60,7 +60,7 @@ def _summed(group: ProcessGroup, own: Tensor, back: bool, h: Tensor, c: Tensor) 
     total = torch.cat([(t if back else masked(t)).flatten() for t in parts])
     dist.all_reduce(total, group=group)
     sums = iter(total.split([t.numel() for t in parts]))
-    found = [next(sums).view(t.shape) if t.numel() else t.clone() for t in (h, c)]
+    found = [(next(sums).view(t.shape) if t.numel() else t).clone() for t in (h, c)]  # views could not be written to
     return [masked(t) for t in found] if back else found
 
 
