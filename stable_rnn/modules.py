@@ -215,7 +215,7 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             ways = [h for h, _ in states[-1 - self.bidirectional :]]
             last = torch.cat(ways, 1) if self.bidirectional else ways[0]
         hidden = [torch.stack([*each]) for each in zip(*states) if each[0] is not None]
-        return last.view(*x.shape[:2], last.shape[1]), hidden if c0 is not None else [*hidden, x.new_empty(0)]
+        return last.view(*x.shape[:2], last.shape[1]), hidden
 
     def _torch_serves(self, x: Tensor, lengths: Tensor | None, resets: Tensor | None) -> tuple[bool, str]:
         """Whether torch's own recurrence computes this call."""

@@ -215,7 +215,11 @@ class Stream:
         """(B,) int64 on the CPU."""
         if self._state is None:
             raise ValueError(f"{name}: slots are for module.stream(batch_size=N), which says how many there are")
-        most, found = self._state.h.shape[1], torch.as_tensor(slots, device="cpu")
+        most = self._state.h.shape[1]
+        try:
+            found = torch.as_tensor(slots, device="cpu")
+        except (TypeError, ValueError, RuntimeError):  # of what holds no numbers
+            found = torch.empty(0, device="cpu")
         if found.dim() != 1 or found.is_floating_point() or found.is_complex() or found.dtype is torch.bool:
             raise ValueError(f"{name}: slots must be a list or tensor of integers, got {slots!r}")
         if not len(found) or not 0 <= int(found.min()) <= int(found.max()) < most or len(found.unique()) < len(found):

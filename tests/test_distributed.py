@@ -340,7 +340,7 @@ def _ways_to_run(rank):
     with torch.autocast("cpu", torch.bfloat16):
         each = model[0](x[mine], h), torch.compile(model[0], backend="eager")(x[mine], h)
     as_low = [y.dtype is low.dtype and torch.allclose(y, low[mine], atol=1e-6) for y, _ in each]
-    as_low += [h_n.dtype is low_h.dtype and torch.allclose(h_n, low_h, atol=1e-6) for _, h_n in each]
+    as_low += [h_n.dtype is low_h.dtype and torch.allclose(h_n.detach_(), low_h, atol=1e-6) for _, h_n in each]
     refused = [said(call) for call in (lambda: pickle.dumps(model), model[0].stream, lambda: stream.push(x[mine]))]
     sequence_parallel(model, None)
     pickle.dumps(model)
@@ -363,6 +363,40 @@ def test_ways_to_run(two):
         assert pickled.startswith("TypeError: a module that shares time with other ranks cannot be pickled")
         for name, text in zip(("stream", "push"), streams, strict=True):
             assert text.startswith(f"ValueError: {name}: the module shares time with other ranks")
+
+
+def _twice(rank):
+    """Gradients of gradients: the loss of the whole has each rank's share, of its times and of the final states."""
+    found = {}
+    for plan in (Windowed(4), Chunked(4, 3), Scanned(), Verified()):
+        torch.manual_seed(0)
+        lstm = StableLSTM(I, H, stability=Cascade(3), plan=plan, dtype=torch.float64)
+        x = torch.randn(10, B, I, dtype=torch.float64)
+
+        def gradients(x, share, lstm=lstm):
+            x = x.clone().requires_grad_()
+            y, (h, c) = lstm(x)
+            loss = y.pow(3).sum() + share * (h.pow(3).sum() + c.pow(3).sum())
+            (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+            lstm.zero_grad()
+            dx.square().sum().backward()
+            return torch.cat([p.grad.flatten() for p in lstm.parameters()])
+
+        whole = gradients(x, 1 + 2)
+        sequence_parallel(lstm, dist.group.WORLD)
+        try:
+            found[str(plan)] = gradients(x[5 * rank : 5 * rank + 5], 1 + rank)
+            dist.all_reduce(found[str(plan)])
+            found[str(plan)] = float((found[str(plan)] - whole).abs().max() / whole.abs().max())
+        except RuntimeError as error:
+            found[str(plan)] = str(error)
+    return found
+
+
+def test_gradients_of_gradients(two):
+    for windows, chunks, *others in map(dict.values, two["_twice"]):
+        assert max(windows, chunks) < 1e-12
+        assert all("differentiate twice" in text for text in others)
 
 
 def _trained(rank):
@@ -457,7 +491,7 @@ def test_what_is_sent_does_not_grow_with_the_sequence(four):
 
 @pytest.fixture(scope="module")
 def two():
-    return on_ranks(2, _two, _float32, _bfloat16, _errors, _ways_to_run, _trained, _absent)
+    return on_ranks(2, _two, _float32, _bfloat16, _errors, _ways_to_run, _twice, _trained, _absent)
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,16 @@ def test_windows_are_feed_forward():
     assert torch.ops.higher_order.scan not in [node.target for node in graph.nodes]
 
 
+@pytest.mark.parametrize("plan", [Windowed(10**30), Chunked(10**30, 2), Chunked(3, 10**30)], ids=str)
+def test_lanes_longer_than_a_fixed_length(plan):
+    """The graph goes through the steps that there are."""
+    m, x = Model(StableLSTM(I, H, stability=None, plan=plan)).eval(), torch.randn(4, 3, I)
+    run = decomposed(m, x, shapes=(None,)).module()
+    with torch.no_grad():
+        for left, right in zip(run(x), m(x), strict=True):
+            torch.testing.assert_close(left, right)
+
+
 @pytest.mark.check
 def test_a_program_with_gradients_is_exported_all_the_same():
     m, x = model("cascade"), torch.randn(7, 3, I)

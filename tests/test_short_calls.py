@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from stable_rnn import ForgetCap, StableLSTM, StableRNN, Windowed, _native, modules
+from stable_rnn import ForgetCap, StableGRU, StableLSTM, StableRNN, Windowed, _native, modules
 from stable_rnn.ops.recurrence import backends
 from stable_rnn.ops.recurrence.backends import leave_to_torch
 
@@ -55,6 +55,19 @@ def test_one_step_of_a_stream(stability, options, ran):
         y.zero_()
         assert torch.equal(h, kept)
         ran.clear()
+
+
+@compiled
+@pytest.mark.parametrize("kind, plain", [(StableRNN, nn.RNN), (StableLSTM, nn.LSTM), (StableGRU, nn.GRU)])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_step_without_a_batch(kind, plain, batch_first, ran):
+    ours, theirs = kind(6, 9, 2, batch_first=batch_first, backend="cpu"), plain(6, 9, 2, batch_first=batch_first)
+    theirs.load_state_dict(ours.state_dict())
+    x, h = torch.randn(1, 6), torch.randn(2, 9)
+    with torch.no_grad():
+        for hx in (None, (h, h) if kind is StableLSTM else h):
+            torch.testing.assert_close(ours(x, hx), theirs(x, hx))
+    assert ran == ["step"] * 4
 
 
 @compiled

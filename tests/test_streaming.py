@@ -310,7 +310,7 @@ def test_what_does_not_fit():
     error(lambda: stream.push(x[None]), "must have 3 dimensions")
     for slots in ([0, 0], [3], [-1], []):
         error(lambda slots=slots: stream.push(x[:, : len(slots)], slots=slots), "slots must be")
-    for slots in ([0.0], 1, [True]):
+    for slots in ([0.0], 1, [True], "one", {0}):
         error(lambda slots=slots: stream.reset(slots), "slots must be a list or tensor of integers")
     error(lambda: m.stream().push(x, slots=[0, 1, 2]), r"slots are for module.stream\(batch_size=N\)")
     m.plan = Windowed(3)

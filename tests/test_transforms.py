@@ -169,6 +169,20 @@ def test_a_grus_autocast_follows_the_state():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_of_a_gru_go_back_under_autocast(backend):
+    """Where the forward pass had left it."""
+    m, x, grads = StableGRU(4, 6, plan=Windowed(3), backend=backend), torch.randn(7, 2, 4), []
+    for inside in (False, True):
+        m.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = m(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                y.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
+    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     """Schema, fake kernels and dynamic shapes of the registered ops."""
     n, batch, hidden = 12, 2, 4

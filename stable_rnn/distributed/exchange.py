@@ -37,28 +37,31 @@ class Joined(torch.autograd.Function):
     """y (T, B, F) as it is, and final states on every rank: h (K, B, P), c (K, B, H) of the rank whose `own` (K, B) says that they are its.
 
     All at once, so that a rank whose loss needs one of the three alone meets the others in the backward pass, where it hands the owner
-    what it makes of the states."""
+    what it makes of the states. That pass is the transposed, `back`, whose own backward pass is the first again."""
 
     @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, own: Tensor, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.own = group, own
-        return y.clone() if any(ctx.needs_input_grad) else y, *_summed(group, own, True, h, c)
+    def forward(
+        ctx: Any, group: ProcessGroup, own: Tensor, back: bool, y: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.way = group, own, not back
+        return y.clone() if any(ctx.needs_input_grad) else y, *_summed(group, own, back, h, c)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dh: Tensor, dc: Tensor) -> tuple:
-        dh, dc = _summed(ctx.group, ctx.own, False, dh, dc)
-        own = ctx.own[..., None]
-        return None, None, dy, torch.where(own, dh, 0), torch.where(own, dc, 0) if dc.numel() else dc
+        return None, None, None, *Joined.apply(*ctx.way, dy, dh, dc)
 
 
-def _summed(group: ProcessGroup, own: Tensor, masked: bool, h: Tensor, c: Tensor) -> list[Tensor]:
+def _summed(group: ProcessGroup, own: Tensor, back: bool, h: Tensor, c: Tensor) -> list[Tensor]:
+    """The owner's h and c on every rank; `back`: every rank's, added up, on the owner's."""
+    masked = lambda t: torch.where(own[..., None], t, 0) if t.numel() else t.clone()  # noqa: E731
     parts = [t for t in (h, c) if t.numel()]
     if not parts:
         return [h.clone(), c.clone()]
-    total = torch.cat([(torch.where(own[..., None], t, 0) if masked else t).flatten() for t in parts])
+    total = torch.cat([(t if back else masked(t)).flatten() for t in parts])
     dist.all_reduce(total, group=group)
     sums = iter(total.split([t.numel() for t in parts]))
-    return [next(sums).view(t.shape) if t.numel() else t.clone() for t in (h, c)]
+    found = [(next(sums).view(t.shape) if t.numel() else t).clone() for t in (h, c)]  # views could not be written to
+    return [masked(t) for t in found] if back else found
 
 
 def agree(

@@ -61,7 +61,7 @@ class SequenceGroup:
         rows = layout.padded(x.shape, False, local, None, x.device)
         y, h, c = module._stack(x.reshape(-1, x.shape[2]), rows, h0, c0, partial(_layer, ways))
         own = torch.stack([way.closes for way in ways[: 1 + module.bidirectional]]).repeat(module.num_layers, 1)
-        return Joined.apply(self.group, own, y.view(*x.shape[:2], y.shape[1]), h, c)
+        return Joined.apply(self.group, own, False, y.view(*x.shape[:2], y.shape[1]), h, c)
 
 
 def _layer(ways: list[Way], *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -123,7 +123,8 @@ class WindowedRecurrence(torch.autograd.Function):
         given, needs = Layer(*ctx.saved_tensors, None, ctx.problem), Layer(*ctx.needs_input_grad)
         if torch.is_grad_enabled():
             return _reference_backward(given, dy, dh_n, dc_n)
-        inputs = given.inputs(project_now(given.x, given.w_ih, given.bias, given.p.backend))
+        xp = project_now(given.x, given.w_ih, given.bias, given.p.backend)
+        inputs = given.inputs(xp.to(given.w_hh.dtype))  # autocast may be on here, which was off in the forward pass
         return given.gradients(_window_adjoint(inputs, given.p, dy, dh_n, dc_n), needs)
 
 

@@ -29,6 +29,7 @@ def recurrence(*arguments: Any) -> tuple[Tensor, ...]:
     first = row_base(p, batch, base, device)  # buffer row of each row's time 0
     length = row_length(p, batch, lengths, device)
     whole = p.stride <= 0 or p.checked
+    p = p.resolved() if isinstance(steps, int) else p  # no lane is longer than a sequence whose length is fixed
     count, stride, warmup = (1, steps, 0) if whole else ((steps + p.stride - 1) // p.stride, p.stride, p.warmup)
     lane, n, times_each = torch.arange(count * batch, device=device), *_sizes(device, batch, stride)
     b, begin = lane % n, lane // n * stride - warmup
