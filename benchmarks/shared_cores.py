@@ -60,7 +60,8 @@ def measure(threads: list[int], seconds: float) -> None:
 def workloads() -> dict[str, Callable[[], object]]:
     import torch
 
-    from stable_rnn import Chunked, SpectralState, StableLSTM, StableRNN, Windowed, spectral_project_
+    from stable_rnn import Chunked, StableLSTM, StableRNN, Windowed
+    from stable_rnn.functional import SpectralState, spectral_project_
 
     torch.manual_seed(0)
     x, short = torch.randn(4096, 1, 256), torch.randn(1024, 1, 256)

@@ -9,15 +9,14 @@ from benchmarks.speed.contestants import backends_of, label
 from stable_rnn import (
     Chunked,
     Recurrent,
-    SpectralState,
     StableLSTM,
     StableLSTMCell,
     StableRNN,
     Verified,
     Windowed,
-    spectral_project_,
     use_plan,
 )
+from stable_rnn.functional import SpectralState, spectral_project_
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 PLACES = [(device, backend) for device in DEVICES for backend in backends_of(device) if backend != "torch"]

@@ -3,7 +3,10 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import stable_rnn
+from stable_rnn._moved import MOVED
 
 ROOT = Path(stable_rnn.__file__).parent
 
@@ -128,3 +131,15 @@ def test_no_circle():
 
     for name in graph:
         walk(name, ())
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_nobody_imports_a_name_from_where_it_once_stood(folder):
+    imported = [
+        (name.name, path.name)
+        for path in (Path(__file__).parent.parent / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "stable_rnn"
+        for name in node.names
+    ]
+    assert imported and not [found for found in imported if found[0] in MOVED]

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from stable_rnn import Recurrent, Stability, project_after_step, use_plan
+from stable_rnn import Recurrent, project_after_step, use_plan
 from stable_rnn.plans import Plan
+from stable_rnn.stability import Stability
 
 from .data import Data, Rows
 from .models import Config, Model

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from stable_rnn import Cascade, Certificate, Certified, StableGRU, StableLSTM, StableRNN
+from stable_rnn import Cascade, Certified, StableGRU, StableLSTM, StableRNN
+from stable_rnn.stability import Certificate
 
 from .cases import DTYPES
 
