@@ -88,8 +88,8 @@ class Stream:
         P columns. `slots`: the numbers of the B streams that are given input, all different; the others stand still.
 
         Gradients go through a push, not from one to the next. A push that raises leaves the streams where they were: `ValueError` for an
-        input or slots that do not fit, another plan than the stream was made under, or a module that shares time with other ranks;
-        `TypeError` for what is no tensor; the module's own errors."""
+        input or slots that do not fit, another plan than the stream was made under, or a module that shares time with other ranks
+        or has forward hooks that chunks and windows would not run; `TypeError` for what is no tensor; the module's own errors."""
         module, state, sequences = self.module, self._state, int(not self.module.batch_first)
         _check_alone("push", module)
         if module.plan is not self._plan and module.plan != self._plan:
@@ -131,7 +131,11 @@ class Stream:
         return y, before._replace(h=_kept(h, before), c=_kept(c, before))
 
     def _run_lanes(self, x: Tensor, before: State) -> tuple[Any, State]:
-        """The module's pass, where chunked and windowed layers run the lanes of these steps."""
+        """The module's pass, where chunked and windowed layers run the lanes of these steps. It is no call of the module."""
+        if self.module._forward_pre_hooks or self.module._forward_hooks:
+            raise ValueError(
+                f"push: the module has forward hooks, which a push under {self._plan} would not run; remove them, or use Recurrent()"
+            )
         before = before.each(_usable)
         inputs: list[Tensor] = []
 

@@ -317,6 +317,20 @@ def test_what_does_not_fit():
     error(lambda: stream.push(x), r"made under the plan Chunked\(chunk=5, warmup=3\), the module now has Windowed")
 
 
+def test_hooks_run_or_are_refused():
+    """A hook may be what computes the weights."""
+    m, x, seen = made(StableLSTM, Recurrent()), torch.randn(2, B, I, dtype=torch.float64), []
+    for register in (m.register_forward_hook, m.register_forward_pre_hook):
+        m.plan = Recurrent()
+        handle = register(lambda *_: seen.append(1))
+        m.stream().push(x)
+        m.plan = Windowed(3)
+        error(lambda: m.stream().push(x), r"forward hooks, which a push under Windowed\(k=3\) would not run")
+        handle.remove()
+        m.stream().push(x)
+    assert seen == [1, 1]
+
+
 def test_states_that_do_not_fit():
     m = made(StableLSTM, Chunked(5, 3))
     stream = m.stream(B)
