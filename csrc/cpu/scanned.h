@@ -131,12 +131,13 @@ struct CascadeMemory {
   }
 };
 
-// Runs every sequence: pack(panel) first, then run(panel, run, block, states, memory) in the order that panels and blocks need.
-template <class S, class Pack, class RunPanel>
-const char* run_cascade(const Lanes& lanes, const int64_t* entries, int64_t rows, RunOf run_of, Cascade& plan,
-                        int64_t columns, const Pack& pack, const RunPanel& run) {
+// Runs every sequence, run_of(entry): pack(panel) first, then run(panel, run, block, states, memory) in the order that panels and blocks
+// need.
+template <class S, class Sequence, class Pack, class RunPanel>
+const char* run_cascade(const int64_t* entries, int64_t rows, const Sequence& run_of, Cascade& plan, int64_t columns,
+                        const Pack& pack, const RunPanel& run) {
   int64_t count = 0;
-  for (int64_t r = 0; r < rows; ++r) count += ceil_div(run_of(lanes, entries[r], false).stages, plan.block);
+  for (int64_t r = 0; r < rows; ++r) count += ceil_div(run_of(entries[r]).stages, plan.block);
   const int64_t slot_bytes = CascadeMemory<S>::bytes(plan, columns), slots = plan.stages > 1 ? 1 : plan.threads;
   Workspace memory;
   if (!memory.allocate(plan.bytes() + Workspace::bytes<Run>(rows) + Workspace::bytes<Block>(count) +
@@ -149,7 +150,7 @@ const char* run_cascade(const Lanes& lanes, const int64_t* entries, int64_t rows
   char* slot = memory.take<char>(slots * slot_bytes);
   first[0] = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    runs[r] = run_of(lanes, entries[r], false);
+    runs[r] = run_of(entries[r]);
     Block* next = blocks + first[r];
     for (int64_t s = 0; s < runs[r].stages; s += plan.block)
       *next++ = {r, s, runs[r].stages - s < plan.block ? runs[r].stages - s : plan.block};

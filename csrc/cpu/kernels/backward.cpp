@@ -119,7 +119,7 @@ const char* scan_backward(const BackwardParams& p, Cell cell, const int64_t* gro
   Cascade plan(groups, count, Cell::gates, true, p.threads, rows, p.lanes.steps);
   const CascadeBackward<T, Cell, Tensors<T, Cell>> panels{cell, p.hidden, in(p.dh_n), in(p.dc_n), Tensors<T, Cell>{p}};
   return run_cascade<float>(
-      p.lanes, entries, rows, backward_run, plan, Cell::gates * p.hidden,
+      entries, rows, [&](int64_t entry) { return backward_run(p.lanes, entry, false); }, plan, Cell::gates * p.hidden,
       [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); }, panels);
 }
 

@@ -84,8 +84,8 @@ const char* scan_forward(const ForwardParams& p, Cell cell, const int64_t* group
   const CascadeForward<T, Cell, Outputs<T, Cell>> panels{cell,     p.hidden,          in(p.xp),           in(p.h0),
                                                          in(p.c0), in(p.hidden_bias), Outputs<T, Cell>{p}};
   return run_cascade<StateOf<T>>(
-      p.lanes, entries, rows, forward_run, plan, p.hidden, [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); },
-      panels);
+      entries, rows, [&](int64_t entry) { return forward_run(p.lanes, entry, false); }, plan, p.hidden,
+      [&](const CascadePanel& q) { panels.pack(q, in(p.w_hh)); }, panels);
 }
 
 }   // namespace
