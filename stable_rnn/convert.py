@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .base import StableRNNBase
 from .bookkeeping import Bookkeeping
 from .gru import StableGRU
-from .modules import StableLSTM, StableRNN, StableRNNBase
+from .modules import StableLSTM, StableRNN
 from .ops.backends import check_name
 from .plans import PlanLike, Recurrent, plan_of
 from .stability import Stability, check_stability, project_all_

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .base import OneStateBase
 from .common import autocast_dtype
-from .modules import OneStateBase
 from .plans import PlanLike, Recurrent
 from .stability import Certified, Stability
 

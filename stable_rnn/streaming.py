@@ -25,7 +25,7 @@ from .ops.recurrence.problem import WHOLE, Problem
 from .validate import describe
 
 if TYPE_CHECKING:
-    from .modules import StableRNNBase
+    from .base import StableRNNBase
 
 _VALUES = 1 << 23  # of the input projection of lanes that run at once: longer pushes run in pieces
 

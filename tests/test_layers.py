@@ -16,7 +16,7 @@ LAYERS = [
     ("__init__",),
     ("_moved",),
     ("convert", "optim", "distributed"),
-    ("modules", "gru", "streaming", "step_cells", "functional", "memory"),
+    ("base", "modules", "gru", "streaming", "step_cells", "functional", "memory"),
     ("bookkeeping", "watch", "validate", "checkpoint"),
     ("plans", "reports", "stability", "layout"),
     ("_ops",),  # the registry: from here down, ops and what they run on

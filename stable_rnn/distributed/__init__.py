@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..modules import StableRNNBase
+from ..base import StableRNNBase
 from .group import SequenceGroup
 
 __all__ = ["sequence_parallel"]

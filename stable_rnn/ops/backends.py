@@ -3,7 +3,7 @@
 `auto` tries, on GPU tensors, the CUDA kernels and then Triton's, on CPU tensors the compiled C++ kernels; then the reference in plain
 torch. An argument `backend=`, or the environment variable `STABLE_RNN_BACKEND`, forces one, which then raises with the reason if it
 cannot run the problem. The backend `torch` (the framework's own recurrence) serves whole plain stacks and is picked by the modules,
-see `modules.py`.
+see `base.py`.
 """
 
 from __future__ import annotations
