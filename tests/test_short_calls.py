@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from stable_rnn import ForgetCap, StableGRU, StableLSTM, StableRNN, Windowed, _native, modules
+from stable_rnn import ForgetCap, StableGRU, StableLSTM, StableRNN, Windowed, _native, base
 from stable_rnn.ops.recurrence import backends
 from stable_rnn.ops.recurrence.backends import leave_to_torch
 
@@ -18,10 +18,10 @@ compiled = pytest.mark.skipif(_native.lib is None, reason=f"compiled module: {_n
 def ran(monkeypatch):
     """What ran: "torch", "step" for each layer and direction, or "stack"."""
     found = []
-    torch_runs, step, stack = modules.StableRNNBase._run_torch, modules.native.cell_step, modules.StableRNNBase._stack
-    monkeypatch.setattr(modules.StableRNNBase, "_run_torch", lambda *a: (found.append("torch"), torch_runs(*a))[1])
-    monkeypatch.setattr(modules.native, "cell_step", lambda *a: (found.append("step"), step(*a))[1])
-    monkeypatch.setattr(modules.StableRNNBase, "_stack", lambda *a: (found.append("stack"), stack(*a))[1])
+    torch_runs, step, stack = base.StableRNNBase._run_torch, base.native.cell_step, base.StableRNNBase._stack
+    monkeypatch.setattr(base.StableRNNBase, "_run_torch", lambda *a: (found.append("torch"), torch_runs(*a))[1])
+    monkeypatch.setattr(base.native, "cell_step", lambda *a: (found.append("step"), step(*a))[1])
+    monkeypatch.setattr(base.StableRNNBase, "_stack", lambda *a: (found.append("stack"), stack(*a))[1])
     return found
 
 
