@@ -141,26 +141,26 @@ print("another stream and a captured graph give the same bits")
 '
 }
 
-# What runs on a device has `gpu` in its name, or is a file of its own. The block executor, compiling for every architecture and
-# installing need no GPU and are tested elsewhere.
-pytests() {
-  "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests --ignore=tests/test_install.py --ignore=tests/test_cuda_compile.py \
-    --ignore=tests/test_speed.py "$@"
-}
-cuda_tests() { pytests -k "gpu or (cuda and not recurrence and not spectral and not triton)"; }
-triton_tests() { pytests -k "triton and not compiled"; }
+# The files whose tests run on a device where there is one; what runs in the block executor all the same, and compiling for every
+# architecture, need no GPU and are tested elsewhere.
+on_device="tests/test_cuda_backend.py tests/test_executor.py $(echo tests/ops/test_cuda_*.py)"
+pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
+# shellcheck disable=SC2086  # several files
+cuda_tests() { pytests $on_device -k "gpu or cuda_backend or cuda_projection"; }
+triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
 sanitizer() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 3; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 86 --launch-timeout 60 \
-    "$python" -m pytest -q -p no:cacheprovider tests -m sanitizer
+    "$python" -m pytest -q -p no:cacheprovider $on_device -m sanitizer
 }
 
 # The parts of the targets that a stage of their own measures.
 later=(scans chrono training resets trained gru)
 skip=(--skip=others --skip=costs "${later[@]/#/--skip=}")
 only=("${later[@]/#/--only=}")
+export on_device
 export -f versions build loads pytests cuda_tests triton_tests sanitizer
 
 # NAME LIMIT ARGUMENTS...: a stage that measures targets.
