@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from stable_rnn.ops.recurrence import cuda, policy
 sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # the suite belongs to the repository, not to the package
-from benchmarks import fit_costs, gpu_costs  # noqa: E402
+from benchmarks import fit_costs, gpu_costs, gpu_table, jsonl  # noqa: E402
 from benchmarks.speed.cases import DTYPES as NAMES  # noqa: E402
+from benchmarks.timing import Time  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
 CLOCK = 1.7e9
@@ -114,7 +116,32 @@ def test_a_constant_that_no_row_depends_on_stays():
     assert "grid " in str(found) and "kept" in str(found)
 
 
-# ---- files
+# ---- rows and files
+
+
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "float16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_measured_is_what_the_fit_reads(cell, dtype, monkeypatch):
+    """The part of the targets with the CUDA kernels, in the block executor."""
+    monkeypatch.setattr(gpu_costs, "native", cuda)
+    monkeypatch.setattr(gpu_costs, "STEPS", 8)
+    monkeypatch.setattr(cuda_device, "clock", lambda index: CLOCK)
+    monkeypatch.setattr(gpu_costs, "race", lambda runs, *_, **__: {t: Time(1e-6 * int(t), 0, 0) for t in runs})
+    table = gpu_table.Table(Namespace(rehearse=True, seconds=0.01), jsonl.Log(None))
+    for backward in (False, True):
+        gpu_costs.measure(table, "step", backward, cell, dtype, 20, 3)
+        gpu_costs.tf32(dtype == "tf32")
+        row = table.log.rows[-1]
+        found = row["costs"] | gpu_costs.tiling_of(backward, cell, dtype, 20, 3)
+        gpu_costs.tf32(False)
+        assert (
+            row["wrong"] is None
+            and row["value"] == pytest.approx(1)
+            and fit_costs.seconds_of(found) == pytest.approx(1e-6)
+        )
+        assert found["steps"] == [8, 16] and (found["code"] == TF32) == (dtype == "tf32")
+        now = list(cuda_device.lib.step_costs_cuda().values())
+        assert fit_costs.step_model([found])(now) == [pytest.approx(found["tiling"]["clocks"] / CLOCK)]
 
 
 def file_of(path, rows, **about):
