@@ -49,6 +49,10 @@ class Fit(NamedTuple):
     after: list[float]
     factor: list[float | None]  # to which a constant is known; None: it stays as it was
 
+    @property
+    def kept(self) -> list[str]:
+        return [name for name, factor in zip(self.names, self.factor) if factor is None]
+
     def __str__(self) -> str:
         known = ["kept: the rows hardly depend on it" if f is None else f"to a factor of {f:.2f}" for f in self.factor]
         lines = zip(self.names, self.before, self.after, known)
@@ -75,7 +79,7 @@ def rows_of(path: Path, commit: str) -> tuple[list[dict], str]:
             raise UserError(f"{path}: rows of interface {row.get('interface')}, this tree's is {_native.INTERFACE}")
         if not row.get("clock") or set(TILING) - row["tiling"].keys():
             raise UserError(f"{path}: a row without the device's clock or its tiling: {row}")
-    return found, facts["gpu"]["name"]
+    return found, re.sub(r"[^\w .-]", " ", facts["gpu"]["name"])  # it goes into a string of C++
 
 
 def seconds_of(row: dict) -> float:
@@ -237,7 +241,7 @@ def run(options: Namespace) -> int:
     rows, gpu = rows_of(options.rows, options.commit or head())
     forward = [row for row in rows if not row["backward"]]
     steps, said = fitted("StepCosts", cuda_device.lib.step_costs_cuda(), step_model, rows, gpu)
-    chosen, chosen_said = fitted("the cuda entry of policy.DEVICES", policy_start(), policy_model, forward, gpu)
+    chosen, chosen_said = fitted("cuda in policy.DEVICES", policy_start(), policy_model, forward, gpu, "host", "mend")
     print("measured us   predicted   ratio")
     for row, predicted in zip(rows, step_model(rows)(steps.after)):
         way, time = "backward" if row["backward"] else "forward", seconds_of(row)
@@ -250,24 +254,20 @@ def run(options: Namespace) -> int:
         HEADER.write_text(text)
         print("written")
     else:
-        print(
-            "\n".join(
-                line
-                for line in text.splitlines()
-                if line.startswith(("  double", "constexpr const char* step_costs_s"))
-            )
-        )
+        print(*(line for line in text.splitlines() if re.match(r"  double|.*step_costs_source", line)), sep="\n")
     return 0
 
 
 def fitted(
-    what: str, start: dict[str, float], model: Callable[[list[dict]], Model], rows: list[dict], gpu: str
+    what: str, start: dict[str, float], model: Callable[[list[dict]], Model], rows: list[dict], gpu: str, *others: str
 ) -> tuple[Fit, str]:
-    """A model's constants, and where they come from in words; both are printed."""
+    """A model's constants, and where they come from in words; both are printed. `others`: constants that no rows are of."""
     measured = [seconds_of(row) for row in rows]
     found = fit(start, model(rows), measured)
     before, after = (error_of(model(rows), costs, measured) for costs in (found.before, found.after))
     said = f"fitted to {len(rows)} rows of {gpu}, half of them within {after - 1:.0%}"
+    if found.kept or others:
+        said += f"; not fitted: {', '.join([*found.kept, *others])}"
     print(f"{what}: {said} (before: {before - 1:.0%})\n{found}\n")
     return found, said
 

@@ -113,7 +113,7 @@ def test_a_constant_that_no_row_depends_on_stays():
         i = found.names.index(name)
         assert found.factor[i] is None and found.after[i] == found.before[i] == start[name]
     assert found.factor[found.names.index("block")] is not None
-    assert "grid " in str(found) and "kept" in str(found)
+    assert "grid " in str(found) and "kept" in str(found) and {"sent", "grid"} <= set(found.kept)
 
 
 # ---- rows and files
@@ -177,7 +177,8 @@ def test_from_a_file_into_the_header(measured, tmp_path, monkeypatch, capsys):
     assert header.read_text() == before and "double grid = " in out and '    "cuda": Device(' in out
     assert "98 rows of GPU X" in out and out.count(" lanes, backward") == 49
     device = eval(out[out.index("Device(") :].splitlines()[0].rstrip(","), {"Device": policy.Device, "inf": math.inf})
-    assert "49 rows of GPU X" in device.source and device.host == policy.DEVICES["cuda"].host
+    assert device.source.startswith("fitted to 49 rows of GPU X") and device.source.endswith("; not fitted: host, mend")
+    assert device.host == policy.DEVICES["cuda"].host
 
     assert fit_costs.main([str(path), "--commit", "c" * 40, "--write"]) == 0
     text = header.read_text()
@@ -191,6 +192,23 @@ def test_the_report_of_the_check_is_read_too(measured, tmp_path):
     facts = {"rehearsal": False, "environment": {}}
     path = file_of(tmp_path / "a.jsonl", measured, costs=facts)
     assert len(fit_costs.rows_of(path, "c" * 40)[0]) == 98
+
+
+def test_a_source_names_what_is_not_fitted(measured, tmp_path, monkeypatch, capsys):
+    """No guess may look measured."""
+    header = tmp_path / "step_costs.h"
+    header.write_text(fit_costs.HEADER.read_text())
+    monkeypatch.setattr(fit_costs, "HEADER", header)
+    monkeypatch.setattr(fit_costs, "ROOT", tmp_path)
+    rows = [row for row in measured if not (row["tiling"]["blocks"] > 1 and row["tiling"]["cluster"] == 1)]
+    path = file_of(tmp_path / "rows.jsonl", rows)
+    assert fit_costs.main([str(path), "--commit", "c" * 40, "--write"]) == 0
+    source = next(line for line in header.read_text().splitlines() if "within" in line)
+    assert (
+        "; not fitted: " in source
+        and "grid" in source.split("not fitted")[1]
+        and "double grid = 2750;" in header.read_text()
+    )
 
 
 @pytest.mark.parametrize(
