@@ -20,6 +20,7 @@ from .ops.recurrence.problem import Problem
 from .stability import Certificate, Certified, Stability, certificate
 from .validate import cell_pair, check_state, check_weight, describe
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 EXACT = (torch.float32, torch.float64)  # a narrow dtype would be rounded to after each operation
 
 
@@ -88,7 +89,9 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         """One step: x (B, I), h (B, H), c (B, H) or None."""
         if self.training:
             watch.trains(self)
-        w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        own = self._parameters
+        weights = tuple([own[name] if name in own else getattr(self, name) for name in _WEIGHTS])
+        w_ih, w_hh, b_ih, b_hh = weights
         backend = requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.plain_step(self._cell, x, h, c, weights):
             trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, x, h, c))

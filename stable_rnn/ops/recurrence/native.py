@@ -32,6 +32,7 @@ _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
 takes_resets = False  # rows come cut into pieces
+in_place = True  # a step reads all that it needs of a row before it writes there
 
 
 def can_run(p: Problem | None, xp: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
