@@ -90,7 +90,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         if self.training:
             watch.trains(self)
         own = self._parameters
-        weights = tuple([own[name] if name in own else getattr(self, name) for name in _WEIGHTS])
+        weights: tuple[Any, ...] = tuple([own[name] if name in own else getattr(self, name) for name in _WEIGHTS])
         w_ih, w_hh, b_ih, b_hh = weights
         backend = requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.plain_step(self._cell, x, h, c, weights):

@@ -93,17 +93,24 @@ class FusedRecurrence(torch.autograd.Function):
         y, _, _, saved, cells, report = output
         ctx.mark_non_differentiable(saved, cells, report)
         ctx.save_for_backward(*tensors, y, saved, cells)
+        ctx.set_materialize_grads(False)  # zeros for `saved` and `cells`, too, as large as these
         ctx.hooked = _hooks(True) is not None  # they may hand out what others hold
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> Layer:
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Layer:
         *tensors, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
         given, needs = Layer(*tensors, ctx.note, ctx.problem), Layer(*ctx.needs_input_grad)
+        dy = torch.zeros_like(y) if dy is None else dy
+        dh_n = torch.zeros_like(given.h0) if dh_n is None else dh_n
+        dc_n = torch.zeros_like(cells[:0] if given.c0 is None else given.c0) if dc_n is None else dc_n
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(given, dy, dh_n, dc_n)
         passing = not (ctx.hooked or _keeps_graph())
         found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs, given.note, passing)
-        return given.gradients(found, needs)
+        found = given.gradients(found, needs)
+        if passing and given.w_ih is not None and _plain(saved):  # else dz, which may lie there, is a gradient
+            native.leave(saved)
+        return found
 
 
 class WindowedRecurrence(torch.autograd.Function):

@@ -76,8 +76,8 @@ def _prepared(inputs: T, p: Problem) -> tuple[ModuleType, T, Problem, pieces.Row
 
 
 def _in_place(backend: ModuleType, given: Inputs | BackwardInputs, p: Problem, over: Tensor) -> bool:
-    """Whether what is saved may lie over xp, or dz over what is saved: they have one shape, every row is read at one step and no other, and none is padding,
-    which stays zero. With a projection what is saved is read once more, for its gradient."""
+    """Whether what is saved may lie over xp, or dz over what is saved: they have one shape, every row is read at one step and no other,
+    and none is padding, which stays zero. With a projection what is saved is read once more, for its gradient."""
     return (
         backend.in_place
         and p.spec.saved == p.spec.gates
