@@ -1,20 +1,23 @@
-"""What share of the machine's own peak each CPU kernel reaches: `python -m benchmarks.peak [--out FILE.jsonl] [--threads N]`.
+"""What share of the machine's own peak each CPU kernel reaches: `python -m benchmarks.peak [--out FILE.jsonl]`.
 
-A kernel has two numbers, operations and bytes. The machine's rates are measured in the same run, between the kernels: the best product of
-the kernel's dtype (operations a second; torch's or, in float32, the kernels' own), and torch's copy of what fits the second-level cache,
-and of 256 MB (bytes a second, both ways counted). Weights count once for each step of all its lanes, at the cache's rate; tensors over all
-times once, at the memory's. The share is the time that the slower of both, operations or bytes, takes at these rates, over the kernel's.
-LSTM, I = H."""
+One thread, processor time. A kernel has two numbers, operations and bytes. The machine's rates are measured in the same run, between the
+kernels: the best product of the kernel's dtype (operations a second; torch's or, in float32, the kernels' own), and torch's copy of what
+fits the second-level cache, and of 256 MB (bytes a second, both ways counted). Weights count once for each step of all its lanes, at the
+cache's rate; tensors over all times once, at the memory's. The share is the time that the slower of both, operations or bytes, takes at
+these rates, over the kernel's. LSTM, I = H."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from stable_rnn import _native
 from stable_rnn._errors import UserError
@@ -22,10 +25,8 @@ from stable_rnn.ops.recurrence import native
 from stable_rnn.ops.recurrence.problem import SCANNED, Inputs, Problem, WindowedInputs, backward_inputs
 from stable_rnn.ops.spectral import native as spectral
 
-from .baselines import product_rate
 from .jsonl import Log
 from .speed.results import environment
-from .timing import race
 
 GROUPS = 8  # of the cascade
 K = 32  # steps of a window
@@ -151,25 +152,33 @@ def products(rows: int, hidden: int) -> list[Kernel]:
     ]
 
 
-def copy_rate(megabytes: float, seconds: float) -> float:
-    """Bytes a second, both ways, of torch's copy of so much."""
-    a = torch.randn(int(megabytes * 2**18))
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / race({"": partial(b.copy_, a)}, seconds)[""].low
-
-
-def own_rate(seconds: float) -> float:
-    """As `product_rate`, of the kernels' own product."""
-    a, b = torch.randn(4096, 1024), torch.randn(1024, 1024)
-    return 2 * a.numel() * len(b) / race({"": partial(native.product, a, b)}, seconds)[""].low
+def clock(run: Callable[[], object], seconds: float) -> list[float]:
+    """Processor time of single calls, or of as many as take a millisecond, ascending: one thread, which other programs may interrupt."""
+    run()
+    start = time.process_time()
+    run()
+    calls, found = max(1, int(1e-3 / (time.process_time() - start))), []
+    end = time.perf_counter() + seconds
+    while not found or time.perf_counter() < end:
+        start = time.process_time()
+        for _ in range(calls):
+            run()
+        found.append((time.process_time() - start) / calls)
+    return sorted(found)
 
 
 def peaks(seconds: float) -> dict[str, float]:
+    """Operations and bytes a second."""
+    a, w, small, large = torch.randn(4096, 1024), torch.randn(1024, 1024), torch.randn(2**16), torch.randn(2**26)
+    products, copies = 2 * a.numel() * len(w), 2 * small.nbytes
+    torch_product, narrow = partial(F.linear, a, w), partial(F.linear, a.bfloat16(), w.bfloat16())
     return {
-        "float32 operations": max(product_rate(256, 1024, (1024, 4096), seconds=seconds), own_rate(seconds)),
-        "bfloat16 operations": product_rate(256, 1024, (1024, 4096), torch.bfloat16, seconds=seconds),
-        "cache": copy_rate(0.25, seconds),
-        "memory": copy_rate(256, seconds),
+        "float32 operations": max(
+            products / clock(run, seconds)[0] for run in (torch_product, partial(native.product, a, w))
+        ),
+        "bfloat16 operations": products / clock(narrow, seconds)[0],
+        "cache": copies / clock(partial(torch.empty_like(small).copy_, small), seconds)[0],
+        "memory": 2 * large.nbytes / clock(partial(torch.empty_like(large).copy_, large), seconds)[0],
     }
 
 
@@ -186,12 +195,11 @@ def share(kernel: Kernel, seconds: float, peak: dict[str, float]) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each kernel")
     options = parser.parse_args()
     if _native.lib is None:
         parser.error(f"the compiled module is missing: {_native.reason}")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         log = Log(options.out, {"what": "benchmarks.peak", "environment": environment(["cpu"])})
@@ -199,16 +207,16 @@ def main() -> None:
         parser.error(str(error))
     kernels = [*both(2048, 1, 256), *both(256, 64, 256), *both(2048, 1, 256, torch.bfloat16)]
     kernels += [*both(256, 64, 256, torch.bfloat16), *windows(4096, 256), *others(256), *products(16384, 256)]
-    found = {kernel.name: [] for kernel in kernels}
+    found: dict[str, list[float]] = {kernel.name: [] for kernel in kernels}
     best: dict[str, float] = {}
     for _ in range(3):  # peaks between the kernels: the machine drifts
         best = {name: max(rate, best.get(name, 0.0)) for name, rate in peaks(options.seconds / 3).items()}
         for kernel in kernels:
-            found[kernel.name].append(race({"": kernel.run}, options.seconds / 3, 5)[""].median)
+            found[kernel.name] += clock(kernel.run, options.seconds / 3)
     print(", ".join(f"{name} {rate / 1e9:.0f} G/s" for name, rate in best.items()))
-    log.add({"peaks": best, "threads": options.threads})
+    log.add({"peaks": best})
     for kernel in kernels:
-        seconds = sorted(found[kernel.name])[1]
+        seconds = statistics.median(found[kernel.name])
         part, bound = share(kernel, seconds, best)
         row = {"case": kernel.name, "ms": seconds * 1e3, "share": part}
         row |= {"bound": bound, "operations": kernel.operations, "bytes": kernel.weights + kernel.rows}

@@ -20,7 +20,7 @@ class Gru(Cell):
         (x_r, x_z, x_n), (q_r, q_z, q_n) = x.chunk(3, 1), q.chunk(3, 1)
         r, z = torch.sigmoid(x_r + q_r), torch.sigmoid(x_z + q_z)
         if clamp < 1:
-            z = z.clamp(max=clamp)
+            z = z.clamp_max(clamp)
         n = torch.tanh(x_n + r * q_n)
         return n + z * (h - n), c, (r, z, n, q_n)
 

@@ -19,7 +19,7 @@ class Lstm(Cell):
         i, f, g, o = (x + q).chunk(4, 1)
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         if clamp < 1:
-            f = f.clamp(max=clamp)
+            f = f.clamp_max(clamp)
         c = f * c + i * g
         return o * torch.tanh(c), c, (i, f, g, o)
 
