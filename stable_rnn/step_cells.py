@@ -149,10 +149,10 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             raise RuntimeError(
                 f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}"
             )
-        if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}"
-            )
+        w = self._parameters.get("weight_ih")
+        w = self.weight_ih if w is None else w
+        if x.dtype != w.dtype and autocast_dtype(x) is None:
+            raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {w.dtype}")
 
     def _check_tensors(self, x: Tensor, h: Tensor, c: Tensor | None, cast: bool) -> None:
         """Weights and states are what x needs; with `cast`, after autocast's conversions."""
