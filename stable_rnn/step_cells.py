@@ -149,7 +149,7 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             raise RuntimeError(
                 f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}"
             )
-        w = self._parameters.get("weight_ih")
+        w: Any = self._parameters.get("weight_ih")
         w = self.weight_ih if w is None else w
         if x.dtype != w.dtype and autocast_dtype(x) is None:
             raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {w.dtype}")
