@@ -25,6 +25,7 @@ PLACES = ("registers", "shared memory", "L2")  # of W between steps
 L2 = PLACES.index("L2")
 
 takes_resets = True  # no wait for their number
+in_place = False
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
