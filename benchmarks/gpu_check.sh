@@ -130,7 +130,8 @@ pytests() {
   "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests --ignore=tests/test_install.py --ignore=tests/test_cuda_compile.py \
     --ignore=tests/test_speed.py "$@"
 }
-cuda_tests() { pytests -k "gpu or (cuda and not recurrence and not spectral and not triton)"; }
+cuda_tests() { pytests -k "(gpu or (cuda and not recurrence and not spectral and not triton)) and not transactions"; }
+transactions_tests() { pytests -k "gpu and transactions"; }   # not the default; apart, as a wait that never ends would take the others along
 triton_tests() { pytests -k "triton and not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
@@ -142,9 +143,9 @@ sanitizer() {
 
 # The parts of the targets that a stage of their own measures.
 later=(scans chrono training resets trained gru)
-skip=(--skip=others "${later[@]/#/--skip=}")
+skip=(--skip=others --skip=exchange "${later[@]/#/--skip=}")
 only=("${later[@]/#/--only=}")
-export -f versions build loads pytests cuda_tests triton_tests sanitizer
+export -f versions build loads pytests cuda_tests transactions_tests triton_tests sanitizer
 
 stage versions 20 bash -c versions
 if [ -n "$rehearse" ]; then
@@ -162,6 +163,8 @@ else
   stage triton-tests 60 bash -c triton_tests
   stage memcheck 40 bash -c "sanitizer memcheck"
   stage racecheck 40 bash -c "sanitizer racecheck"
+  stage transactions 40 bash -c transactions_tests
+  stage exchange 40 "$python" -m benchmarks.gpu_targets --seconds 0.5 --only exchange --out "$work/exchange" --commit "$commit"
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cuda --minutes 0.8 --out "$work/speed" --commit "$commit"
   stage others 540 "$python" -m benchmarks.gpu_targets --seconds 0.5 --only others --out "$work/others" --commit "$commit"
 fi

@@ -1,6 +1,7 @@
 """One file of rows and one table of what `benchmarks/gpu_check.sh` did: `python -m benchmarks.gpu_report WORK OUT COMMIT`.
 
-WORK holds stages.tsv (name, exit status, seconds, limit), NAME.log for each stage, and what the stages wrote: targets/, others/, speed/.
+WORK holds stages.tsv (name, exit status, seconds, limit), NAME.log for each stage, and what the stages wrote: targets/, long/, exchange/,
+others/, speed/.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from . import jsonl
 from .speed import results
 
 TAIL = 4000  # characters of a stage's log
-PARTS = {name: f"{name}/gpu_targets.jsonl" for name in ("targets", "long", "others")} | {"speed": "speed/speed.jsonl"}
+PARTS = {name: f"{name}/gpu_targets.jsonl" for name in ("targets", "long", "exchange", "others")} | {
+    "speed": "speed/speed.jsonl"
+}
 
 
 def main(work: Path, out: Path, commit: str) -> int:

@@ -200,6 +200,7 @@ py::dict recurrence_tiling(bool backward, int cell, int dtype, int64_t hidden, i
   fields["teams"] = tiling.teams;
   fields["shared_bytes"] = tiling.shared_bytes;
   fields["workspace_bytes"] = tiling.workspace_bytes;
+  fields["exchange"] = tiling.exchange;
   return fields;
 }
 #endif

@@ -181,6 +181,33 @@ def test_mma_reads_ten_bits_of_tf32(place):
     assert out.eq(8).all()
 
 
+def transposed(place, mode=0):
+    matrices = torch.randint(-1 << 15, 1 << 15, (4, 8, 8)).short()
+    out = place.run("transposed", 1, 32, shared=512, given=matrices, out=empty(32, 4, dtype=torch.int32), mode=mode)
+    return matrices, out.view(torch.int16).view(32, 4, 2)
+
+
+def test_load_transposed(place):
+    """PTX ISA, "ldmatrix" with .trans: a lane gets what a row of the transposed matrix has in columns 2t and 2t + 1."""
+    matrices, found = transposed(place)
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        assert torch.equal(found[lane], matrices.transpose(1, 2)[:, group, 2 * thread : 2 * thread + 2])
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (1, "load_transposed of 16 bytes at an address that is not a multiple of that"),
+        (2, "load_transposed from outside its block's 512 bytes of shared memory"),
+        (3, "the kernel hangs, its threads are: block 0: 1 ended, 31 in load_transposed"),
+    ],
+)
+def test_wrong_transposed_loads_are_named(executor, mode, message):
+    with pytest.raises(RuntimeError, match=message):
+        transposed(executor, mode)
+
+
 def keep_10_bits(x):
     """To the nearest float with 10 bits of mantissa, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
@@ -341,6 +368,64 @@ def test_shared_memory_of_blocks_that_have_not_begun_or_have_ended(executor):
 def test_wrong_cluster_calls_are_named(executor, mode, message):
     with pytest.raises(RuntimeError, match=message):
         exchange(executor, mode)
+
+
+def by_transactions(place, mode=0, blocks=6, cluster=3, warps=2, steps=9):
+    return place.run(
+        "transactions",
+        blocks,
+        32 * warps,
+        cluster=cluster,
+        shared=16 + 32 * cluster * warps,
+        out=empty(blocks, warps, steps, dtype=torch.int32),
+        count=steps,
+        mode=mode,
+    )
+
+
+def sent_by_transactions(blocks=6, cluster=3, warps=2, steps=9):
+    """The sums of the kernel, one step after the other."""
+    state, sums = [(i, 0) for i in range(cluster * warps)], []
+    for _ in range(steps):
+        sums.append([7 * i + sum(a + 3 * b for a, b in state) for i in range(cluster * warps)])
+        state = [(s % 1000, s % 7) for s in sums[-1]]
+    one = torch.tensor(sums).int().T.view(cluster, warps, steps)
+    return one.repeat(blocks // cluster, 1, 1)
+
+
+@pytest.mark.parametrize("blocks, cluster, warps", [(6, 3, 2), (2, 1, 3), (8, 8, 1), (2, 2, 4)])
+def test_a_cluster_that_meets_by_transactions(place, blocks, cluster, warps):
+    want = sent_by_transactions(blocks, cluster, warps)
+    assert torch.equal(by_transactions(place, 0, blocks, cluster, warps), want)
+
+
+@pytest.mark.parametrize("mode", [1, 2, 5, 6, 14])
+def test_wrong_waits_and_counts_of_transactions_show(executor, mode):
+    """As sums of what was not there yet, or as an error."""
+    try:
+        sums = by_transactions(executor, mode)
+    except RuntimeError:
+        return
+    assert not torch.equal(sums, sent_by_transactions())
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (3, "the kernel hangs, its threads are: block [0-5]: 64 in transactions_wait;"),
+        (4, "store_async: no barrier has begun there"),
+        (7, "its block ended while stores to it were on their way"),
+        (8, "store_async to outside its block's 208 bytes of shared memory"),
+        (9, "transactions_arrive more than 2 times"),
+        (10, "store_async of 16 bytes at an address that is not a multiple of that"),
+        (11, "its barrier was written over"),
+        (12, "store_async: its destination was written before it landed"),
+        (13, "the kernel hangs"),
+    ],
+)
+def test_wrong_transactions_are_named(executor, mode, message):
+    with pytest.raises(RuntimeError, match=message):
+        by_transactions(executor, mode)
 
 
 def pass_token(place, cooperative=True, mode=0, blocks=5, rounds=7):

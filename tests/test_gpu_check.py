@@ -71,7 +71,8 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     monkeypatch.setenv("STABLE_RNN_PRETRAINED", str(tmp_path / "no packages"))
-    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "others"]
+    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "exchange"]
+    names.append("others")
     parts = [word for name in names for word in ("--only", name)]
     assert (
         gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1

@@ -41,6 +41,8 @@ namespace executor {
 Position position;
 Fiber* running;
 std::vector<Block> blocks;
+std::vector<Store> stores;
+bool reversed = false;
 
 namespace {
 
@@ -53,7 +55,6 @@ constexpr size_t FENCE = 64;   // bytes behind shared memory that must stay as t
 #endif
 
 CudaLimits limits = {90, 132, 232448, 16};
-bool reversed = false;
 
 std::mutex one_launch;
 Stacks stacks;
@@ -78,6 +79,9 @@ void end_block(Block& block) {
   const auto* fence = reinterpret_cast<const unsigned char*>(block.shared + block.bytes);
   if (std::any_of(fence, fence + FENCE, [](unsigned char byte) { return byte != POISON; }))
     fail("its block wrote past its %zu bytes of shared memory", block.bytes);
+  if (std::any_of(stores.begin(), stores.end(), [&](const Store& store) { return store.block == &block; }))
+    fail("its block ended while stores to it were on their way");
+  block.transactions.clear();
   std::memset(block.shared, POISON, block.bytes);   // other blocks of a cluster must not use it any more
   ASAN_POISON_MEMORY_REGION(block.shared, block.bytes);
 }
@@ -115,6 +119,22 @@ void fail_as_all_wait() {
   fail("%s", text.c_str());
 }
 
+// Half of the stores that are on their way to a block, or the last one; false where there are none.
+bool land_some() {
+  if (stores.empty()) return false;
+  const auto before = [](const Store& a, const Store& b) { return reversed ? a.block > b.block : a.block < b.block; };
+  const Block* block = std::min_element(stores.begin(), stores.end(), before)->block;
+  std::vector<Store> to_it, others;
+  for (const Store& store : stores) (store.block == block ? to_it : others).push_back(store);
+  if (!reversed) std::reverse(to_it.begin(), to_it.end());   // the last sent lands first
+  const size_t half = (to_it.size() + 1) / 2;
+  for (size_t i = 0; i < half; ++i) land(to_it[i]);
+  if (!reversed) std::reverse(to_it.begin() + half, to_it.end());
+  others.insert(others.end(), to_it.begin() + half, to_it.end());
+  stores = others;
+  return true;
+}
+
 // Runs the fibers until all have ended, none can move, or one fails.
 void schedule() {
   const size_t count = fibers.size();
@@ -133,7 +153,8 @@ void schedule() {
           left -= fiber.ended;
         }
       }
-    if (!moved && left > 0) return fail_as_all_wait();
+    if (!moved && left > 0 && !land_some()) return fail_as_all_wait();
+    if (failed) return;
   }
 }
 
@@ -141,6 +162,7 @@ void schedule() {
 void run_together(const Grid& grid, int first, int count) {
   const int threads = grid.threads, cluster = std::max(grid.cluster, 1);
   const auto bytes = static_cast<size_t>(grid.shared_bytes);
+  stores.clear();
   clusters.assign(count / cluster, Barrier{0, 0, cluster * threads});
   blocks.resize(count);
   warps.resize(static_cast<size_t>(count) * threads / WARP);
@@ -149,7 +171,7 @@ void run_together(const Grid& grid, int first, int count) {
   for (int b = 0; b < count; ++b) {
     void* shared = nullptr;
     if (posix_memalign(&shared, 128, bytes + FENCE)) std::abort();
-    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false};
+    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false, {}};
     ASAN_POISON_MEMORY_REGION(shared, bytes);
   }
   for (size_t i = 0; i < fibers.size(); ++i) {

@@ -1,5 +1,6 @@
 // What executor.cpp (launching, scheduling) and primitives.cpp (what threads call) share.
 #pragma once
+#include <map>
 #include <vector>
 
 #include "device.cuh"
@@ -36,6 +37,18 @@ struct Warp {
   Operands lanes[WARP];
 };
 
+struct Transactions {   // of a barrier: transactions_begin()
+  unsigned phase = 0;
+  int count = 0, arrived = 0;
+  int64_t bytes = 0;   // expected and yet to come; below zero where they come first
+
+  void end_phase() {
+    if (arrived < count || bytes) return;
+    arrived = 0;
+    ++phase;
+  }
+};
+
 struct Block {
   Barrier barrier;
   Barrier* cluster;
@@ -43,6 +56,13 @@ struct Block {
   size_t bytes;
   int running;
   bool begun;
+  std::map<size_t, Transactions> transactions;   // by their barriers' offsets in shared memory
+};
+
+struct Store {   // on its way
+  Block* block;
+  size_t offset, barrier;   // in the block's shared memory
+  unsigned char data[16];
 };
 
 struct Copy {
@@ -68,11 +88,14 @@ struct Fiber {
 
 extern Fiber* running;              // null in the scheduler
 extern std::vector<Block> blocks;   // that run together
+extern std::vector<Store> stores;   // on their way, as they were sent
+extern bool reversed;               // blocks and threads run in descending order
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format,
                                         ...);   // ends the launch with a message; a thread does not return from it
 void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
+void land(const Store& store);
 void pause(const char* at);   // until all other threads have had a turn
 
 }   // namespace stable_rnn::executor

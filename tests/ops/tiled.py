@@ -56,6 +56,7 @@ class Tiling(Structure):
         [("message", c_char_p)]
         + _fields(c_int, "blocks cluster lanes units warps place teams")
         + _fields(c_int64, "shared_bytes workspace_bytes")
+        + [("exchange", c_int)]
     )
 
 
@@ -76,7 +77,8 @@ def units(gates: int, backward: bool) -> int:
 
 @dataclass(frozen=True)
 class Variant:
-    """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, or a grid that meets through L2."""
+    """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, which meets by its barrier or by transactions, or a
+    grid that meets through L2."""
 
     blocks: int = 1
     grid: bool = False
@@ -84,9 +86,11 @@ class Variant:
     lane_groups: int = 1
     place: int = SHARED
     teams: int = 2
+    transactions: bool = False
 
     def __str__(self):
         kind = "block" if self.blocks == 1 else f"{'grid' if self.grid else 'cluster'}{self.blocks}"
+        kind += "-transactions" * self.transactions
         return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
 
     def tiling(self, backward: bool, cell: int, hidden: int) -> Tiling:
@@ -106,6 +110,7 @@ class Variant:
             self.teams,
             0,
             0,
+            int(self.transactions and cluster > 1),
         )
 
 

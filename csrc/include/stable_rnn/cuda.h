@@ -35,6 +35,7 @@ struct CudaTiling {
   int teams;                 // launched; they take tiles in turn
   int64_t shared_bytes;      // of a block
   int64_t workspace_bytes;   // that the call needs
+  int exchange;              // of a cluster: 0 its barrier, 1 transactions (STABLE_RNN_EXCHANGE: barrier, transactions)
 };
 
 // The scans over time of units [unit, unit + units) of a cascade, whose hidden products `sums` are known for all times: gates, the state that
