@@ -399,6 +399,20 @@ def test_a_cluster_that_meets_by_transactions(place, blocks, cluster, warps):
     assert torch.equal(by_transactions(place, 0, blocks, cluster, warps), want)
 
 
+def in_random_schedules(what, seeds=range(2, 22)):
+    place = Place("random")
+    for seed in seeds:
+        place.descending = seed
+        yield what(place)
+
+
+def test_transactions_in_random_schedules():
+    for sums in in_random_schedules(by_transactions):
+        assert torch.equal(sums, sent_by_transactions())
+    assert all(in_random_schedules(neighbours))
+    assert not all(in_random_schedules(lambda place: neighbours(place, 1)))
+
+
 @pytest.mark.parametrize("mode", [1, 2, 5, 6, 14])
 def test_wrong_waits_and_counts_of_transactions_show(executor, mode):
     """As sums of what was not there yet, or as an error."""

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <random>
 #include <string>
 
 #include "machine.h"
@@ -42,7 +43,7 @@ Position position;
 Fiber* running;
 std::vector<Block> blocks;
 std::vector<Store> stores;
-bool reversed = false;
+int order = 0;
 
 namespace {
 
@@ -68,6 +69,7 @@ bool failed;
 thread_local char message[1024];
 const unsigned always = 0;
 unsigned sweep = 0;   // of schedule() over all fibers
+std::minstd_rand chance;
 
 void begin_block(Block& block) {
   block.begun = true;
@@ -119,10 +121,19 @@ void fail_as_all_wait() {
   fail("%s", text.c_str());
 }
 
-// Half of the stores that are on their way to a block, or the last one; false where there are none.
+// Half of the stores that are on their way to a block, or of all in a random order, or the last one; false where there are none.
 bool land_some() {
   if (stores.empty()) return false;
-  const auto before = [](const Store& a, const Store& b) { return reversed ? a.block > b.block : a.block < b.block; };
+  if (order > 1) {
+    std::shuffle(stores.begin(), stores.end(), chance);
+    for (size_t half = (stores.size() + 1) / 2; half > 0; --half) {
+      land(stores.back());
+      stores.pop_back();
+    }
+    return true;
+  }
+  const bool reversed = order == 1;
+  const auto before = [=](const Store& a, const Store& b) { return reversed ? a.block > b.block : a.block < b.block; };
   const Block* block = std::min_element(stores.begin(), stores.end(), before)->block;
   std::vector<Store> to_it, others;
   for (const Store& store : stores) (store.block == block ? to_it : others).push_back(store);
@@ -138,14 +149,18 @@ bool land_some() {
 // Runs the fibers until all have ended, none can move, or one fails.
 void schedule() {
   const size_t count = fibers.size();
+  std::vector<size_t> firsts(count / WARP);   // of the warps, as they take turns
+  for (size_t w = 0; w < firsts.size(); ++w) firsts[w] = w * WARP;
   for (size_t left = count; left > 0;) {
     bool moved = false;
     ++sweep;
-    for (size_t w = 0; w < count; w += WARP)
+    if (order > 1) std::shuffle(firsts.begin(), firsts.end(), chance);
+    for (const size_t w : firsts) {
+      if (order > 1 && chance() % 4 == 0) moved |= land_some();
       for (bool warp_moved = true; warp_moved; moved |= warp_moved) {
         warp_moved = false;
         for (size_t i = w; i < w + WARP; ++i) {
-          Fiber& fiber = fibers[reversed ? count - 1 - i : i];
+          Fiber& fiber = fibers[order == 1 ? count - 1 - i : i];
           if (fiber.ended || *fiber.word < fiber.least) continue;
           resume(fiber);
           if (failed) return;
@@ -153,6 +168,7 @@ void schedule() {
           left -= fiber.ended;
         }
       }
+    }
     if (!moved && left > 0 && !land_some()) return fail_as_all_wait();
     if (failed) return;
   }
@@ -211,6 +227,8 @@ const char* check(const Grid& grid) {
 
 }   // namespace
 
+bool lands_at_once(unsigned phase, int rank) { return order > 1 ? chance() % 2 : (phase + rank + order) % 2; }
+
 void fail(const char* format, ...) {
   int length = 0;
   if (running)
@@ -247,8 +265,9 @@ const char* run(const Grid& grid, void (*body)(const void* call), const void* ca
   thread_body = body;
   thread_call = call;
   failed = false;
+  chance.seed(order);
   for (int i = 0; i < batches && !failed; ++i)
-    run_together(grid, (reversed ? batches - 1 - i : i) * together, together);
+    run_together(grid, (order == 1 ? batches - 1 - i : i) * together, together);
   return failed ? message : nullptr;
 }
 
@@ -268,5 +287,5 @@ extern "C" {
 [[gnu::visibility("default")]] void executor_limits(int arch, int sms, int64_t shared_bytes, int max_cluster) {
   stable_rnn::executor::limits = {arch, sms, shared_bytes, max_cluster};
 }
-[[gnu::visibility("default")]] void executor_schedule(int descending) { stable_rnn::executor::reversed = descending; }
+[[gnu::visibility("default")]] void executor_schedule(int order) { stable_rnn::executor::order = order; }
 }

@@ -2,13 +2,13 @@
 //
 // Threads are fibers of one CPU thread. The blocks of a cluster, or of a cooperative grid, run interleaved; those of an ordinary grid one
 // after the other. A warp runs until all of its lanes wait or have ended, then the next one: whatever a kernel forgets to wait for has not
-// happened yet, in one of the two schedules (threads and blocks ascending, or descending).
+// happened yet, in one of the two schedules (threads and blocks ascending, or descending). Random schedules take warps in any order.
 //
 // What a device would leave undefined is made visible here:
 //   - shared memory is filled with NaN before a block's first thread runs and after its last one, and exactly as large as asked for;
 //   - copy_async fills its destination with NaN; the data land at copy_wait, which demands that neither end was written in between;
 //   - store_async fills its destination with NaN too; of some phases the data land at once, of others when nothing else can go on: block
-//     after block, half of what is on its way at a time, in either order. A block that ends before all of it has come ends the launch;
+//     after block, half of what is on its way at a time, in either order (in random schedules any at any time). A block that ends before all of it has come ends the launch;
 //   - store_l2 of a value that is still that NaN ends the launch (other reads of it show in what is computed);
 //   - lanes of a warp at different collectives, addresses that are not aligned or not in shared memory, and threads that all wait end the
 //     launch with a message that names them;

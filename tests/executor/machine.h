@@ -89,12 +89,13 @@ struct Fiber {
 extern Fiber* running;              // null in the scheduler
 extern std::vector<Block> blocks;   // that run together
 extern std::vector<Store> stores;   // on their way, as they were sent
-extern bool reversed;               // blocks and threads run in descending order
+extern int order;   // in which blocks and threads run: 0 ascending, 1 descending, else the seed of a random one
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format,
                                         ...);   // ends the launch with a message; a thread does not return from it
 void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
+bool lands_at_once(unsigned phase, int rank);
 void land(const Store& store);
 void pause(const char* at);   // until all other threads have had a turn
 

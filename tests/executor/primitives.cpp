@@ -186,7 +186,7 @@ void send(void* to, const void* value, uint64_t* barrier, int rank) {
   std::memcpy(store.data, value, 16);
   std::memset(store.block->shared + store.offset, POISON, 16);
   const unsigned phase = transactions_of(*store.block, "store_async", store.barrier).phase;
-  if ((phase + rank + reversed) % 2) land(store);
+  if (lands_at_once(phase, rank)) land(store);
   else stores.push_back(store);
 }
 

@@ -7,7 +7,7 @@ import torch
 from executor import build
 from lane_loop import CELLS, Case
 from test_cuda_recurrence import BACKWARD, DESCENDING, EXECUTOR, FORWARD, KINDS, equal, exists, machine
-from tiled import L2, REGISTERS, Variant
+from tiled import L2, REGISTERS, Machine, Variant
 
 from stable_rnn.ops.recurrence import cuda
 
@@ -46,6 +46,7 @@ def test_a_tiling_in_words(monkeypatch):
     cuda.tiling.cache_clear()
 
 
+RANDOM = Machine("random")
 CLUSTERS = [
     Variant(2, octets=2, teams=1),
     Variant(2, place=REGISTERS),
@@ -72,6 +73,22 @@ def test_transactions_give_the_bits_of_the_barrier(machine, variant, kind, cell)
             start = saved or where.forward(case, made, machine.limits)
             back = back or where.backward(case, made, start, variant)
             equal(where.backward(case, made, start, replace(variant, transactions=True)), back)
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
+@pytest.mark.parametrize("variant", CLUSTERS[:4], ids=str)
+def test_transactions_in_random_schedules(variant, cell):
+    """Warps take turns in any order, stores land at any time."""
+    case = Case(cell, 14, 3, 63, stride=3, warmup=1, lengths=(14, 0, 7), resets=0.2, dtype=torch.bfloat16)
+    made = case.draw()
+    saved = EXECUTOR.forward(case, made, Variant())
+    back = EXECUTOR.backward(case, made, saved, Variant())
+    for seed in range(2, 8):
+        RANDOM.descending, how = seed, replace(variant, transactions=seed % 3 > 0)
+        if exists(RANDOM, variant, FORWARD, case):
+            equal(RANDOM.forward(case, made, how), saved)
+        if exists(RANDOM, variant, BACKWARD, case):
+            equal(RANDOM.backward(case, made, saved, how), back)
 
 
 MANY = [Variant(octets=4, place=L2), Variant(octets=8), Variant(2, octets=4), Variant(2, octets=8)]

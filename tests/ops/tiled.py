@@ -115,9 +115,10 @@ class Variant:
 
 
 class Machine:
-    """Where kernels run. `descending`: the executor's blocks and threads in descending order; `asan`: under AddressSanitizer."""
+    """Where kernels run. `descending`: the executor's blocks and threads in descending order, or by the seed of a random one (above 1);
+    `asan`: under AddressSanitizer."""
 
-    def __init__(self, name: str, device: str = "cpu", descending: bool = False, asan: bool = False):
+    def __init__(self, name: str, device: str = "cpu", descending: int = False, asan: bool = False):
         self.name, self.device, self.descending, self.asan = name, device, descending, asan
 
     def build(self) -> Path:
