@@ -47,6 +47,7 @@ class Team {
     Quad* state = reinterpret_cast<Quad*>(shared_memory() + g_.state);
     for (int i = thread_index(); i < g_.buffers * tile_bytes() / 16; i += thread_count()) state[i] = Quad{};
     if (asynchronous() && thread_index() < 2) transactions_begin(barrier(thread_index()), thread_count() / 32);
+    warp_sync();
     if (g_.cluster > 1) cluster_sync();   // else the first TileLanes::load has the barrier
   }
 

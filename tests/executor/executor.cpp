@@ -146,22 +146,32 @@ bool land_some() {
   return true;
 }
 
+bool can_move(const Fiber& fiber) { return !fiber.ended && *fiber.word >= fiber.least; }
+
 // Runs the fibers until all have ended, none can move, or one fails.
 void schedule() {
   const size_t count = fibers.size();
-  std::vector<size_t> firsts(count / WARP);   // of the warps, as they take turns
-  for (size_t w = 0; w < firsts.size(); ++w) firsts[w] = w * WARP;
+  std::vector<size_t> firsts(count / WARP);        // of the warps, as they take turns
+  std::vector<unsigned> slowness(firsts.size());   // in random schedules
+  for (size_t w = 0; w < firsts.size(); ++w) {
+    firsts[w] = w * WARP;
+    slowness[w] = chance() % 8;
+  }
   for (size_t left = count; left > 0;) {
     bool moved = false;
     ++sweep;
     if (order > 1) std::shuffle(firsts.begin(), firsts.end(), chance);
     for (const size_t w : firsts) {
       if (order > 1 && chance() % 4 == 0) moved |= land_some();
+      if (order > 1 && chance() % 8 < slowness[w / WARP]) {   // a turn left out
+        moved |= std::any_of(fibers.begin() + w, fibers.begin() + w + WARP, can_move);
+        continue;
+      }
       for (bool warp_moved = true; warp_moved; moved |= warp_moved) {
         warp_moved = false;
         for (size_t i = w; i < w + WARP; ++i) {
           Fiber& fiber = fibers[order == 1 ? count - 1 - i : i];
-          if (fiber.ended || *fiber.word < fiber.least) continue;
+          if (!can_move(fiber)) continue;
           resume(fiber);
           if (failed) return;
           warp_moved = true;

@@ -2,7 +2,8 @@
 //
 // Threads are fibers of one CPU thread. The blocks of a cluster, or of a cooperative grid, run interleaved; those of an ordinary grid one
 // after the other. A warp runs until all of its lanes wait or have ended, then the next one: whatever a kernel forgets to wait for has not
-// happened yet, in one of the two schedules (threads and blocks ascending, or descending). Random schedules take warps in any order.
+// happened yet, in one of the two schedules (threads and blocks ascending, or descending). Random schedules take warps in any order, some
+// of them seldom.
 //
 // What a device would leave undefined is made visible here:
 //   - shared memory is filled with NaN before a block's first thread runs and after its last one, and exactly as large as asked for;

@@ -38,14 +38,18 @@ struct Warp {
 };
 
 struct Transactions {   // of a barrier: transactions_begin()
-  unsigned phase = 0;
   int count = 0, arrived = 0;
   int64_t bytes = 0;   // expected and yet to come; below zero where they come first
+  unsigned phase = 0;
+  unsigned ended[2] = {
+      0, 1};   // by parity: whether the phase before the one at hand has it. Who is late by two finds it as it was
 
   void end_phase() {
     if (arrived < count || bytes) return;
     arrived = 0;
     ++phase;
+    ended[phase % 2] = 0;
+    ended[(phase + 1) % 2] = 1;
   }
 };
 

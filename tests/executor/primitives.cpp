@@ -221,7 +221,8 @@ void transactions_begin(uint64_t* barrier, int count) {
   const size_t offset = offset_in(block, barrier);
   if (offset > block.bytes || offset + 8 > block.bytes)
     fail("transactions_begin outside its block's %zu bytes of shared memory", block.bytes);
-  block.transactions[offset] = {0, count, 0, 0};
+  block.transactions[offset] = Transactions{};
+  block.transactions[offset].count = count;
   std::memcpy(barrier, &BARRIER, sizeof BARRIER);
 }
 void transactions_arrive(uint64_t* barrier, int bytes) {
@@ -235,8 +236,8 @@ void transactions_arrive(uint64_t* barrier, int bytes) {
 }
 void transactions_wait(uint64_t* barrier, unsigned parity) {
   Block& block = *running->block;
-  const unsigned& phase = transactions_of(block, "transactions_wait", offset_in(block, barrier)).phase;
-  wait(&phase, phase % 2 == parity ? phase + 1 : phase, "transactions_wait");
+  if (parity > 1) fail("transactions_wait for a parity of %u", parity);
+  wait(&transactions_of(block, "transactions_wait", offset_in(block, barrier)).ended[parity], 1, "transactions_wait");
 }
 
 void flag_signal(unsigned* flag, unsigned value) { *flag = value; }
