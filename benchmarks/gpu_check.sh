@@ -148,7 +148,7 @@ pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
 # shellcheck disable=SC2086  # several files
 cuda_tests() { pytests $on_device -k "(gpu or cuda_backend or cuda_projection) and not transactions"; }
 # Not the default, and apart: a wait that never ends would take the others along.
-transactions_tests() { pytests tests/test_executor.py tests/ops/test_cuda_recurrence_exchange.py -k "gpu and transactions"; }
+transactions_tests() { pytests tests/test_executor_transactions.py tests/ops/test_cuda_recurrence_exchange.py -k "gpu and transactions"; }
 triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
