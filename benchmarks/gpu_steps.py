@@ -3,6 +3,7 @@ host waits for the device."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from stable_rnn.functional import SpectralState, spectral_project_
 
 from .gpu_table import Table
 from .speed import contestants
+from .speed.cases import PASSES
 from .timing import race
 
 
@@ -147,6 +149,46 @@ def training(table: Table) -> None:
         table.note(f"{what}, share of it", value=share, target=0.10, most=True, unit="", ours_ms=share * without * 1e3)
         step(True)
         count_waits(table, f"projection of an LSTM, H{size}", partial(m.project_, certify=False))
+
+
+def exchange(table: Table) -> None:
+    """How the blocks of a cluster send each other their states: by transactions, over by the barrier, which is the default."""
+    name, before = "STABLE_RNN_EXCHANGE", os.environ.get("STABLE_RNN_EXCHANGE")
+    kind, backend = torch.float32 if table.tiny else torch.float16, table.kernels[0]
+    for batch, size in ((1, 256), (16, 512), (64, 256)):
+        steps, batch, size = (48, 3, 8) if table.tiny else (2048, batch, size)
+        m = StableLSTM(size, size, stability=None, backend=backend).to(table.device, kind)
+        x = (torch.rand(steps, batch, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(table.device, kind)
+
+        def run(how: str, backward: bool, m=m, x=x) -> list[torch.Tensor]:
+            os.environ[name] = how
+            m.zero_grad(set_to_none=True)
+            with torch.set_grad_enabled(backward):
+                y = m(x)[0]
+                if backward:
+                    y.sum().backward()
+            return [y.detach(), *(p.grad.clone() for p in m.parameters() if backward)]
+
+        for passes in PASSES:
+            what = f"LSTM {str(kind).removeprefix('torch.')} exchange B{batch} T{steps} H{size} {passes} [{backend}]"
+            runs = {how: partial(run, how, passes != PASSES[0]) for how in ("transactions", "barrier")}
+            try:
+                same = all(map(torch.equal, *(one() for one in runs.values())))
+                found = race(runs, table.limits.seconds, device=table.device)
+            except Exception as reason:
+                table.note(what, note=contestants.in_a_line(reason))
+                continue
+            finally:
+                os.environ.pop(name, None)
+                if before is not None:
+                    os.environ[name] = before
+            row = {
+                "error_of_function": 0.0,
+                "tolerance": 0.0,
+                "wrong": None if same else "other bits than the barrier's",
+            }
+            rows = (row | {"name": how, "seconds": found[how]._asdict()} for how in runs)
+            table.versus(what, *rows, None)
 
 
 def resets(table: Table) -> None:

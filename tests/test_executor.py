@@ -181,6 +181,33 @@ def test_mma_reads_ten_bits_of_tf32(place):
     assert out.eq(8).all()
 
 
+def transposed(place, mode=0):
+    matrices = torch.randint(-1 << 15, 1 << 15, (4, 8, 8)).short()
+    out = place.run("transposed", 1, 32, shared=512, given=matrices, out=empty(32, 4, dtype=torch.int32), mode=mode)
+    return matrices, out.view(torch.int16).view(32, 4, 2)
+
+
+def test_load_transposed(place):
+    """PTX ISA, "ldmatrix" with .trans: a lane gets what a row of the transposed matrix has in columns 2t and 2t + 1."""
+    matrices, found = transposed(place)
+    for lane in range(32):
+        group, thread = lane >> 2, lane % 4
+        assert torch.equal(found[lane], matrices.transpose(1, 2)[:, group, 2 * thread : 2 * thread + 2])
+
+
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        (1, "load_transposed of 16 bytes at an address that is not a multiple of that"),
+        (2, "load_transposed from outside its block's 512 bytes of shared memory"),
+        (3, "the kernel hangs, its threads are: block 0: 1 ended, 31 in load_transposed"),
+    ],
+)
+def test_wrong_transposed_loads_are_named(executor, mode, message):
+    with pytest.raises(RuntimeError, match=message):
+        transposed(executor, mode)
+
+
 def keep_10_bits(x):
     """To the nearest float with 10 bits of mantissa, ties away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -88,7 +88,15 @@ def test_all_stages(stubbed, tmp_path):
     until = names[: names.index("costs") + 1]
     assert until == ["versions", "build", "loads", "targets", "long", "costs"]
     assert sum(int(limits[name]) + 10 for name in until) <= 540
-    assert names[len(until) :] == ["cuda-tests", "triton-tests", "memcheck", "racecheck", "speed", "others"]
+    assert names[len(until) :] == [
+        "cuda-tests",
+        "triton-tests",
+        "memcheck",
+        "racecheck",
+        "transactions",
+        "speed",
+        "others",
+    ]
     (report,) = (tmp_path / "out").glob("*.md")
     assert "| long | passed |" in report.read_text() and not list((tmp_path / "out").glob("unfinished*"))
 
@@ -153,7 +161,8 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     monkeypatch.setenv("STABLE_RNN_PRETRAINED", str(tmp_path / "no packages"))
-    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "costs", "others"]
+    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "costs"]
+    names += ["exchange", "others"]
     parts = [word for name in names for word in ("--only", name)]
     assert (
         gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1

@@ -104,6 +104,12 @@ const char* cuda_driver_problem();
 
 namespace stable_rnn {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool clusters_exist = false;
+#else
+constexpr bool clusters_exist = true;
+#endif
+
 // --- where a thread is
 
 __device__ __forceinline__ int thread_index() { return threadIdx.x; }
@@ -113,9 +119,17 @@ __device__ __forceinline__ int block_count() { return gridDim.x; }
 
 extern __shared__ __align__(128) char stable_rnn_shared_memory[];
 __device__ __forceinline__ char* shared_memory() { return stable_rnn_shared_memory; }   // Grid::shared_bytes of it
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
 
 // --- block and warp
 
+// Addresses that follow from the value are worked out where they are used; else the compiler keeps them all in registers.
+__device__ __forceinline__ int not_kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
@@ -159,13 +173,22 @@ to_tf32(float value) {   // the nearest with 10 bits of mantissa, ties away from
   return bits;
 }
 
+// Four matrices of 8 x 8 16-bit values from shared memory, transposed: a thread says where 16 bytes lie, row `lane % 8` of matrix `lane / 8`,
+// and gets words[i] = M_i[2t][g], M_i[2t+1][g].
+__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // --- copies from global to shared memory that overlap with what follows: issue, commit the group, wait until at most `pending` groups of
 // this thread are under way; then a block_sync() before other threads read. Both addresses are multiples of `bytes`.
 
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "4, 8 or 16 bytes");
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t to = shared_address(shared);
   if constexpr (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(bytes) : "memory");
@@ -210,6 +233,48 @@ __device__ __forceinline__ T* cluster_map(
   T* there = shared;
   STABLE_RNN_CLUSTER_ASM("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
   return there;
+}
+
+// --- transactions: stores to another block of the cluster that arrive by themselves, in any order, and are counted where they arrive.
+// A barrier is 8 bytes of shared memory. Its phase ends after `count` arrivals and once as many bytes have come as arrivals of this phase
+// expect; then the next one begins. What a thread of this block did before it arrived, and what the stores brought, is seen after waiting.
+// A thread waits for each phase in turn, and says its parity: 0 for the first. From sm_90 on, as clusters.
+
+__device__ __forceinline__ void transactions_begin(uint64_t* barrier,
+                                                   int count) {   // one thread, before a cluster_sync()
+  STABLE_RNN_CLUSTER_ASM(
+      "mbarrier.init.shared::cta.b64 [%0], %1; fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)),
+      "r"(count) : "memory");
+}
+__device__ __forceinline__ void transactions_arrive(uint64_t* barrier, int bytes) {   // and so many more are expected
+  STABLE_RNN_CLUSTER_ASM(
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void transactions_wait(uint64_t* barrier, unsigned parity) {
+  uint32_t ended = 0;
+  do
+    STABLE_RNN_CLUSTER_ASM(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+        "}" : "=r"(ended) : "r"(shared_address(barrier)),
+        "r"(parity) : "memory");
+  while (!ended);
+}
+__device__ __forceinline__ uint32_t cluster_address(const void* shared, int rank) {   // as cluster_map, in 32 bits
+  uint32_t there = 0;
+  STABLE_RNN_CLUSTER_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+  return there;
+}
+// `to` and `barrier` are places of this block's shared memory; the value goes to the same places of block `rank`, and counts there.
+template <class T>
+__device__ __forceinline__ void store_async(T* to, const T& value, uint64_t* barrier, int rank) {
+  static_assert(sizeof(T) == 16, "16 bytes");
+  uint32_t r[4];
+  memcpy(r, &value, 16);
+  STABLE_RNN_CLUSTER_ASM(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
+          cluster_address(to, rank)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "r"(cluster_address(barrier, rank)) : "memory");
 }
 
 // --- between blocks of a cooperative grid, through the L2 cache. Writing: data, block_sync(), then one thread signals. Reading: one thread

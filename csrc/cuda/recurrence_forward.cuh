@@ -69,10 +69,11 @@ struct ForwardWarp {
   // body(n, e, lane, unit) for this thread's cells
   template <class Body>
   __device__ __forceinline__ void each(const Body& body) const {
+    const int first = octets == 8 ? not_kept(lane) : lane;
 #pragma unroll
     for (int n = 0; n < octets; ++n)
 #pragma unroll
-      for (int e = 0; e < cells; ++e) body(n, e, lane + 8 * n + e % 2, unit + e / 2 * 8);
+      for (int e = 0; e < cells; ++e) body(n, e, first + 8 * n + e % 2, unit + e / 2 * 8);
   }
 
   // The sum of a gate; and what is saved of a step, in place of the sums as far as these go.
@@ -96,7 +97,60 @@ struct ForwardWarp {
     });
   }
 
+  // Many lanes of 16 bits: a thread loads 8 units of a gate at once, where rows of xp allow that, and the threads that have a lane's cells
+  // get them in advance(). `x` has the Quads of lane `thread_index() % 32` of each 32 until then.
+  static constexpr bool in_quads = octets >= 4 && sizeof(Storage) == 2;
+  __device__ __forceinline__ bool loads_quads() const {
+    return in_quads && H % 8 == 0 && reinterpret_cast<uintptr_t>(p.xp) % 16 == 0;
+  }
+  __device__ __forceinline__ void load_quads(int s) {
+    const int first = unit - g();
+#pragma unroll
+    for (int n = 0; n < octets; n += 4) {
+      const Span span = tile.spans[first_lane() + 8 * n + thread_index() % 32];
+      const auto* at = static_cast<const Storage*>(p.xp) + row_at(span, s, p.lanes.step) * (gates * H) + first;
+#pragma unroll
+      for (int half = 0; half < cells / 2; ++half)
+#pragma unroll
+        for (int gate = 0; gate < gates; ++gate) {
+          Quad quad{};
+          if (s < span.steps && first + 8 * half < H) quad = *reinterpret_cast<const Quad*>(at + gate * H + 8 * half);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[n + i][half][gate].word = quad.word[i];
+        }
+    }
+  }
+  // By way of the outbox, which is free until advance() fills it.
+  __device__ __forceinline__ void share_quads() {
+    char* own = outbox() + thread_index() % 32 * 16;
+#pragma unroll
+    for (int gate = 0; gate < gates; ++gate) {
+#pragma unroll
+      for (int half = 0; half < cells / 2; ++half)
+#pragma unroll
+        for (int n = 0; n < octets; n += 4) {
+          Quad quad;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) quad.word[i] = x[n + i][half][gate].word;
+          *reinterpret_cast<Quad*>(own + (half * octets + n) * 128) = quad;
+        }
+      warp_sync();
+#pragma unroll
+      for (int half = 0; half < cells / 2; ++half)
+#pragma unroll
+        for (int n = 0; n < octets; n += 4) {
+          uint32_t words[4];
+          load_transposed(words, own + (half * octets + n) * 128);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) x[n + i][half][gate].word = words[i];
+        }
+      warp_sync();
+    }
+  }
+
   __device__ __forceinline__ void load(int s) {
+    if constexpr (in_quads)
+      if (loads_quads()) return load_quads(s);
     const auto* xp = static_cast<const Storage*>(p.xp);
     each([&](int n, int e, int lane, int unit) {
       const Span span = tile.spans[lane];
@@ -130,6 +184,8 @@ struct ForwardWarp {
 
   // From the sums of step s to the new states. What others need goes to the outbox; h, c and what is saved stay here.
   __device__ __forceinline__ void advance(int s) {
+    if constexpr (in_quads)
+      if (loads_quads()) share_quads();
     each([&](int n, int e, int lane, int unit) {
       Real z[gates], xp[gates], bias(0.f);
 #pragma unroll

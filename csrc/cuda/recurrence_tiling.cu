@@ -1,5 +1,8 @@
 // How a problem is divided: blocks of a team, units of a block, lanes of a tile, where the weights stay. Every division gives the same
 // bits, so the choice is free: the least time for all lanes by a simple model of one SM, in clocks.
+#include <cstdlib>
+#include <cstring>
+
 #include "recurrence_launch.h"
 
 namespace stable_rnn {
@@ -71,7 +74,7 @@ struct Search : Problem {
     if (warps > most) return;
     if (!is_compiled(layout, product_shape(dtype).element, octets, place == in_registers)) return;
     if (place == in_registers && lane_groups > 1) return;
-    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0, 0};
+    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0, 0, by_barrier};
     Geometry g = geometry_of(backward, cell, dtype, hidden, tiling);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
@@ -170,7 +173,12 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   g.spans = next(g.lanes * int64_t(sizeof(Span)));
   g.runs = next(g.lanes * int64_t(sizeof(Run)));
   g.resets = next(4 * g.lanes);
+  g.barriers = next(g.cluster > 1 ? 16 : 0);
   g.shared_bytes = at;
+  const int64_t columns =
+      int64_t(g.blocks) * g.units * shape.element;   // of a gate, that warps have; see send() of the kernels
+  if (g.cluster > 1 && tiling.exchange == by_transactions)
+    g.brought = g.lanes * layout.parts * static_cast<int>(columns < g.segment ? columns : g.segment);
   return g;
 }
 
@@ -191,8 +199,13 @@ CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hi
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
   if (hidden < 0) return refuse("hidden must not be negative");
   if (hidden == 0) return CudaTiling{};
-  const CudaTiling tiling = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
-                                           limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
+  const char* const exchange = std::getenv("STABLE_RNN_EXCHANGE");
+  const bool transactions = exchange && std::strcmp(exchange, "transactions") == 0;
+  if (exchange && *exchange && !transactions && std::strcmp(exchange, "barrier"))
+    return refuse("the environment variable STABLE_RNN_EXCHANGE must be barrier or transactions");
+  CudaTiling tiling = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
+                                     limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
+  if (tiling.cluster > 1 && transactions) tiling.exchange = by_transactions;
   return tiling.blocks
              ? tiling
              : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");

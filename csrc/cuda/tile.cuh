@@ -14,12 +14,14 @@ struct Geometry {
   int chunks;           // of k in a warp's product
   int segment, pitch;   // of a gate's k in a lane's state; from lane to lane
   int buffers;          // of the state: two taken in turn; one where it comes through L2
-  int state, outbox, sums, spans, runs, resets;
+  int state, outbox, sums, spans, runs, resets, barriers;
   int outbox_of_warp;
+  int brought;       // of a step, to each block of a cluster that meets by transactions; else 0
   int64_t weights;   // of a block, in fragment order
   int64_t shared_bytes;
 };
 
+enum Exchange : int { by_barrier = 0, by_transactions = 1 };
 enum Place : int { in_registers = 0, in_shared = 1, in_l2 = 2 };
 
 // What a step needs of a Run, in one read.

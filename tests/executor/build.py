@@ -188,10 +188,10 @@ def _library(of: ModuleType | ctypes.CDLL) -> ctypes.CDLL:
 
 
 @contextmanager
-def schedule(of: ModuleType | ctypes.CDLL, descending: bool) -> Iterator[None]:
-    """Blocks and threads run in descending order inside."""
+def schedule(of: ModuleType | ctypes.CDLL, order: int) -> Iterator[None]:
+    """Blocks and threads run in ascending (0) or descending order (1) inside; more is the seed of a random one."""
     library = _library(of)
-    library.executor_schedule(int(descending))
+    library.executor_schedule(int(order))
     try:
         yield
     finally:

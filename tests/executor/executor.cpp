@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <random>
 #include <string>
 
 #include "machine.h"
@@ -41,6 +42,8 @@ namespace executor {
 Position position;
 Fiber* running;
 std::vector<Block> blocks;
+std::vector<Store> stores;
+int order = 0;
 
 namespace {
 
@@ -53,7 +56,6 @@ constexpr size_t FENCE = 64;   // bytes behind shared memory that must stay as t
 #endif
 
 CudaLimits limits = {90, 132, 232448, 16};
-bool reversed = false;
 
 std::mutex one_launch;
 Stacks stacks;
@@ -67,6 +69,7 @@ bool failed;
 thread_local char message[1024];
 const unsigned always = 0;
 unsigned sweep = 0;   // of schedule() over all fibers
+std::minstd_rand chance;
 
 void begin_block(Block& block) {
   block.begun = true;
@@ -78,6 +81,9 @@ void end_block(Block& block) {
   const auto* fence = reinterpret_cast<const unsigned char*>(block.shared + block.bytes);
   if (std::any_of(fence, fence + FENCE, [](unsigned char byte) { return byte != POISON; }))
     fail("its block wrote past its %zu bytes of shared memory", block.bytes);
+  if (std::any_of(stores.begin(), stores.end(), [&](const Store& store) { return store.block == &block; }))
+    fail("its block ended while stores to it were on their way");
+  block.transactions.clear();
   std::memset(block.shared, POISON, block.bytes);   // other blocks of a cluster must not use it any more
   ASAN_POISON_MEMORY_REGION(block.shared, block.bytes);
 }
@@ -115,25 +121,66 @@ void fail_as_all_wait() {
   fail("%s", text.c_str());
 }
 
+// Half of the stores that are on their way to a block, or of all in a random order, or the last one; false where there are none.
+bool land_some() {
+  if (stores.empty()) return false;
+  if (order > 1) {
+    std::shuffle(stores.begin(), stores.end(), chance);
+    for (size_t half = (stores.size() + 1) / 2; half > 0; --half) {
+      land(stores.back());
+      stores.pop_back();
+    }
+    return true;
+  }
+  const bool reversed = order == 1;
+  const auto before = [=](const Store& a, const Store& b) { return reversed ? a.block > b.block : a.block < b.block; };
+  const Block* block = std::min_element(stores.begin(), stores.end(), before)->block;
+  std::vector<Store> to_it, others;
+  for (const Store& store : stores) (store.block == block ? to_it : others).push_back(store);
+  if (!reversed) std::reverse(to_it.begin(), to_it.end());   // the last sent lands first
+  const size_t half = (to_it.size() + 1) / 2;
+  for (size_t i = 0; i < half; ++i) land(to_it[i]);
+  if (!reversed) std::reverse(to_it.begin() + half, to_it.end());
+  others.insert(others.end(), to_it.begin() + half, to_it.end());
+  stores = others;
+  return true;
+}
+
+bool can_move(const Fiber& fiber) { return !fiber.ended && *fiber.word >= fiber.least; }
+
 // Runs the fibers until all have ended, none can move, or one fails.
 void schedule() {
   const size_t count = fibers.size();
+  std::vector<size_t> firsts(count / WARP);        // of the warps, as they take turns
+  std::vector<unsigned> slowness(firsts.size());   // in random schedules
+  for (size_t w = 0; w < firsts.size(); ++w) {
+    firsts[w] = w * WARP;
+    slowness[w] = chance() % 8;
+  }
   for (size_t left = count; left > 0;) {
     bool moved = false;
     ++sweep;
-    for (size_t w = 0; w < count; w += WARP)
+    if (order > 1) std::shuffle(firsts.begin(), firsts.end(), chance);
+    for (const size_t w : firsts) {
+      if (order > 1 && chance() % 4 == 0) moved |= land_some();
+      if (order > 1 && chance() % 8 < slowness[w / WARP]) {   // a turn left out
+        moved |= std::any_of(fibers.begin() + w, fibers.begin() + w + WARP, can_move);
+        continue;
+      }
       for (bool warp_moved = true; warp_moved; moved |= warp_moved) {
         warp_moved = false;
         for (size_t i = w; i < w + WARP; ++i) {
-          Fiber& fiber = fibers[reversed ? count - 1 - i : i];
-          if (fiber.ended || *fiber.word < fiber.least) continue;
+          Fiber& fiber = fibers[order == 1 ? count - 1 - i : i];
+          if (!can_move(fiber)) continue;
           resume(fiber);
           if (failed) return;
           warp_moved = true;
           left -= fiber.ended;
         }
       }
-    if (!moved && left > 0) return fail_as_all_wait();
+    }
+    if (!moved && left > 0 && !land_some()) return fail_as_all_wait();
+    if (failed) return;
   }
 }
 
@@ -141,6 +188,7 @@ void schedule() {
 void run_together(const Grid& grid, int first, int count) {
   const int threads = grid.threads, cluster = std::max(grid.cluster, 1);
   const auto bytes = static_cast<size_t>(grid.shared_bytes);
+  stores.clear();
   clusters.assign(count / cluster, Barrier{0, 0, cluster * threads});
   blocks.resize(count);
   warps.resize(static_cast<size_t>(count) * threads / WARP);
@@ -149,7 +197,7 @@ void run_together(const Grid& grid, int first, int count) {
   for (int b = 0; b < count; ++b) {
     void* shared = nullptr;
     if (posix_memalign(&shared, 128, bytes + FENCE)) std::abort();
-    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false};
+    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false, {}};
     ASAN_POISON_MEMORY_REGION(shared, bytes);
   }
   for (size_t i = 0; i < fibers.size(); ++i) {
@@ -189,6 +237,8 @@ const char* check(const Grid& grid) {
 
 }   // namespace
 
+bool lands_at_once(unsigned phase, int rank) { return order > 1 ? chance() % 2 : (phase + rank + order) % 2; }
+
 void fail(const char* format, ...) {
   int length = 0;
   if (running)
@@ -225,8 +275,9 @@ const char* run(const Grid& grid, void (*body)(const void* call), const void* ca
   thread_body = body;
   thread_call = call;
   failed = false;
+  chance.seed(order);
   for (int i = 0; i < batches && !failed; ++i)
-    run_together(grid, (reversed ? batches - 1 - i : i) * together, together);
+    run_together(grid, (order == 1 ? batches - 1 - i : i) * together, together);
   return failed ? message : nullptr;
 }
 
@@ -247,5 +298,5 @@ extern "C" {
 [[gnu::visibility("default")]] void executor_limits(int arch, int sms, int64_t shared_bytes, int max_cluster) {
   stable_rnn::executor::limits = {arch, sms, shared_bytes, max_cluster};
 }
-[[gnu::visibility("default")]] void executor_schedule(int descending) { stable_rnn::executor::reversed = descending; }
+[[gnu::visibility("default")]] void executor_schedule(int order) { stable_rnn::executor::order = order; }
 }

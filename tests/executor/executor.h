@@ -2,11 +2,14 @@
 //
 // Threads are fibers of one CPU thread. The blocks of a cluster, or of a cooperative grid, run interleaved; those of an ordinary grid one
 // after the other. A warp runs until all of its lanes wait or have ended, then the next one: whatever a kernel forgets to wait for has not
-// happened yet, in one of the two schedules (threads and blocks ascending, or descending).
+// happened yet, in one of the two schedules (threads and blocks ascending, or descending). Random schedules take warps in any order, some
+// of them seldom.
 //
 // What a device would leave undefined is made visible here:
 //   - shared memory is filled with NaN before a block's first thread runs and after its last one, and exactly as large as asked for;
 //   - copy_async fills its destination with NaN; the data land at copy_wait, which demands that neither end was written in between;
+//   - store_async fills its destination with NaN too; of some phases the data land at once, of others when nothing else can go on: block
+//     after block, half of what is on its way at a time, in either order (in random schedules any at any time). A block that ends before all of it has come ends the launch;
 //   - store_l2 of a value that is still that NaN ends the launch (other reads of it show in what is computed);
 //   - lanes of a warp at different collectives, addresses that are not aligned or not in shared memory, and threads that all wait end the
 //     launch with a message that names them;
@@ -53,9 +56,11 @@ enum class Product { bf16, f16, tf32 };
 const char* run(const Grid& grid, void (*body)(const void* call), const void* call);
 uint64_t exchange(const char* name, uint64_t value, int source_lane);
 void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product);
+void load_transposed(uint32_t* words, const void* row);
 void copy(void* shared, const void* global, int bytes);
 void land(int pending);
 void* map(void* shared, int rank);
+void send(void* to, const void* value, uint64_t* barrier, int rank);
 void check_aligned(const char* name, const void* address, int bytes);
 void check_written(const char* name, const void* value, int bytes);
 
@@ -67,6 +72,7 @@ inline int block_index() { return executor::position.block; }
 inline int block_count() { return executor::position.blocks; }
 inline char* shared_memory() { return executor::position.shared; }
 
+inline int not_kept(int value) { return value; }
 void block_sync();
 void warp_sync();
 
@@ -98,6 +104,8 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T
   executor::multiply(c, a, b, executor::Product::tf32);
 }
 
+inline void load_transposed(uint32_t (&words)[4], const void* row) { executor::load_transposed(words, row); }
+
 inline uint32_t to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -115,6 +123,7 @@ void copy_wait() {
   executor::land(pending);
 }
 
+constexpr bool clusters_exist = true;
 inline int cluster_rank() { return executor::position.block % executor::position.cluster; }
 inline int cluster_size() { return executor::position.cluster; }
 void cluster_arrive();
@@ -126,6 +135,15 @@ inline void cluster_sync() {
 template <class T>
 T* cluster_map(T* shared, int rank) {
   return static_cast<T*>(executor::map(shared, rank));
+}
+
+void transactions_begin(uint64_t* barrier, int count);
+void transactions_arrive(uint64_t* barrier, int bytes);
+void transactions_wait(uint64_t* barrier, unsigned parity);
+template <class T>
+void store_async(T* to, const T& value, uint64_t* barrier, int rank) {
+  static_assert(sizeof(T) == 16, "16 bytes");
+  executor::send(to, &value, barrier, rank);
 }
 
 void flag_signal(unsigned* flag, unsigned value);

@@ -56,6 +56,18 @@ __global__ void products(const Params p) {
   for (int i = 0; i < 4; ++i) static_cast<float*>(p.out)[4 * lane + i] = c[i];
 }
 
+// One warp: in [4 * 8, 8] 16-bit values, four matrices by rows, out [32, 4] words; mode 1: misaligned; 2: outside shared memory; 3: not all
+// lanes take part
+__global__ void transposed(const Params p) {
+  const int lane = thread_index();
+  uint16_t* shared = shared_as<uint16_t>();
+  for (int i = lane; i < 4 * 64; i += 32) shared[i] = static_cast<const uint16_t*>(p.in)[i];
+  warp_sync();
+  uint32_t words[4] = {};
+  if (p.mode != 3 || lane) load_transposed(words, shared + 8 * lane + (p.mode == 1 ? 4 : p.mode == 2 ? 8 : 0));
+  for (int i = 0; i < 4; ++i) static_cast<uint32_t*>(p.out)[4 * lane + i] = words[i];
+}
+
 // in -> out, count floats; mode 1: to Bf16 and back, 2: to Half and back, 3: to TF32
 __global__ void conversions(const Params p) {
   for (int i = global_thread(); i < p.count; i += block_count() * thread_count()) {
@@ -130,6 +142,44 @@ __global__ void cluster_exchange(const Params p) {
     return;
   }
   cluster_sync();
+}
+
+struct alignas(16) Numbers {
+  int v[4];
+};
+
+// `count` steps of a cluster that meets by transactions: each warp sends one Numbers to every block, made from those of all warps of the
+// step before. out [blocks, warps, count]. mode 1: no wait; 2, 3: 16 bytes too few, too many are expected; 4: the barriers have not begun;
+// 5: one buffer for all steps; 6: the other parity; 7: a block ends before its last step has come; 8: outside shared memory; 9: one warp
+// arrives twice; 10: misaligned; 11: a barrier is written over; 12: two warps send to one place; 13: one warp does not arrive;
+// 14: a phase is left out
+__global__ void transactions(const Params p) {
+  const int size = cluster_size(), rank = cluster_rank(), warps = thread_count() / 32, senders = size * warps;
+  const int lane = thread_index() % 32, warp = thread_index() / 32, sender = rank * warps + warp;
+  uint64_t* barriers = shared_as<uint64_t>();
+  Numbers* states = shared_as<Numbers>(16);   // [2][senders]
+  int* out = static_cast<int*>(p.out) + (int64_t(block_index()) * warps + warp) * p.count;
+  for (int i = thread_index(); i < senders; i += thread_count()) states[i] = {{i, 0, 0, 0}};
+  if (thread_index() < 2 && p.mode != 4) transactions_begin(barriers + thread_index(), warps);
+  cluster_sync();
+  for (int t = 0; t < p.count; ++t) {
+    const Numbers* now = states + t % 2 * senders;
+    Numbers* next = states + (p.mode == 5 ? t : t + 1) % 2 * senders;
+    int sum = 7 * sender;
+    for (int i = 0; i < senders; ++i) sum += now[i].v[0] + 3 * now[i].v[3];
+    warp_sync();
+    next += p.mode == 8 ? 2 * senders : p.mode == 12 ? 0 : sender;
+    if (p.mode == 10) next = reinterpret_cast<Numbers*>(reinterpret_cast<char*>(next) - 8);
+    if (p.mode == 11 && thread_index() == 0) barriers[0] = 0;
+    if (lane < size) store_async(next, Numbers{{sum % 1000, 0, 0, sum % 7}}, barriers + t % 2, (rank + lane) % size);
+    warp_sync();
+    const int bytes = warp ? 0 : 16 * (senders - (p.mode == 2) + (p.mode == 3));
+    if (lane == 0 && !(p.mode == 13 && warp)) transactions_arrive(barriers + t % 2, bytes);
+    if (lane == 0 && warp == 0 && p.mode == 9) transactions_arrive(barriers + t % 2, 0);
+    if (lane == 0) out[t] = sum;
+    if (p.mode == 1 || (p.mode == 7 && t + 1 == p.count) || (p.mode == 14 && t == 2)) continue;
+    transactions_wait(barriers + t % 2, (t / 2 + (p.mode == 6)) % 2);
+  }
 }
 
 // A token goes round the blocks of a cooperative grid `count` times; each adds one. mode 1: waits for what never comes.
@@ -222,10 +272,12 @@ struct Entry {
 constexpr Entry kernels[] = {{"where", where},
                              {"shuffles", shuffles},
                              {"products", products},
+                             {"transposed", transposed},
                              {"conversions", conversions},
                              {"neighbours", neighbours},
                              {"copies", copies},
                              {"cluster_exchange", cluster_exchange},
+                             {"transactions", transactions},
                              {"token", token},
                              {"through_l2", through_l2},
                              {"faults", faults},

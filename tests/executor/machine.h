@@ -1,5 +1,6 @@
 // What executor.cpp (launching, scheduling) and primitives.cpp (what threads call) share.
 #pragma once
+#include <map>
 #include <vector>
 
 #include "device.cuh"
@@ -36,6 +37,22 @@ struct Warp {
   Operands lanes[WARP];
 };
 
+struct Transactions {   // of a barrier: transactions_begin()
+  int count = 0, arrived = 0;
+  int64_t bytes = 0;   // expected and yet to come; below zero where they come first
+  unsigned phase = 0;
+  unsigned ended[2] = {
+      0, 1};   // by parity: whether the phase before the one at hand has it. Who is late by two finds it as it was
+
+  void end_phase() {
+    if (arrived < count || bytes) return;
+    arrived = 0;
+    ++phase;
+    ended[phase % 2] = 0;
+    ended[(phase + 1) % 2] = 1;
+  }
+};
+
 struct Block {
   Barrier barrier;
   Barrier* cluster;
@@ -43,6 +60,13 @@ struct Block {
   size_t bytes;
   int running;
   bool begun;
+  std::map<size_t, Transactions> transactions;   // by their barriers' offsets in shared memory
+};
+
+struct Store {   // on its way
+  Block* block;
+  size_t offset, barrier;   // in the block's shared memory
+  unsigned char data[16];
 };
 
 struct Copy {
@@ -68,11 +92,15 @@ struct Fiber {
 
 extern Fiber* running;              // null in the scheduler
 extern std::vector<Block> blocks;   // that run together
+extern std::vector<Store> stores;   // on their way, as they were sent
+extern int order;   // in which blocks and threads run: 0 ascending, 1 descending, else the seed of a random one
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format,
                                         ...);   // ends the launch with a message; a thread does not return from it
 void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
+bool lands_at_once(unsigned phase, int rank);
+void land(const Store& store);
 void pause(const char* at);   // until all other threads have had a turn
 
 }   // namespace stable_rnn::executor

@@ -58,6 +58,8 @@ void multiply_warp(const Operands* lanes, Product product) {
     }
 }
 
+constexpr uint64_t BARRIER = 0x5ca1ab1e0ddba11;   // what a barrier of transactions holds
+
 // Where an address lies in its block's shared memory; past the end where it does not.
 size_t offset_in(const Block& block, const void* shared) {
   return reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(block.shared);
@@ -79,6 +81,25 @@ void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product) {
   constexpr const char* names[] = {"mma (bf16)", "mma (f16)", "mma (tf32)"};
   collective(names[static_cast<int>(product)], {nullptr, 0, c, a, b},
              [=](const Operands* lanes) { multiply_warp(lanes, product); });
+}
+
+void load_transposed(uint32_t* words, const void* row) {
+  check_aligned("load_transposed", row, 16);
+  const Block& block = *running->block;
+  const size_t offset = offset_in(block, row);
+  if (offset > block.bytes || offset + 16 > block.bytes)
+    fail("load_transposed from outside its block's %zu bytes of shared memory", block.bytes);
+  uint64_t given[2] = {reinterpret_cast<uintptr_t>(row), 0};
+  collective("load_transposed", {given, 0, nullptr, nullptr, nullptr}, [](const Operands* lanes) {
+    uint16_t rows[WARP][8];
+    for (int i = 0; i < WARP; ++i) std::memcpy(rows[i], reinterpret_cast<const void*>(lanes[i].value[0]), 16);
+    for (int lane = 0; lane < WARP; ++lane) {
+      uint16_t found[8];
+      for (int i = 0; i < 8; ++i) found[i] = rows[i / 2 * 8 + lane % 4 * 2 + i % 2][lane / 4];
+      std::memcpy(lanes[lane].value, found, 16);
+    }
+  });
+  std::memcpy(words, given, 16);
 }
 
 void check_aligned(const char* name, const void* address, int bytes) {
@@ -133,6 +154,42 @@ void* map(void* shared, int rank) {
   return (&mine)[rank - cluster_rank()].shared + offset;
 }
 
+Transactions& transactions_of(Block& block, const char* name, size_t barrier) {
+  const auto found = block.transactions.find(barrier);
+  if (found == block.transactions.end()) fail("%s: no barrier has begun there", name);
+  uint64_t word;
+  std::memcpy(&word, block.shared + barrier, sizeof word);
+  if (word != BARRIER) fail("%s: its barrier was written over", name);
+  return found->second;
+}
+
+void land(const Store& store) {
+  auto* to = reinterpret_cast<unsigned char*>(store.block->shared) + store.offset;
+  if (std::any_of(to, to + 16, [](unsigned char byte) { return byte != POISON; }))
+    fail("store_async: its destination was written before it landed");
+  std::memcpy(to, store.data, 16);
+  Transactions& transactions = transactions_of(*store.block, "store_async", store.barrier);
+  transactions.bytes -= 16;
+  transactions.end_phase();
+}
+
+void send(void* to, const void* value, uint64_t* barrier, int rank) {
+  check_aligned("store_async", to, 16);
+  map(barrier, rank);   // checks both
+  Store store{running->block + (rank - cluster_rank()),
+              offset_in(*running->block, to),
+              offset_in(*running->block, barrier),
+              {}};
+  if (store.offset > store.block->bytes || store.offset + 16 > store.block->bytes)
+    fail("store_async to outside its block's %zu bytes of shared memory", store.block->bytes);
+  check_written("store_async", value, 16);
+  std::memcpy(store.data, value, 16);
+  std::memset(store.block->shared + store.offset, POISON, 16);
+  const unsigned phase = transactions_of(*store.block, "store_async", store.barrier).phase;
+  if (lands_at_once(phase, rank)) land(store);
+  else stores.push_back(store);
+}
+
 }   // namespace executor
 
 using namespace executor;
@@ -156,6 +213,31 @@ void cluster_wait() {
   if (!running->cluster_round) fail("cluster_wait without cluster_arrive");
   wait(&running->block->cluster->round, running->cluster_round, "cluster_wait");
   running->cluster_round = 0;
+}
+
+void transactions_begin(uint64_t* barrier, int count) {
+  Block& block = *running->block;
+  check_aligned("transactions_begin", barrier, 8);
+  const size_t offset = offset_in(block, barrier);
+  if (offset > block.bytes || offset + 8 > block.bytes)
+    fail("transactions_begin outside its block's %zu bytes of shared memory", block.bytes);
+  block.transactions[offset] = Transactions{};
+  block.transactions[offset].count = count;
+  std::memcpy(barrier, &BARRIER, sizeof BARRIER);
+}
+void transactions_arrive(uint64_t* barrier, int bytes) {
+  Block& block = *running->block;
+  Transactions& transactions = transactions_of(block, "transactions_arrive", offset_in(block, barrier));
+  if (transactions.arrived == transactions.count) fail("transactions_arrive more than %d times", transactions.count);
+  ++transactions.arrived;
+  transactions.bytes += bytes;
+  transactions.end_phase();
+  pause("transactions_arrive");   // as cluster_arrive
+}
+void transactions_wait(uint64_t* barrier, unsigned parity) {
+  Block& block = *running->block;
+  if (parity > 1) fail("transactions_wait for a parity of %u", parity);
+  wait(&transactions_of(block, "transactions_wait", offset_in(block, barrier)).ended[parity], 1, "transactions_wait");
 }
 
 void flag_signal(unsigned* flag, unsigned value) { *flag = value; }

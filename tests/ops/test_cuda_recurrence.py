@@ -475,6 +475,7 @@ for cell in ("rnn_tanh", "lstm", "gru"):
             if "dtype" in kind and cell != "gru":
                 variant = replace(variant, place=REGISTERS) if variant.octets == 1 else variant
             machine.descending = not machine.descending
+            variant = replace(variant, transactions="dtype" in kind)  # of clusters
             case = Case(cell, 7, 3, 33, stride=2, warmup=1, lengths=(7, 0, 4), layout="packed", resets=0.4, **kind)
             made = case.draw()
             machine.backward(case, made, machine.forward(case, made, variant), variant)

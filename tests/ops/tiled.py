@@ -57,6 +57,7 @@ class Tiling(Structure):
         + _fields(c_int, "blocks cluster lanes units warps place teams")
         + _fields(c_int64, "shared_bytes workspace_bytes")
         + [("clocks", c_double)]
+        + [("exchange", c_int)]
     )
 
 
@@ -77,7 +78,8 @@ def units(gates: int, backward: bool) -> int:
 
 @dataclass(frozen=True)
 class Variant:
-    """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, or a grid that meets through L2."""
+    """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, which meets by its barrier or by transactions, or a
+    grid that meets through L2."""
 
     blocks: int = 1
     grid: bool = False
@@ -85,9 +87,11 @@ class Variant:
     lane_groups: int = 1
     place: int = SHARED
     teams: int = 2
+    transactions: bool = False
 
     def __str__(self):
         kind = "block" if self.blocks == 1 else f"{'grid' if self.grid else 'cluster'}{self.blocks}"
+        kind += "-transactions" * self.transactions
         return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
 
     def tiling(self, backward: bool, cell: int, hidden: int) -> Tiling:
@@ -108,13 +112,15 @@ class Variant:
             0,
             0,
             0.0,
+            int(self.transactions and cluster > 1),
         )
 
 
 class Machine:
-    """Where kernels run. `descending`: the executor's blocks and threads in descending order; `asan`: under AddressSanitizer."""
+    """Where kernels run. `descending`: the executor's blocks and threads in descending order, or by the seed of a random one (above 1);
+    `asan`: under AddressSanitizer."""
 
-    def __init__(self, name: str, device: str = "cpu", descending: bool = False, asan: bool = False):
+    def __init__(self, name: str, device: str = "cpu", descending: int = False, asan: bool = False):
         self.name, self.device, self.descending, self.asan = name, device, descending, asan
 
     def build(self) -> Path:

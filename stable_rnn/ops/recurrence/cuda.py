@@ -22,6 +22,7 @@ from .problem import Problem
 from .scanned import Scanned
 
 PLACES = ("registers", "shared memory", "L2")  # of W between steps
+EXCHANGES = ("in a cluster", "in a cluster by transactions")
 L2 = PLACES.index("L2")
 
 takes_resets = True  # no wait for their number
@@ -62,7 +63,7 @@ def describe(found: dict) -> str:
     """A tiling in words."""
     if found["message"]:
         return found["message"]
-    blocks, through = found["blocks"], "in a cluster" if found["cluster"] > 1 else "that meet through L2"
+    blocks, through = found["blocks"], EXCHANGES[found["exchange"]] if found["cluster"] > 1 else "that meet through L2"
     team = "one block" if blocks == 1 else f"{blocks} blocks {through}"
     return (
         f"{found['teams']} x {team} of {found['warps']} warps, {found['units']} units a block, {found['lanes']} lanes a tile, "
