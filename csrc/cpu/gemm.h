@@ -213,7 +213,7 @@ STABLE_RNN_INLINE void multiply(const S* a, int64_t lda, int64_t n, const Panels
   constexpr int most = rows_at_once<S, W>;
   const int size = panels.size(p);
   const float* panel = panels.at(p);
-  const int64_t blocks = ceil_div(n, size > panel_vectors ? few_rows : most);
+  const int64_t blocks = ceil_div(n, size > panel_vectors && !in_tiles<S, W> ? few_rows : most);
   const auto first = [&](int64_t b) {   // blocks as even as can be; tiles as full, as other shapes are to be set anew
     return !in_tiles<S, W> ? n * b / blocks : b * most < n ? b * most : n;
   };
