@@ -260,7 +260,8 @@ py::dict known_crowd() {
 
 void choose_isa(const std::string& name) {
   if (!set_isa(name.c_str()))
-    throw py::value_error("isa '" + name + "' is not one that this machine can run (plain, avx2, avx512, avx512bf16)");
+    throw py::value_error("isa '" + name +
+                          "' is not one that this machine can run (plain, avx2, avx512, avx512bf16, amx)");
 }
 
 }   // namespace
@@ -354,8 +355,8 @@ PYBIND11_MODULE(_C, module) {
       "prefer_huge_pages", [](Address start, int64_t bytes) { prefer_huge_pages(Pointer{start}, bytes); }, arg("start"),
       arg("bytes"), "A hint for large outputs that nobody has written yet: far fewer page faults.");
   module.def("cpu_features", cpu_features,
-             "{'isa': plain | avx2 | avx512 | avx512bf16, 'openmp': bool, 'amx_bfloat16': whether the machine has such "
-             "tiles}");
+             "{'isa': plain | avx2 | avx512 | avx512bf16 | amx, 'openmp': bool, "
+             "'amx_bfloat16': whether the machine has such tiles}");
   module.def(
       "crowd", known_crowd,
       "{'threads': how many a team starts with at most, as cores were found busy, or None; 'seconds': how long}");

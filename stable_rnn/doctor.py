@@ -165,7 +165,9 @@ def _forced() -> str:
 
 def _features(lib: ModuleType) -> str:
     found = lib.cpu_features()
-    return f"instruction set in use: {found['isa']}; {'OpenMP' if found['openmp'] else 'one thread, no OpenMP'}"
+    idle = found["amx_bfloat16"] and found["isa"] != "amx"
+    amx = " (the processor has AMX; STABLE_RNN_ISA=amx takes its kernels, which are not measured yet)" if idle else ""
+    return f"instruction set in use: {found['isa']}{amx}; {'OpenMP' if found['openmp'] else 'one thread, no OpenMP'}"
 
 
 def _gpu() -> str:

@@ -207,7 +207,8 @@ class PerLayer(Plan):
 def step_rounding(x: torch.Tensor) -> float:
     """About what rounding does to one step on tensors like x, relative to max(1, |state|): 4 eps of what is stored, 12 eps of what is
     multiplied. Less, and two sound runs of a slowly forgetting model, whose rounding errors live on for a while, would not agree."""
-    products = products_eps() if x.is_cuda and x.dtype == torch.float32 else torch.finfo(arithmetic(x.dtype)).eps
+    single = x.dtype == torch.float32
+    products = products_eps(x.is_cuda) if single else torch.finfo(arithmetic(x.dtype)).eps
     return 4 * torch.finfo(x.dtype).eps + 12 * products
 
 

@@ -33,7 +33,7 @@ struct ForwardWeights {
   }
 };
 
-// T is the storage type, W that of the packed weights.
+// T is the storage type, W that of the packed weights. Where that is `Split`, a row of states has its two parts beside it.
 // A Sink has, with r the lane's row in the tile and n how many of a vector's units exist:
 //   hidden(r, run, s, unit, n, before, h)     h of units [unit, unit + n) before step s (an address) and after it, not yet rounded to T
 //   step(r, run, s, unit, n, c_before, now)   what else the step made (Cell::Step)
@@ -61,11 +61,12 @@ struct ForwardTile {
               const void* c0, const void* hidden_bias, const float* h_init, const float* c_init)
       : cell(cell), hidden(weights.gates.units), out(weights.gates.k), xp(static_cast<const T*>(xp)),
         h0(static_cast<const T*>(h0)), c0(static_cast<const T*>(c0)), bias(static_cast<const T*>(hidden_bias)),
-        h_init(h_init), c_init(c_init), weights(weights), sink(sink), h_stride(state_stride(out)),
+        h_init(h_init), c_init(c_init), weights(weights), sink(sink), h_stride(row(out)),
         c_stride(state_stride(hidden)) {}
 
+  static int64_t row(int64_t out) { return (1 + is_split<W>)*state_stride(out); }
   static int64_t bytes(int64_t rows, int64_t hidden, int64_t out, bool projected) {
-    return 2 * Workspace::bytes<S>(rows * state_stride(out)) +
+    return 2 * Workspace::bytes<S>(rows * row(out)) +
            (Cell::has_cell + projected) * Workspace::bytes<float>(rows * state_stride(hidden)) +
            Workspace::bytes<Run>(rows);
   }
@@ -98,9 +99,14 @@ struct ForwardTile {
     const Run& run = runs[r];
     begin_state(h_now + r * h_stride, out, run.given && h0 ? h0 + run.b * out : nullptr,
                 h_init ? h_init + run.entry * out : nullptr);
+    for (int64_t u = 0; is_split<W> && u < out; u += width) split(h_now + r * h_stride, u);
     if (Cell::has_cell)
       begin_state(c + r * c_stride, hidden, run.given && c0 ? c0 + run.b * hidden : nullptr,
                   c_init ? c_init + run.entry * hidden : nullptr);
+  }
+
+  STABLE_RNN_INLINE void split(S* state, int64_t unit) const {
+    if constexpr (is_split<W>) store_parts(state, h_stride, unit, load(state + unit));
   }
 
   void step(Team& team, int64_t s, int64_t active, const S* state) {
@@ -150,6 +156,7 @@ struct ForwardTile {
 
   STABLE_RNN_INLINE void emit(int64_t r, int64_t s, int64_t unit, Vec h) {
     store_rounded<T>(h_next + r * h_stride + unit, h);
+    split(h_next + r * h_stride, unit);
     sink.hidden(r, runs[r], s, unit, out - unit, h_now + r * h_stride + unit, h);
   }
 };

@@ -5,7 +5,7 @@
 // Weights are float, or bfloat16, which are half the bytes: pairs of consecutive k lie in one word. States of float take them widened,
 // term by term, so that the sums are bit by bit those of the same weights as float; states of bfloat16 (`StateOf`) take a pair at once.
 #pragma once
-#include "simd.h"
+#include "amx.h"
 
 namespace stable_rnn {
 namespace STABLE_RNN_NS {
@@ -37,6 +37,14 @@ using StateOf = typename Element<sizeof(T) == 2 && multiplies_bf16>::Type;
 
 template <class W>
 constexpr int terms = sizeof(float) / sizeof(W);   // of a sum, whose weights share a word
+template <class W>   // of k weights of a column; tiles take them whole, zeros behind the last
+constexpr int64_t words_of(int64_t k) {
+  return ceil_div(round_up(k, has_tiles && !std::is_same<W, float>::value ? amx_k : 1), terms<W>);
+}
+template <class S, class W>   // rows of a product that are computed together
+constexpr int rows_at_once = in_tiles<S, W>          ? amx_rows
+                             : sizeof(S) > sizeof(W) ? block_rows - 1   // widened weights need registers too
+                                                     : block_rows;
 
 // Panel p holds, for each word of k in turn, its vectors of weights: for each of its vectors of units, one of each gate. Panels have up to
 // four vectors, of bfloat16 for few rows eight; units are spread evenly over them.
@@ -56,7 +64,7 @@ struct Panels {
     const int64_t shared = round_up(count, threads);
     count = shared < vectors ? shared : vectors;
   }
-  int64_t stride() const { return gates * ceil_div(k, terms<W>) * width; }   // words of a vector of units
+  int64_t stride() const { return gates * words_of<W>(k) * width; }   // words of a vector of units
   int64_t words() const { return vectors * stride(); }
   int64_t first(int64_t p) const { return vectors * p / count; }               // vector of units
   int size(int64_t p) const { return int(first(p + 1) - first(p)) * gates; }   // vectors in the panel
@@ -73,7 +81,7 @@ STABLE_RNN_INLINE Vec pack_transposed(const T* w, int64_t ld, int64_t rows, int6
     check[i % 4] = fma(terms<W> == 2 ? odd(block[i]) : block[i], Vec(0.f), check[i % 4]);
     store(panel + (j + i) * stride, block[i]);
   };
-  const int64_t words = ceil_div(k, terms<W>);
+  const int64_t words = words_of<W>(k);
   int64_t j = 0;
   for (; rows >= width && (j + width) * terms<W> <= k; j += width) {
 #pragma GCC unroll 16
@@ -99,8 +107,12 @@ void pack_rows(Panels<W>& panels, int64_t p, const T* w) {
   for (int v = 0; v < size; ++v) {
     const int64_t unit = (panels.first(p) + v / panels.gates) * width;
     const int64_t row = v % panels.gates * panels.units + unit;
-    check = check + pack_transposed<W>(w + row * panels.k, panels.k, panels.units - unit, panels.k,
-                                       panels.at(p) + v * width, int64_t(size) * width);
+    const auto pack = [&](auto kind, int64_t place, int64_t vectors) {
+      return pack_transposed<decltype(kind)>(w + row * panels.k, panels.k, panels.units - unit, panels.k,
+                                             panels.at(p) + place * width, vectors * width);
+    };
+    if constexpr (is_split<W>) check = check + pack(bf16(), v, 2 * size) + pack(Remainder(), size + v, 2 * size);
+    else check = check + pack(W(), v, size);
   }
   for (int i = 0; i < width; ++i)
     if (!(check.v[i] == 0.f)) __atomic_store_n(&panels.not_finite, 1, __ATOMIC_RELAXED);
@@ -167,15 +179,22 @@ STABLE_RNN_INLINE void multiply_block(const S* a, int64_t lda, const float* pane
 template <class W, int vectors, bool more = false, class S>
 void multiply_rows(int rows, const S* a, int64_t lda, const float* panel, int64_t k, Vec* acc) {
   static_assert(block_rows <= 6, "add a case");
-  if (rows == 1) return multiply_block<W, 1, vectors, more>(a, lda, panel, k, acc);
-  if constexpr (vectors <= panel_vectors || few_rows > 1)
-    if (rows == 2) return multiply_block<W, 2, vectors, more>(a, lda, panel, k, acc);
-  if constexpr (vectors <= panel_vectors) {
-    if (rows == 3) return multiply_block<W, 3, vectors, more>(a, lda, panel, k, acc);
-    if constexpr (block_rows > 3) {
-      if (rows == 4) return multiply_block<W, 4, vectors, more>(a, lda, panel, k, acc);
-      if (rows == 5) return multiply_block<W, 5, vectors, more>(a, lda, panel, k, acc);
-      if (rows == 6) return multiply_block<W, 6, vectors, more>(a, lda, panel, k, acc);
+  if constexpr (in_tiles<S, W>) {
+    constexpr int most = panel_vectors, first = vectors < most ? vectors : most;
+    multiply_in_tiles<W, first, more>(rows, a, lda, panel, k, vectors, acc);
+    if constexpr (vectors > most)
+      multiply_in_tiles<W, vectors - most, more>(rows, a, lda, panel + most * width, k, vectors, acc + most);
+  } else {
+    if (rows == 1) return multiply_block<W, 1, vectors, more>(a, lda, panel, k, acc);
+    if constexpr (vectors <= panel_vectors || few_rows > 1)
+      if (rows == 2) return multiply_block<W, 2, vectors, more>(a, lda, panel, k, acc);
+    if constexpr (vectors <= panel_vectors) {
+      if (rows == 3) return multiply_block<W, 3, vectors, more>(a, lda, panel, k, acc);
+      if constexpr (block_rows > 3) {
+        if (rows == 4) return multiply_block<W, 4, vectors, more>(a, lda, panel, k, acc);
+        if (rows == 5) return multiply_block<W, 5, vectors, more>(a, lda, panel, k, acc);
+        if (rows == 6) return multiply_block<W, 6, vectors, more>(a, lda, panel, k, acc);
+      }
     }
   }
 }
@@ -191,14 +210,17 @@ void multiply_panel(int size, int rows, const S* a, int64_t lda, const float* pa
 template <class S, class W, class Done>
 STABLE_RNN_INLINE void multiply(const S* a, int64_t lda, int64_t n, const Panels<W>& panels, int64_t p,
                                 const Done& done) {
-  constexpr int most = sizeof(S) > sizeof(W) ? block_rows - 1 : block_rows;   // widened weights need registers too
+  constexpr int most = rows_at_once<S, W>;
   const int size = panels.size(p);
   const float* panel = panels.at(p);
-  const int64_t blocks = ceil_div(n, size > panel_vectors ? few_rows : most);
-  for (int64_t b = 0; b < blocks; ++b) {   // blocks as even as can be
-    const int64_t row = n * b / blocks;
-    const int rows = int(n * (b + 1) / blocks - row);
-    Vec acc[block_rows * panel_vectors];
+  const int64_t blocks = ceil_div(n, size > panel_vectors && !in_tiles<S, W> ? few_rows : most);
+  const auto first = [&](int64_t b) {   // blocks as even as can be; tiles as full, as other shapes are to be set anew
+    return !in_tiles<S, W> ? n * b / blocks : b * most < n ? b * most : n;
+  };
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t row = first(b);
+    const int rows = int(first(b + 1) - row);
+    Vec acc[most * panel_vectors];
     if (!a)
       for (int i = 0; i < rows * size; ++i) acc[i] = Vec(0.f);
     else multiply_panel<W>(size, rows, a + row * lda, lda, panel, panels.k, acc);

@@ -8,11 +8,15 @@
 #elif STABLE_RNN_X86
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace stable_rnn {
 namespace {
 
-constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16"};
+constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if STABLE_RNN_X86
 bool has(unsigned leaf, unsigned part, int word, int bit) {   // words of a part of a leaf of cpuid: eax, ebx, ecx, edx
@@ -45,9 +49,27 @@ Isa best() {
 #endif
 }
 
+// Whether this process may use tiles: compiled in, known to the processor, saved by the system and, once asked for, granted (Linux 5.16).
+bool may_use_amx() {
+#if defined(STABLE_RNN_EMULATE_AMX)
+  return true;
+#elif defined(STABLE_RNN_AMX)
+  if (best() != Isa::avx512bf16 || !has(7, 0, 3, 22) || !has(7, 0, 3, 24)) return false;
+  unsigned saved, high;
+  asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned tiles = 3u << 17;   // their shapes, and their data
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return (saved & tiles) == tiles && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+bool can_run(Isa isa) { return isa == Isa::amx ? may_use_amx() : isa <= best(); }
+
 bool find(const char* name, Isa& found) {
-  for (int i = 0; i <= static_cast<int>(best()); ++i)
-    if (std::strcmp(name, names[i]) == 0) {
+  for (int i = 0; i <= static_cast<int>(Isa::amx); ++i)
+    if (std::strcmp(name, names[i]) == 0 && can_run(static_cast<Isa>(i))) {
       found = static_cast<Isa>(i);
       return true;
     }
@@ -77,8 +99,9 @@ bool has_amx_bfloat16() {
 #endif
 }
 const char* isa_problem() {
-  return choice.known ? nullptr
-                      : "STABLE_RNN_ISA must be plain, avx2, avx512 or avx512bf16, and one that this machine can run";
+  return choice.known
+             ? nullptr
+             : "STABLE_RNN_ISA must be plain, avx2, avx512, avx512bf16 or amx, and one that this machine can run";
 }
 
 }   // namespace stable_rnn

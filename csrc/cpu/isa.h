@@ -14,24 +14,29 @@
 
 namespace stable_rnn {
 
-enum class Isa { plain, avx2, avx512, avx512bf16 };
+enum class Isa { plain, avx2, avx512, avx512bf16, amx };
 
-Isa isa();   // the best of this machine, or what STABLE_RNN_ISA or set_isa asked for
+Isa isa();   // what STABLE_RNN_ISA or set_isa asked for, or the best of this machine but for `amx`, which nobody has measured yet
 const char* isa_name();
 bool set_isa(const char* name);   // false where the name is unknown or the machine cannot run it
-bool has_amx_bfloat16();          // the machine has tiles of bfloat16 (AMX), which oneDNN uses and no kernel here
+bool has_amx_bfloat16();          // the machine has tiles of bfloat16 (AMX)
 const char* isa_problem();        // null, or what is wrong with STABLE_RNN_ISA
 
 }   // namespace stable_rnn
 
-// STABLE_RNN_DISPATCH(f(x)) calls plain::f(x), avx2::f(x), avx512::f(x) or avx512bf16::f(x).
+// STABLE_RNN_DISPATCH(f(x)) calls plain::f(x), avx2::f(x), avx512::f(x), avx512bf16::f(x) or, where it was compiled, amx::f(x).
 // STABLE_RNN_EACH_ISA(int f(int);) declares f in each of these namespaces.
+#if defined(STABLE_RNN_AMX)
+#define STABLE_RNN_WITH_AMX(call, other) (isa() == Isa::amx ? amx::call : (other))
+#else
+#define STABLE_RNN_WITH_AMX(call, other) (other)
+#endif
 #if STABLE_RNN_X86
-#define STABLE_RNN_DISPATCH(call)              \
-  (isa() == Isa::avx512bf16 ? avx512bf16::call \
-   : isa() == Isa::avx512   ? avx512::call     \
-   : isa() == Isa::avx2     ? avx2::call       \
-                            : plain::call)
+#define STABLE_RNN_DISPATCH(call)                                       \
+  STABLE_RNN_WITH_AMX(call, isa() == Isa::avx512bf16 ? avx512bf16::call \
+                            : isa() == Isa::avx512   ? avx512::call     \
+                            : isa() == Isa::avx2     ? avx2::call       \
+                                                     : plain::call)
 #define STABLE_RNN_EACH_ISA(...) \
   namespace plain {              \
   __VA_ARGS__                    \
@@ -43,6 +48,9 @@ const char* isa_problem();        // null, or what is wrong with STABLE_RNN_ISA
   __VA_ARGS__                    \
   }                              \
   namespace avx512bf16 {         \
+  __VA_ARGS__                    \
+  }                              \
+  namespace amx {                \
   __VA_ARGS__                    \
   }
 #else

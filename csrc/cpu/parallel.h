@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "amx.h"
 #include "crowd.h"
 #include "isa.h"
 
@@ -72,6 +73,7 @@ void parallel(int threads, bool judged, const Body& body) {
         team.barrier = &barrier;
         body(team);
       } catch (const Left&) {}
+      release_tiles();
     }
     barrier.finish(threads);
     return;
@@ -80,6 +82,7 @@ void parallel(int threads, bool judged, const Body& body) {
   (void)threads, (void)judged;
   Team alone;
   body(alone);
+  release_tiles();
 }
 
 // 0, 1, 2, ... handed out to whichever thread comes next.

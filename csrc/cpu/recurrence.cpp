@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* bad_dtype = "dtype must be 0 (float32) or 1 (bfloat16)";
 constexpr const char* bad_recurrence_dtype =
-    "dtype must be 0 (float32), 1 (bfloat16) or 5 (float32 with weights in bfloat16)";
+    "dtype must be 0 (float32), 1 (bfloat16), 5 (float32 with weights in bfloat16) or 6 (with products of bfloat16)";
 
 constexpr int64_t size_of(int dtype) { return dtype == BF16 ? 2 : 4; }
 
@@ -24,7 +24,7 @@ const char* check(const Params& p) {
 template <class Params>
 const char* check_recurrence(const Params& p) {
   if (const char* problem = check(p)) return problem;
-  if (p.dtype != F32 && p.dtype != BF16 && p.dtype != BF16_WEIGHTS) return bad_recurrence_dtype;
+  if (p.dtype != F32 && p.dtype != BF16 && p.dtype != BF16_WEIGHTS && p.dtype != BF16X3) return bad_recurrence_dtype;
   const Lanes& lanes = p.lanes;
   if (lanes.steps < 0 || lanes.batch < 0 || lanes.stride < 1 || lanes.warmup < 0 || lanes.n_select < 0)
     return "steps, batch, warmup and n_select must not be negative, and stride must be positive";

@@ -45,7 +45,7 @@ struct Cascade {
     double work = 0;
     each([&](const CascadePanel& q) {
       ++panels;
-      floats += q.vectors * gates * q.columns * width;
+      floats += words(q);
       work += cost(q) * width;
     });
     work *= double(rows) * double(steps);
@@ -63,6 +63,9 @@ struct Cascade {
   // About the time of a row of a panel, in products of a vector: its sums, and what comes after them.
   double cost(const CascadePanel& q) const { return double(q.vectors) * gates * (double(q.columns) + 40); }
 
+  int64_t words(const CascadePanel& q) const {
+    return q.vectors * gates * round_up(q.columns, has_tiles ? amx_k / 2 : 1) * width;
+  }
   int64_t bytes() const {
     return Workspace::bytes<float>(floats) + Workspace::bytes<CascadePanel>(panels) +
            Workspace::bytes<int64_t>(stages + 1);
@@ -75,7 +78,7 @@ struct Cascade {
     double all = 0, sum = 0;
     each([&](CascadePanel q) {
       q.weights = weights;
-      weights += q.vectors * gates * q.columns * width;
+      weights += words(q);
       panel[made++] = q;
       all += cost(q);
     });
@@ -226,9 +229,10 @@ struct CascadeForward {
       store(states + unit, block.begin ? load(m.last + unit, n) : given(h0), n);
       if (Cell::has_cell && !block.begin) store(m.c + unit, given(c0), n);
     }
-    for (int64_t i = 0; i < block.n; i += block_rows) {
-      const int rows = int(block.n - i < block_rows ? block.n - i : block_rows);
-      Vec sums[block_rows * panel_vectors];
+    constexpr int most = rows_at_once<S, S>;
+    for (int64_t i = 0; i < block.n; i += most) {
+      const int rows = int(block.n - i < most ? block.n - i : most);
+      Vec sums[most * panel_vectors];
       cascade_sums<S>(q, size, rows, states + i * m.stride, m.stride, 1, 0, sums);
       for (int r = 0; r < rows; ++r)
         for (int v = 0; v < q.vectors; ++v)
@@ -245,7 +249,7 @@ struct CascadeForward {
     const T* at = xp + (run.first + s * run.move) * Cell::gates * hidden + unit;
     Real z[Cell::gates], x[Cell::gates];
     for (int gate = 0; gate < Cell::gates; ++gate) {
-      __builtin_prefetch(at + (block_rows * run.move * Cell::gates + gate) * hidden);
+      __builtin_prefetch(at + (rows_at_once<S, S> * run.move * Cell::gates + gate) * hidden);
       z[gate] = sums[gate];
       x[gate] = load(at + gate * hidden, n);
     }

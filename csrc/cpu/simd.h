@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -28,11 +29,16 @@ constexpr int width = 4;
 struct bf16 {
   uint16_t bits;
 };
+struct Remainder : bf16 {};   // what rounding to bfloat16 leaves of a float, rounded likewise
 
+#ifndef STABLE_RNN_TILES
+#define STABLE_RNN_TILES 0
+#endif
+constexpr bool has_tiles = STABLE_RNN_TILES;   // amx.h
 #if defined(__AVX512BF16__)
 constexpr bool multiplies_bf16 = true;   // sums of products of bfloat16 in float32, two terms at a time
 #else
-constexpr bool multiplies_bf16 = false;
+constexpr bool multiplies_bf16 = has_tiles;
 #endif
 
 struct Vec {
@@ -158,6 +164,16 @@ STABLE_RNN_INLINE Vec pairs(Vec even, Vec odd) {
   return (Vec::Floats)(extended(narrow(even)) | extended(narrow(odd)) << 16);
 }
 
+STABLE_RNN_INLINE Vec remainder(Vec x) {
+  const Vec rest = x - widen(narrow(x));
+  return rest.v == rest.v ? rest.v : Vec::Floats{};   // infinite or NaN: nothing
+}
+template <class W>
+STABLE_RNN_INLINE Vec part_of(Vec x) {
+  if constexpr (std::is_same<W, Remainder>::value) return remainder(x);
+  else return x;
+}
+
 // The first n elements at p as words of W: width of them, or twice as many bfloat16; what is missing is zero.
 template <class W, class T>
 STABLE_RNN_INLINE Vec load_words(const T* p, int64_t n) {
@@ -169,8 +185,8 @@ STABLE_RNN_INLINE Vec load_words(const T* p, int64_t n) {
       if (n >= 2 * width) return load(reinterpret_cast<const float*>(p));
       for (int64_t k = 0; k < n; ++k) part[k] = p[k];
     } else {
-      store(part, load(p, n));
-      if (n > width) store(part + width, load(p + width, n - width));
+      store(part, part_of<W>(load(p, n)));
+      if (n > width) store(part + width, part_of<W>(load(p + width, n - width)));
     }
     return load(reinterpret_cast<const float*>(part));
   }

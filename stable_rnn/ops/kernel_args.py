@@ -11,6 +11,7 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # `enum DType`; TF32 is asked for by number
 TF32 = 3
 BF16_WEIGHTS = 5  # of the kernels of the CPU: float32 with state weights in bfloat16
+BF16X3 = 6  # likewise: float32 as three products of bfloat16
 CPU_DTYPES = (torch.float32, torch.bfloat16)  # that the kernels of the CPU take
 _NUMBERS = frozenset((int, float, bool))
 

@@ -4,6 +4,7 @@ as plain loops.
 The loops take one lane and one step at a time. In float64 they are the oracle; in float32 they say what error eager torch makes.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +14,21 @@ from stable_rnn import _native
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 CAPPED = ("lstm", "gru")  # cells with a gate that forgets
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TF32, BF16_WEIGHTS = 3, 5
+TF32, BF16_WEIGHTS, BF16X3 = 3, 5, 6
 NAN = float("nan")
 
 
 def instruction_sets():
     """Those of this machine that the kernels are compiled for."""
-    order = ["plain", "avx2", "avx512", "avx512bf16"]
-    return order[: order.index(_native.lib.cpu_features()["isa"]) + 1] if _native.lib else order[:1]
+    if not _native.lib:
+        return ["plain"]
+    found, mine = [], _native.lib.cpu_features()["isa"]
+    for name in ("plain", "avx2", "avx512", "avx512bf16", "amx"):
+        with suppress(ValueError):
+            _native.lib.set_isa(name)
+            found.append(name)
+    _native.lib.set_isa(mine)
+    return found
 
 
 @dataclass
@@ -46,6 +54,7 @@ class Case:
     threads: int = 1
     tf32: bool = False  # products of float32 rounded to TF32
     bf16_weights: bool = False  # state weights of float32 rounded to bfloat16
+    bf16x3: bool = False  # products of float32 as three of bfloat16, where kernels have them
     device: str = "cpu"  # where kernels run; the loops run on the CPU
 
     def __post_init__(self):
@@ -337,7 +346,7 @@ def _head(case):
     ]
     return (
         CELLS.index(case.cell),
-        TF32 if case.tf32 else BF16_WEIGHTS if case.bf16_weights else DTYPES[case.dtype],
+        TF32 if case.tf32 else BF16_WEIGHTS if case.bf16_weights else BF16X3 if case.bf16x3 else DTYPES[case.dtype],
         case.threads,
         case.hidden,
         case.p,

@@ -127,7 +127,7 @@ def own_bits(cell, dtype, groups, lengths, layout, threads=1):
 
 
 @pytest.mark.skipif(not _native.lib, reason="compiled module not built")
-@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_cpu_gives_the_bits_of_the_plain_recurrence(cell, dtype, isa):

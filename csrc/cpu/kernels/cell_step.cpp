@@ -26,9 +26,10 @@ void products(const T* a, int64_t k, int rows, const T* w, int64_t gate, int64_t
       pack_transposed<S>(w + v * gate + from, k, valid, part, panel + v * width, vectors * width);
     for (int r = 0; r < rows; ++r)
       for (int64_t j = 0; j < part; j += width) store(state + r * slice + j, load(a + r * k + from + j, part - j));
-    for (int r = 0; r < rows; r += block_rows)
-      multiply_rows<S, vectors, true>(rows - r < block_rows ? rows - r : block_rows, state + r * slice, slice, panel,
-                                      part, acc + r * vectors);
+    constexpr int most = rows_at_once<S, S>;
+    for (int r = 0; r < rows; r += most)
+      multiply_rows<S, vectors, true>(rows - r < most ? rows - r : most, state + r * slice, slice, panel, part,
+                                      acc + r * vectors);
   }
 }
 

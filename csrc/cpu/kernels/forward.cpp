@@ -100,9 +100,10 @@ const char* scanned_forward(const ForwardParams& p, const int64_t* groups, int64
 
 const char* forward(const ForwardParams& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
-    return p.dtype == BF16           ? run_forward<bf16, bf16>(p, cell, entries, lanes)
-           : p.dtype == BF16_WEIGHTS ? run_forward<float, bf16>(p, cell, entries, lanes)
-                                     : run_forward<float, float>(p, cell, entries, lanes);
+    return p.dtype == BF16                ? run_forward<bf16, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16_WEIGHTS      ? run_forward<float, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16X3 && !p.w_hr ? run_forward<float, Threefold>(p, cell, entries, lanes)
+                                          : run_forward<float, float>(p, cell, entries, lanes);
   });
 }
 

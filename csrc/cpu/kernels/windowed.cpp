@@ -174,12 +174,13 @@ STABLE_RNN_INLINE Run turned(Run run) {
 template <class T, class W, class Cell>
 const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int64_t lanes) {
   using Forward = ForwardTile<T, W, Cell, Recorder<T, Cell>>;
-  using Backward = BackwardTile<T, W, Cell, Player<T, Cell>>;
+  using Plain = typename std::conditional<is_split<W>, T, W>::type;   // adjoints are never split
+  using Backward = BackwardTile<T, Plain, Cell, Player<T, Cell>>;
   const bool projected = p.w_hr != nullptr;
   Windows<T, Cell> windows(p);
   const Tiling tiling(p.threads, lanes, 2 * windows.most_steps, p.hidden, Cell::gates * p.hidden * p.out);
   ForwardWeights<W> forward_weights(p.hidden, p.out, Cell::gates, projected, tiling);
-  BackwardWeights<W> backward_weights(p.hidden, p.out, Cell::gates, projected, tiling);
+  BackwardWeights<Plain> backward_weights(p.hidden, p.out, Cell::gates, projected, tiling);
   const int64_t starts = windows.from_zero();
   const int64_t cells = Cell::has_cell ? tiling.rows * (windows.most_steps + 1) * windows.c_stride : 0;
   const int64_t last = Cell::h_after ? tiling.rows * windows.h_stride : 0;
@@ -237,9 +238,10 @@ const char* run_windowed(const Params& p, Cell cell, const int64_t* entries, int
 
 const char* windowed_backward(const Params& p, const int64_t* entries, int64_t lanes) {
   return dispatch_cell(p.cell, p.cap, [&](auto cell) {
-    return p.dtype == BF16           ? run_windowed<bf16, bf16>(p, cell, entries, lanes)
-           : p.dtype == BF16_WEIGHTS ? run_windowed<float, bf16>(p, cell, entries, lanes)
-                                     : run_windowed<float, float>(p, cell, entries, lanes);
+    return p.dtype == BF16                ? run_windowed<bf16, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16_WEIGHTS      ? run_windowed<float, bf16>(p, cell, entries, lanes)
+           : p.dtype == BF16X3 && !p.w_hr ? run_windowed<float, Threefold>(p, cell, entries, lanes)
+                                          : run_windowed<float, float>(p, cell, entries, lanes);
   });
 }
 

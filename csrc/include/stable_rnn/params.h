@@ -16,12 +16,13 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 10;
+constexpr int interface_number = 11;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is). BF16_WEIGHTS is stored as float32, the state weights w_hh and w_hr alone are rounded to bfloat16 (CPU only).
+// BF16X3 is stored as float32; states times w_hh may be three products of bfloat16, forward (CPU only, where its tiles multiply that).
 // 4 is a type of the Triton kernels.
-enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3, BF16_WEIGHTS = 5 };
+enum DType : int { F32 = 0, BF16 = 1, F16 = 2, TF32 = 3, BF16_WEIGHTS = 5, BF16X3 = 6 };
 
 struct Lanes {
   int64_t steps;            // T: the largest length

@@ -1,7 +1,8 @@
 """The `cpu` backend: the compiled kernels of `csrc/cpu/recurrence.cpp`, on float32 and bfloat16 tensors (see `params.h`).
 
 State weights of float32 are rounded to bfloat16, half the bytes of each step, where torch's switches allow that (`bfloat16_weights_allowed`
-in `precision.py`); states, sums and the input projection stay float32.
+in `precision.py`); states, sums and the input projection stay float32. With tiles of bfloat16 (instruction set `amx`) the switches that
+allow TF32 turn the forward recurrence's float32 products into three of bfloat16 each (`bfloat16x3_allowed`).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.autograd import forward_ad
 
 from ... import _native
 from ...cells import CELLS
-from ...precision import bfloat16_weights_allowed
-from ..kernel_args import BF16_WEIGHTS, CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
+from ...precision import bfloat16_weights_allowed, bfloat16x3_allowed
+from ..kernel_args import BF16_WEIGHTS, BF16X3, CPU_DTYPES, DTYPES, addresses, at, dense, rows_like
 from .compiled import Kernels, shared
 from .fields import WINDOWED_BACKWARD, Fields
 from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedInputs
@@ -26,7 +27,7 @@ from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedI
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 16, 1 << 18  # rows and multiply-adds from which the packed products beat torch's
 _SMALL, _LARGE, _KEPT, _SPARE = 1 << 18, 1 << 22, 1 << 26, 1 << 28  # bytes
-MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] == "avx512bf16"
+MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] in ("avx512bf16", "amx")
 _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
@@ -83,7 +84,9 @@ class _Kernels(Kernels):
     make = staticmethod(_make)
 
     def dtype(self, x: Tensor) -> int:
-        return BF16_WEIGHTS if x.dtype is torch.float32 and bfloat16_weights_allowed() else DTYPES[x.dtype]
+        if x.dtype is not torch.float32:
+            return DTYPES[x.dtype]
+        return BF16_WEIGHTS if bfloat16_weights_allowed() else BF16X3 if bfloat16x3_allowed() else DTYPES[x.dtype]
 
     def padded(self, lengths: Tensor | None, rows: int) -> bool:
         """Not for sequences end to end, nor for pieces: here it costs nothing to look, and zeros as much as some kernels."""
