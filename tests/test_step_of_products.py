@@ -265,6 +265,17 @@ def test_training_steps_stay_near_the_set(kind, clamp, gpu):
     assert module.certificate().rate <= 0.99
 
 
+def test_autocast_is_off(gpu):
+    modules = [StableLSTM(4, 16).to(DEVICE) for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    for number, module in enumerate(modules):
+        with torch.no_grad():
+            module.weight_hh_l0.mul_(1.5)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bool(number)):
+            module.project_(certify=False)
+    assert all(torch.equal(a, b) for a, b in zip(modules[0].parameters(), modules[1].parameters()))
+
+
 def test_forget_rules_do_not_depend_on_the_device(monkeypatch):
     modules = [StableLSTM(4, 16, 2), StableLSTM(4, 16, 2)]
     modules[1].load_state_dict(modules[0].state_dict())
