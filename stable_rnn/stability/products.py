@@ -93,7 +93,7 @@ def _less(U: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
     zeroth, first, second = (grams @ X.flatten(1).unsqueeze(2)).split(1, 1)
     spread = (zeroth + diagonal.sum(2, keepdim=True)) * second / first.square()
     square = X @ X
-    F = torch.addcmul(X, (SURPLUS * spread.clamp(1, SPREAD) - 1) / (1 + _size(square).sqrt()), square)
+    F = torch.addcmul(X, (SURPLUS * spread.clamp(1, SPREAD) - 1) / (1 + _size(square).sqrt() / 2), square)
     most = 1 + most
     L = _balanced(outer @ M @ outer / most, F / (2 * most))
     less = U @ _lost(L, gates.weights)
