@@ -3,14 +3,19 @@
 #
 #     benchmarks/gpu_check.sh [COMMIT]              COMMIT: for the results, where git cannot tell
 #
-# builds against whatever python, torch and nvcc are there, runs the tests on the device (a marked subset under compute-sanitizer),
-# measures the targets of the CUDA and Triton kernels side by side, and writes one file of rows and a table.
+# builds against whatever python, torch and nvcc are there, measures the targets of the CUDA and Triton kernels side by side, runs the tests
+# on the device (a marked subset under compute-sanitizer), and writes one file of rows and a table.
 #
 #     OUT     where they go (default benchmarks/results)
 #     PYTHON  the interpreter (default: the first of .venv/bin/python, python3, python whose torch sees a GPU)
 #     TOTAL   seconds for everything but the report at the end (default 540)
+#     STAGES  which to run, in the order below: "cuda-tests memcheck" (default: all). On a machine that has been built on, those that the
+#             first call had no time for; their file has their names, and replaces no other
 #
-# A stage that fails or runs out of its time does not stop the later ones. Exit status: 0 all passed, 1 not all, 2 no GPU.
+# Stages up to the measurements take TOTAL together at most, so that these have their time whatever the build takes; tests and the rest
+# share what is left, in their order. A stage that fails or runs out of its time does not stop the later ones. Rows are kept as they are
+# measured: where the script itself is killed they stay in OUT/unfinished-*, and `python -m benchmarks.gpu_report` makes a report of them.
+# Exit status: 0 all passed, 1 not all, 2 no GPU, or a stage that is none.
 # --rehearse instead of COMMIT: no GPU needed, nothing is built, tiny sizes on the CPU; tests this script.
 # shellcheck disable=SC2317  # the stages' functions are called by name, in a bash that timeout can stop
 set -uo pipefail
@@ -42,9 +47,17 @@ if [ -z "$python" ]; then
 fi
 export python rehearse
 
-work=$(mktemp -d)
+known=(versions build loads targets long costs cuda-tests triton-tests memcheck racecheck speed others)
+[ -n "$rehearse" ] && known=(versions targets long costs speed)
+STAGES=${STAGES:-${known[*]}}
+for name in $STAGES; do
+  [[ " ${known[*]} " == *" $name "* ]] && continue
+  echo "gpu_check: STAGES: '$name' is none of ${known[*]}" >&2
+  exit 2
+done
+
+mkdir -p "$OUT" && work=$(mktemp -d "$(cd "$OUT" && pwd)/unfinished-XXXXXX") || exit 2
 export work
-trap 'rm -rf "$work"' EXIT
 : >"$work/stages.tsv"
 failed=0
 
@@ -52,6 +65,10 @@ failed=0
 stage() {
   local name=$1 limit=$2 begin=$SECONDS code=skipped
   shift 2
+  if [[ " $STAGES " != *" $name "* ]]; then
+    printf '%s\tunasked\t0\t0\n' "$name" >>"$work/stages.tsv"
+    return
+  fi
   ((limit > TOTAL - SECONDS)) && limit=$((TOTAL - SECONDS))
   printf '\n== %s (at most %d s, %d s gone)\n' "$name" "$limit" "$SECONDS"
   if ((limit >= 5)); then
@@ -124,48 +141,62 @@ print("another stream and a captured graph give the same bits")
 '
 }
 
-# What runs on a device has `gpu` in its name, or is a file of its own. The block executor, compiling for every architecture and
-# installing need no GPU and are tested elsewhere.
-pytests() {
-  "$python" -m pytest -q -p no:cacheprovider --maxfail=40 tests --ignore=tests/test_install.py --ignore=tests/test_cuda_compile.py \
-    --ignore=tests/test_speed.py "$@"
-}
-cuda_tests() { pytests -k "gpu or (cuda and not recurrence and not spectral and not triton)"; }
-triton_tests() { pytests -k "triton and not compiled"; }
+# The files whose tests run on a device where there is one; what runs in the block executor all the same, and compiling for every
+# architecture, need no GPU and are tested elsewhere.
+on_device="tests/test_cuda_backend.py tests/test_executor.py $(echo tests/ops/test_cuda_*.py)"
+pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
+# shellcheck disable=SC2086  # several files
+cuda_tests() { pytests $on_device -k "gpu or cuda_backend or cuda_projection"; }
+triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
 sanitizer() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 3; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 86 --launch-timeout 60 \
-    "$python" -m pytest -q -p no:cacheprovider tests -m sanitizer
+    "$python" -m pytest -q -p no:cacheprovider $on_device -m sanitizer
 }
 
 # The parts of the targets that a stage of their own measures.
 later=(scans chrono training resets trained gru)
-skip=(--skip=others "${later[@]/#/--skip=}")
+skip=(--skip=others --skip=costs "${later[@]/#/--skip=}")
 only=("${later[@]/#/--only=}")
+export on_device
 export -f versions build loads pytests cuda_tests triton_tests sanitizer
 
-stage versions 20 bash -c versions
+# NAME LIMIT ARGUMENTS...: a stage that measures targets.
+measure() {
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" "$python" -m benchmarks.gpu_targets "${quickly[@]}" --out "$work/$name" --commit "$commit" "$@"
+}
+
+stage versions 10 bash -c versions
 if [ -n "$rehearse" ]; then
-  stage targets 60 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/targets" --commit "$commit" \
-    "${skip[@]}"
-  stage long 120 "$python" -m benchmarks.gpu_targets --rehearse --seconds 0.01 --out "$work/long" --commit "$commit" "${only[@]}"
+  quickly=(--rehearse --seconds 0.01)
+  measure targets 60 "${skip[@]}"
+  measure long 120 "${only[@]}"
+  measure costs 30 --only=costs
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cpu --T 64 --B 1 --H 8 --k 4 --cells lstm --seconds 0.02 \
     --out "$work/speed" --commit "$commit"
 else
+  quickly=(--seconds 0.5)
   stage build 170 bash -c build
-  stage loads 30 bash -c loads
-  stage cuda-tests 100 bash -c cuda_tests
-  stage targets 130 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/targets" --commit "$commit" "${skip[@]}"
-  stage long 110 "$python" -m benchmarks.gpu_targets --seconds 0.5 --out "$work/long" --commit "$commit" "${only[@]}"
-  stage triton-tests 60 bash -c triton_tests
-  stage memcheck 40 bash -c "sanitizer memcheck"
-  stage racecheck 40 bash -c "sanitizer racecheck"
+  stage loads 20 bash -c loads
+  measure targets 130 "${skip[@]}"
+  measure long 110 "${only[@]}"
+  measure costs 40 --only=costs
+  stage cuda-tests 150 bash -c cuda_tests
+  stage triton-tests 80 bash -c triton_tests
+  stage memcheck 60 bash -c "sanitizer memcheck"
+  stage racecheck 60 bash -c "sanitizer racecheck"
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cuda --minutes 0.8 --out "$work/speed" --commit "$commit"
-  stage others 540 "$python" -m benchmarks.gpu_targets --seconds 0.5 --only others --out "$work/others" --commit "$commit"
+  measure others 540 --only=others
 fi
-timeout 30 "$python" -m benchmarks.gpu_report "$work" "$OUT" "$commit" || failed=1
-echo
-cut -f 1-3 "$work/stages.tsv"
+if timeout 30 "$python" -m benchmarks.gpu_report "$work" "$OUT" "$commit"; then
+  cut -f 1-3 "$work/stages.tsv"
+  rm -rf "$work"
+else
+  echo "gpu_check: no report; what was measured stays in $work" >&2
+  failed=1
+fi
 exit "$failed"

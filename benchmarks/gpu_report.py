@@ -1,6 +1,7 @@
 """One file of rows and one table of what `benchmarks/gpu_check.sh` did: `python -m benchmarks.gpu_report WORK OUT COMMIT`.
 
 WORK holds stages.tsv (name, exit status, seconds, limit), NAME.log for each stage, and what the stages wrote: targets/, others/, speed/.
+The files are named after the device, and after the stages where these were not all asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch
 from . import jsonl
 from .speed import results
 
+UNASKED = "not asked for"
 TAIL = 4000  # characters of a stage's log
-PARTS = {name: f"{name}/gpu_targets.jsonl" for name in ("targets", "long", "others")} | {"speed": "speed/speed.jsonl"}
+PARTS = {name: f"{name}/gpu_targets.jsonl" for name in ("targets", "long", "costs", "others")} | {
+    "speed": "speed/speed.jsonl"
+}
 
 
 def main(work: Path, out: Path, commit: str) -> int:
@@ -25,6 +29,8 @@ def main(work: Path, out: Path, commit: str) -> int:
     stages = [stage(work, *line.split("\t")) for line in (work / "stages.tsv").read_text().splitlines()]
     device = facts["gpu"]["name"] if gpu else "rehearsal"
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    if any(s["status"] == UNASKED for s in stages):
+        name = "-".join([name, *(s["name"] for s in stages if s["status"] != UNASKED)])
     log = jsonl.Log(out / f"{name}.jsonl", {"what": "benchmarks/gpu_check.sh", "environment": facts})
     log.add(*({"part": "stages", **found} for found in stages))
     for part, path in PARTS.items():
@@ -52,6 +58,7 @@ def stage(work: Path, name: str, code: str, seconds: str, limit: str) -> dict:
         "124": f"stopped after {limit} s",
         "137": f"killed after {limit} s",
         "skipped": "no time left",
+        "unasked": UNASKED,
     }.get(code)
     text = log.read_text(errors="replace") if log.is_file() else ""
     return {

@@ -21,6 +21,7 @@ from stable_rnn import StableLSTM
 from stable_rnn._errors import UserError
 from stable_rnn.cli import Parser, positive
 
+from .gpu_costs import costs
 from .gpu_long import chrono, scans, trained
 from .gpu_steps import projections, resets, training
 from .gpu_table import Table, markdown
@@ -230,7 +231,7 @@ PARTS = {
     part.__name__: part
     for part in (
         *(sweet_spot, windows, step_time, projections, beside_it, stacks, chunks),
-        *(scans, chrono, training, resets, trained, gru, others),
+        *(scans, chrono, training, resets, trained, gru, costs, others),
     )
 }
 

@@ -245,13 +245,13 @@ def bfloat16(table: Table) -> None:
             1.2,
         )
     before = torch.get_float32_matmul_precision()
-    for size in (512, 1024):
+    for size, steps in ((512, 2048), (512, 4096), (1024, 2048)):
         a, b = pair(nn.LSTM, size)
-        x = torch.randn(2048, 1, size)
+        x, name = torch.randn(steps, 1, size), f"LSTM Recurrent B=1 T={steps} H={size} float32"
         with torch.no_grad():
-            table.add(f"LSTM Recurrent B=1 T=2048 H={size} float32", "nn.LSTM", lambda: b(x), lambda: a(x), None)  # noqa: B023
+            table.add(name, "nn.LSTM", lambda: b(x), lambda: a(x), None)  # noqa: B023
             torch.set_float32_matmul_precision("medium")
-            case = f"LSTM Recurrent B=1 T=2048 H={size} float32, weights rounded to bfloat16"
+            case = f"{name}, weights rounded to bfloat16"
             table.add(case, "nn.LSTM", lambda: b(x), lambda: a(x), 2.0)  # noqa: B023
             torch.set_float32_matmul_precision(before)
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -200,7 +201,38 @@ py::dict recurrence_tiling(bool backward, int cell, int dtype, int64_t hidden, i
   fields["teams"] = tiling.teams;
   fields["shared_bytes"] = tiling.shared_bytes;
   fields["workspace_bytes"] = tiling.workspace_bytes;
+  fields["clocks"] = tiling.clocks;
   return fields;
+}
+
+double clock_of(int device) {
+  double hertz;
+  run([&] { return cuda_clock(device, &hertz); });
+  return hertz;
+}
+
+using Costs = std::array<double, step_cost_count>;   // the fields of StepCosts
+
+py::dict step_costs() {
+  const StepCosts costs;
+  Costs values;
+  std::memcpy(values.data(), &costs, sizeof costs);
+  py::dict found;
+  for (int i = 0; i < step_cost_count; ++i) found[step_cost_names[i]] = values[i];
+  return found;
+}
+
+double step_clocks(bool backward, int cell, int dtype, int64_t hidden, int64_t entries, const py::dict& fields,
+                   const Limits& limits, const Costs& costs) {
+  const auto field = [&](const char* name) { return fields[name].cast<int>(); };
+  CudaTiling tiling{};
+  tiling.blocks = field("blocks"), tiling.cluster = field("cluster"), tiling.lanes = field("lanes");
+  tiling.units = field("units"), tiling.warps = field("warps"), tiling.place = field("place");
+  StepCosts by;
+  std::memcpy(static_cast<void*>(&by), costs.data(), sizeof by);
+  const double clocks = step_clocks_cuda(backward, cell, dtype, hidden, entries, tiling, make_limits(limits), by);
+  if (clocks < 0) throw py::value_error("the kernels have no such tiling");
+  return clocks;
 }
 #endif
 
@@ -307,6 +339,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("recurrence_tiling_cuda", recurrence_tiling, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"),
              arg("out"), arg("entries"), arg("limits"),
              "How a shape would run on a device with these limits: the fields of CudaTiling.");
+  module.def("step_costs_cuda", step_costs, "{name: value} of StepCosts, in its order.");
+  module.attr("step_costs_source") = step_costs_source;
+  module.def("step_clocks_cuda", step_clocks, arg("backward"), arg("cell"), arg("dtype"), arg("hidden"), arg("entries"),
+             arg("tiling"), arg("limits"), arg("costs"),
+             "Clocks of a step of all lanes with the fields of a CudaTiling, by these values of StepCosts.");
+  module.def("cuda_clock", clock_of, arg("device"), "The highest clock of a device, in Hz.");
   module.def("cuda_limits", limits_of, arg("device"), "(arch, sms, shared_bytes, max_cluster) of a device.");
 #endif
 

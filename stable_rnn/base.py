@@ -129,13 +129,15 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
         others = [(rows, out)] + [(rows,)] * 2 * self.bias + [(out, self.hidden_size)] * bool(self.proj_size)
         found, own, dtype, device, strided = [], self._parameters, x.dtype, x.device, torch.strided
         for index, names in enumerate(self._all_weights):
-            shapes = [(rows, self.input_size if index < ways else out * ways), *others]
-            weights = [getattr(self, name) if (w := own.get(name)) is None else w for name in names]
-            for name, w, shape in zip(names, weights, shapes):
+            weights = []
+            for name, shape in zip(names, ((rows, self.input_size if index < ways else out * ways), *others)):
+                if (w := own.get(name)) is None:
+                    w = getattr(self, name)
                 if type(w) is not nn.Parameter or not (
                     w.shape == shape and w.dtype is dtype and w.layout is strided and w.device == device
                 ):
                     check_weight(name, w, shape, x, cast)
+                weights.append(w)
             weights[1] = self._trained(weights[1])
             found.append(weights)
         return found
@@ -281,8 +283,11 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
             x = x.unsqueeze(one)
             hx = None if hx is None else tuple(None if h is None else h.unsqueeze(1) for h in hx)
         batch, steps = (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
-        hx = self._zeros(x, batch) if hx is None else hx
-        self._check_args(x, hx, None)
+        if hx is None:
+            self.check_input(x, None)
+            hx = self._zeros(x, batch)
+        else:
+            self._check_args(x, hx, None)
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         x, lengths, resets = layout.checked(x, self.batch_first, lengths, resets)
@@ -304,8 +309,9 @@ class StableRNNBase(Bookkeeping, nn.RNNBase):
 
     def _run_torch(self, x: Tensor, hx: tuple, sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         cast = autocast_dtype(x) is not None
-        weights = [w.to(x.dtype) if cast else w for each in self._weights(x, cast) for w in each]
-        state = hx if MODES[self.mode].has_cell else hx[0]
+        weights = [w for each in self._weights(x, cast) for w in each]
+        weights = [w.to(x.dtype) for w in weights] if cast else weights
+        state = hx[0] if hx[1] is None else hx
         rest = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         run = _TORCH[self._cell]
         y, *hidden = run(x, state, *rest, self.batch_first) if sizes is None else run(x, sizes, state, *rest)

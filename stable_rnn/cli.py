@@ -104,7 +104,7 @@ def parser() -> Parser:
     doctor.add_argument(
         "--explain",
         action="store_true",
-        help="also say what each backend is for, which kernel a shape gets, and what Verified() begins with",
+        help="also say what each backend is for, which kernel a shape gets with its predicted time, and what Verified() begins with",
     )
     doctor.add_argument(
         "--shape",

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from types import ModuleType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,7 +45,9 @@ SHAPES: list[Shape] = [
 ]
 CHOICES: list[Shape] = [("lstm", hidden, batch, "float32") for hidden in (128, 512) for batch in (1, 16)]
 LENGTHS = (1024, 8192, 65536)  # T
-H100 = (90, 132, 227 * 1024, 16)  # `CudaLimits`
+STEPS = LENGTHS[0]  # of predicted times
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"), (1e-9, "n"))
+H100, H100_CLOCK = (90, 132, 227 * 1024, 16), 1.755e9  # `CudaLimits`; Hz
 
 
 def doctor(options: argparse.Namespace) -> None:
@@ -75,37 +78,58 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def _print_shapes(console: Console, shapes: list[Shape]) -> None:
-    """Which CUDA kernel each shape gets, on this machine's GPU or, without one, on an H100."""
-    limits, reason = (None, "") if cuda_device.lib is None else cuda_device.limits(0)
-    where = "an H100, for there is no GPU here" if limits is None else printable(torch.cuda.get_device_name())
-    said = (
-        f"\nCUDA kernels on {where}:" if cuda_device.lib else "\nWhich CUDA kernel a shape gets: they are not built in."
-    )
-    console.print(said, soft_wrap=True, markup=False)
+    """Which CUDA kernel each shape gets and what it should take, on this machine's GPU or, without one, on an H100."""
     if cuda_device.lib is None:
+        console.print("\nWhich CUDA kernel a shape gets, and its predicted time: they are not built in.")
         return
-    table = Table("cell, H, lanes, dtype", "", "team and tile")
+    limits, _ = cuda_device.limits(0)
+    if limits is None:
+        limits, clock, where = H100, H100_CLOCK, "an H100, for there is no GPU here"
+    else:
+        clock, where = cuda_device.clock(0), printable(torch.cuda.get_device_name())
+    console.print(
+        f"\nCUDA kernels on {where}. Times are predicted, not measured: {clock / 1e9:.4g} GHz, and the constants of "
+        f"csrc/include/stable_rnn/step_costs.h ({cuda_device.lib.step_costs_source}).",
+        soft_wrap=True,
+        markup=False,
+    )
+    table = Table("cell, H, lanes, dtype", "", "team and tile", "operations, bytes a step", "predicted")
     for cell, hidden, lanes, dtype in shapes:
         kind = DTYPES.get(getattr(torch, dtype))
         kind = TF32 if dtype == "float32" and tf32_allowed() else kind
         for backward in (False, True):
-            said = f"torch or the reference: no kernel takes {dtype}"
+            said = [f"torch or the reference: no kernel takes {dtype}"]
             if kind is not None:
-                said = cuda.describe(limits or H100, backward, cell, kind, hidden, lanes)
-            table.add_row(
-                f"{cell}, {hidden}, {lanes}, {dtype}" if not backward else "",
-                "backward" if backward else "forward",
-                said,
-            )
+                said = _kernel(limits, clock, backward, cell, kind, hidden, lanes)
+            name = f"{cell}, {hidden}, {lanes}, {dtype}" if not backward else ""
+            table.add_row(name, "backward" if backward else "forward", *said)
     console.print(table)
+
+
+def _kernel(limits: tuple[int, ...], clock: float, *shape: Any) -> list[str]:
+    """The last columns of a row: tiling, operations and bytes, time."""
+    found = cuda.tiling(limits, *shape)
+    team = cuda.describe(found)
+    if not found.get("blocks"):  # no kernel, or nothing to do
+        return [team]
+    operations, moved, weights = map(_si, cuda.numbers(*shape))
+    step = found["clocks"] / clock
+    streamed = f"; W from L2 for each tile: {weights}B" * (found["place"] == cuda.L2)
+    return [team, f"{operations}, {moved}B{streamed}", f"{_si(step)}s; T = {STEPS}: {_si(step * STEPS)}s"]
+
+
+def _si(value: float) -> str:
+    """Three digits and the unit's prefix."""
+    factor, prefix = next((f, p) for f, p in PREFIXES if value >= f or p == "n")
+    return f"{value / factor:.3g} {prefix}"
 
 
 def _print_choices(console: Console, shapes: list[Shape]) -> None:
     """What `Verified()` begins with, by the cost model of this machine's device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = "measured on another machine" if device == "cpu" else "predicted"
+    known = policy.DEVICES[device].source
     console.print(
-        f"\nWhat Verified() begins with on this {device} (constants of the cost model {known}):", soft_wrap=True
+        f"\nWhat Verified() begins with on this {device} (constants of the cost model: {known}):", soft_wrap=True
     )
     table = Table("cell, H, rows of the batch, dtype", "T", "choice")
     for cell, hidden, batch, dtype in shapes:

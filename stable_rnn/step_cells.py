@@ -20,6 +20,7 @@ from .ops.recurrence.problem import Problem
 from .stability import Certificate, Certified, Stability, certificate
 from .validate import cell_pair, check_state, check_weight, describe
 
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 EXACT = (torch.float32, torch.float64)  # a narrow dtype would be rounded to after each operation
 
 
@@ -88,7 +89,9 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
         """One step: x (B, I), h (B, H), c (B, H) or None."""
         if self.training:
             watch.trains(self)
-        w_ih, w_hh, b_ih, b_hh = weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        own = self._parameters
+        weights: tuple[Any, ...] = tuple([own[name] if name in own else getattr(self, name) for name in _WEIGHTS])
+        w_ih, w_hh, b_ih, b_hh = weights
         backend = requested(self.backend)
         if backend in ("auto", "cpu", "torch") and native.plain_step(self._cell, x, h, c, weights):
             trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, x, h, c))
@@ -146,10 +149,10 @@ class StableCellBase(Bookkeeping, nn.RNNCellBase):
             raise RuntimeError(
                 f"hidden{number} has inconsistent hidden_size: got {h.shape[1]}, expected {self.hidden_size}"
             )
-        if x.dtype != self.weight_ih.dtype and autocast_dtype(x) is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {self.weight_ih.dtype}"
-            )
+        w: Any = self._parameters.get("weight_ih")
+        w = self.weight_ih if w is None else w
+        if x.dtype != w.dtype and autocast_dtype(x) is None:
+            raise RuntimeError(f"{type(self).__name__}: input dtype {x.dtype} does not match weight dtype {w.dtype}")
 
     def _check_tensors(self, x: Tensor, h: Tensor, c: Tensor | None, cast: bool) -> None:
         """Weights and states are what x needs; with `cast`, after autocast's conversions."""

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from executor import build
 from torch import nn
 
 import stable_rnn
-from stable_rnn import StableLSTM, StableRNN, _native
+from stable_rnn import StableLSTM, StableRNN, _native, doctor
 from stable_rnn.cli import main
+from stable_rnn.ops import cuda_device
 from stable_rnn.stability import certificate_from_state_dict
 
 
@@ -73,6 +75,36 @@ def test_doctor_says_what_verified_begins_with(capsys, monkeypatch):
     lstm, rnn = out[out.index("What Verified()") :].split("rnn_tanh, 256, 64")
     assert "lanes of" in lstm and "warm-up 32" in lstm and "correction decay" in lstm
     assert "the plain recurrence; lanes would cost" in rnn and "lanes of" not in rnn
+
+
+@pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
+def test_doctor_predicts_the_time_of_a_shape(capsys, monkeypatch):
+    """With the CUDA kernels built in, and no GPU: an H100's."""
+    build.on_cpu_tensors(monkeypatch)
+    monkeypatch.setattr(cuda_device, "limits", lambda index: (None, "no driver"))
+    shapes = ("lstm,256,1,bfloat16", "rnn_tanh,64,8192,float32", "lstm,1024,512,float16", "gru,40000,1,float16")
+    assert main(["doctor", *(word for shape in shapes for word in ("--shape", shape))]) == 0
+    out = capsys.readouterr().out
+    out = out[out.index("CUDA kernels on") : out.index("What Verified()")]
+    lib = build.module()
+    assert "an H100, for there is no GPU here. Times are predicted, not measured: 1.755 GHz" in out
+    assert "step_costs.h" in out and lib.step_costs_source in out
+    first = next(line for line in out.splitlines() if "lstm, 256, 1, bfloat16" in line)
+    clocks = lib.recurrence_tiling_cuda(False, 2, 1, 256, 256, 1, doctor.H100)["clocks"]
+    assert "524 k, 2.56 kB" in first  # 2 M G H^2; 4 H of xp and H of y
+    assert f"{clocks / 1.755e3:.3g} us; T = 1024: {1.024 * clocks / 1.755e3:.3g} ms" in first
+    backward = out.splitlines()[out.splitlines().index(first) + 1]
+    assert "524 k, 5.63 kB" in backward  # 22 bytes a unit: dy, four gates and c that were saved, dz
+    assert "W from L2 for each tile: 8.39 MB" in out  # 4 H^2 at H = 1024 in 16 bits
+    assert out.count("too large") == 2  # says so, without a time
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [(0, "0 n"), (1.5e-10, "0.15 n"), (1e-6, "1 u"), (0.02, "20 m"), (1, "1 "), (34e6, "34 M"), (2e13, "20 T")],
+)
+def test_doctors_numbers(value, said):
+    assert doctor._si(value) == said
 
 
 def test_doctor_says_that_a_backend_is_none(capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_plans(cls, plan, dtype, device):
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, PROBES], ids=str)
 def test_layers_directions_and_lengths(plan, device):
     m = made(StableLSTM, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)
     assert_close("cuda", m, torch.randn(9, 4, 7, device=device), lengths=torch.tensor([9, 0, 4, 1], device=device))
@@ -67,9 +67,10 @@ def test_packed_is_each_sequence_alone(plan, device):
 
 
 @pytest.mark.sanitizer
+@pytest.mark.parametrize("cls", [StableLSTM, StableGRU])
 @pytest.mark.parametrize("plan", [Recurrent(), Windowed(4), Verified(chunk=6, warmup=2), Scanned()], ids=str)
-def test_resets(plan, device):
-    m = made(StableLSTM, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)
+def test_resets(plan, cls, device):
+    m = made(cls, torch.float32, device, num_layers=2, bidirectional=True, plan=plan)
     resets = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.3
     x, lengths = torch.randn(9, 4, 7, device=device), torch.tensor([9, 0, 4, 1], device=device)
     assert_close("cuda", m, x, lengths=lengths, resets=resets.to(device))

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,28 +29,53 @@ def test_gpu_check_says_that_there_is_no_gpu():
 
 
 STUB = """#!/bin/bash
-# for a python that sees a GPU: says what it is to run; the report is written
+# for a python that sees a GPU: says what it is to run; the report is written; a run of SLOW measures one row and goes on
 case "$*" in
   *benchmarks.gpu_report*) exec "$REAL" "$@" ;;
+  *${SLOW:-nothing}*)
+    while [ "$1" != --out ]; do shift; done
+    mkdir -p "$2" && echo '{"case": "measured"}' >"$2/gpu_targets.jsonl"
+    echo $$ >>"$(dirname "$OUT")/slow"
+    echo SLOW
+    exec sleep 100 ;;
   *benchmarks*) echo "RUN $*" ;;
 esac
 """
 
 
-def test_every_part_of_the_targets_is_in_one_stage(tmp_path):
+@pytest.fixture
+def stubbed(tmp_path):
+    """Calls of the script with stubs for what needs a GPU; they write to tmp_path / out."""
     for name in ("python", "nvidia-smi", "compute-sanitizer", "nvcc"):
         (tmp_path / name).write_text(STUB if name == "python" else "#!/bin/bash\necho 9.0\n")
         (tmp_path / name).chmod(0o755)
     stubs = {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable, "OUT": str(tmp_path / "out")}
-    run = subprocess.run(
-        ["bash", ROOT / "benchmarks/gpu_check.sh", "abc"],
-        env=os.environ | stubs | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def start(**more):
+        return subprocess.Popen(
+            ["bash", ROOT / "benchmarks/gpu_check.sh", "abc"],
+            env=os.environ | stubs | path | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def finished(process):
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def test_all_stages(stubbed, tmp_path):
+    """Every part of the targets is in one of them, and measurements have their time whatever comes before: with ten seconds each for what
+    does not end when it is told to, the stages up to the last of them take TOTAL."""
+    code, out, err = finished(stubbed())
+    assert code == 0, out + err
     measured = []
-    for line in run.stdout.splitlines():
+    for line in out.splitlines():
         if line.startswith("RUN -m benchmarks.gpu_targets"):
             words = line.replace("--only ", "--only=").split()
             named = {how: [w.split("=")[1] for w in words if w.startswith(how)] for how in ("--only", "--skip")}
@@ -56,7 +83,62 @@ def test_every_part_of_the_targets_is_in_one_stage(tmp_path):
                 n for n in gpu_targets.PARTS if n in (named["--only"] or gpu_targets.PARTS) and n not in named["--skip"]
             ]
     assert sorted(measured) == sorted(gpu_targets.PARTS)
-    assert "| long | passed |" in next((tmp_path / "out").glob("*.md")).read_text()
+    limits = dict(re.findall(r"^== (\S+) \(at most (\d+) s", out, re.M))
+    names = list(limits)
+    until = names[: names.index("costs") + 1]
+    assert until == ["versions", "build", "loads", "targets", "long", "costs"]
+    assert sum(int(limits[name]) + 10 for name in until) <= 540
+    assert names[len(until) :] == ["cuda-tests", "triton-tests", "memcheck", "racecheck", "speed", "others"]
+    (report,) = (tmp_path / "out").glob("*.md")
+    assert "| long | passed |" in report.read_text() and not list((tmp_path / "out").glob("unfinished*"))
+
+
+def test_only_the_stages_that_are_asked_for(stubbed, tmp_path):
+    """Their report has a name of its own, which never replaces that of all stages."""
+    code, out, err = finished(stubbed(STAGES="memcheck costs"))
+    assert code == 0, out + err
+    assert re.findall(r"^== (\S+) \(", out, re.M) == ["costs", "memcheck"]
+    (report,) = (tmp_path / "out").glob("*.md")
+    assert report.stem.endswith("-costs-memcheck")
+    assert "| targets | not asked for | 0 |" in report.read_text() and "| memcheck | passed |" in report.read_text()
+
+    code, out, err = finished(stubbed(STAGES="memcheck test"))
+    assert code == 2 and out == "" and err.startswith("gpu_check: STAGES: 'test' is none of versions build loads")
+
+
+def test_a_stage_beyond_its_time_and_those_without_any(stubbed, tmp_path):
+    """The first is stopped, its rows are kept, the last get nothing."""
+    code, out, err = finished(stubbed(SLOW="benchmarks.gpu_targets", STAGES="targets cuda-tests speed", TOTAL="5"))
+    assert code == 1, out + err
+    (file,) = (tmp_path / "out").glob("*.jsonl")
+    about, rows = jsonl.read(file)
+    assert {
+        row["name"]: row["status"] for row in rows if row["part"] == "stages" and row["status"] != "not asked for"
+    } == {
+        "targets": "stopped after 5 s",
+        "cuda-tests": "no time left",
+        "speed": "no time left",
+    }
+    assert [row["case"] for row in rows if row["part"] == "targets"] == ["measured"]
+
+
+def test_rows_outlive_a_script_that_is_killed(stubbed, tmp_path):
+    process = stubbed(SLOW="benchmarks.gpu_targets", STAGES="targets", TOTAL="60")
+    try:
+        for line in process.stdout:
+            if line.startswith("SLOW"):
+                break
+        process.kill()
+        process.wait()
+        (work,) = (tmp_path / "out").glob("unfinished-*")
+        assert gpu_report.main(work, tmp_path / "later", "abc") == 0
+    finally:
+        for number in (tmp_path / "slow").read_text().split():
+            os.kill(int(number), signal.SIGKILL)
+        process.stdout.close()
+        process.stderr.close()
+    (file,) = (tmp_path / "later").glob("*.jsonl")
+    assert [row["case"] for row in jsonl.read(file)[1] if row["part"] == "targets"] == ["measured"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -71,7 +153,7 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     monkeypatch.setenv("STABLE_RNN_PRETRAINED", str(tmp_path / "no packages"))
-    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "others"]
+    names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "costs", "others"]
     parts = [word for name in names for word in ("--only", name)]
     assert (
         gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1
@@ -91,6 +173,8 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
         assert row["met"] is (None if row["target"] is None else met(row))
         assert row.get("tolerance") is None or row["error"] <= row["tolerance"]
     assert "A rehearsal" in (tmp_path / "gpu_targets.md").read_text()
+    steps = [row["costs"] for row in rows if row.get("costs")]
+    assert [row["backward"] for row in steps] == [False, True] and not any("tiling" in row for row in steps)
 
 
 def met(row):

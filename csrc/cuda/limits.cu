@@ -87,5 +87,14 @@ const char* cuda_limits(int device, CudaLimits* limits) {
   return nullptr;
 }
 
+const char* cuda_clock(int device, double* hertz) {
+  if (const char* problem = cuda_driver_problem()) return problem;
+  int kilohertz;
+  if (const char* problem = cuda_message(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device)))
+    return problem;
+  *hertz = 1e3 * kilohertz;
+  return nullptr;
+}
+
 }   // namespace stable_rnn
 #endif

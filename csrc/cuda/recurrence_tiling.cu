@@ -9,9 +9,9 @@ constexpr int64_t most_hidden = 1 << 14;   // beyond what shared memory takes; s
 
 double larger(double a, double b) { return a > b ? a : b; }
 
-// One step of one tile. The constants are guesses from published figures, to be replaced by measurements.
-double step_clocks(bool backward, int cell, int dtype, const CudaTiling& tiling, const Geometry& g) {
-  constexpr double l2 = 20, shared = 128;   // bytes a clock, of one SM where all read
+// One step of one tile.
+double tile_clocks(bool backward, int cell, int dtype, const CudaTiling& tiling, const Geometry& g,
+                   const StepCosts& c) {
   const WarpLayout layout = warp_layout(backward, cell);
   const bool tensor = dtype != F32;
   const double element = product_shape(dtype).element,
@@ -19,19 +19,33 @@ double step_clocks(bool backward, int cell, int dtype, const CudaTiling& tiling,
   const double rows = layout.blocks, cells = double(tiling.lanes) * tiling.units;
   const double chunks = double(tiling.warps) * g.chunks;   // of all warps
 
-  double product = g.chunks * (tensor ? 2 * 33 : 4 * 4);     // latency of one chain of sums
-  product = larger(product, chunks * rows * g.octets * 4);   // arithmetic
+  double product = g.chunks * (tensor ? c.chain_tensor : c.chain_scalar);
+  product = larger(product, chunks * rows * g.octets * (tensor ? c.sum_tensor : c.sum_scalar));
   const double weights = chunks * rows * 2 * quads, states = chunks * g.octets * (tensor ? 512 : 256);
-  product = larger(product, (states + (tiling.place == in_shared ? weights : 0)) / shared);
-  if (tiling.place == in_l2) product = larger(product, weights / l2);
+  product = larger(product, (states + (tiling.place == in_shared ? weights : 0)) / c.shared);
+  if (tiling.place == in_l2) product = larger(product, weights / c.l2);
 
-  const double gates =
-      250 + cells * (layout.gates > 1 ? 0.5 : 0.25) + (layout.warps > 1 ? 100 + cells * 8 * layout.warps / shared : 0);
+  const double gates = cells * (layout.gates > 1 ? c.cell_gated : c.cell_plain) +
+                       (layout.warps > 1 ? c.share + cells * 8 * layout.warps / c.shared : 0);
   const double sent = cells * element * layout.parts;
-  const double meeting = tiling.blocks == 1   ? 60
-                         : tiling.cluster > 1 ? 450 + 40 * tiling.blocks + sent * tiling.blocks / l2
-                                              : 2500 + double(tiling.lanes) * g.pitch / l2;
+  const double meeting = tiling.blocks == 1   ? c.block
+                         : tiling.cluster > 1 ? c.cluster + (c.cluster_block + sent / c.sent) * tiling.blocks
+                                              : c.grid + double(tiling.lanes) * g.pitch / c.l2;
   return product + gates + meeting;
+}
+
+// Teams that run at the same time, one block on an SM. The blocks of a cluster share a part of the chip, of at least 16 SMs; those of a grid
+// all have to run.
+int64_t teams_at_once(const CudaTiling& tiling, int64_t sms) {
+  const int64_t parts = sms / 16;
+  return tiling.cluster == 1 || parts == 0 ? sms / tiling.blocks : parts * (16 / tiling.blocks);
+}
+
+// One step of all lanes.
+double step_clocks(bool backward, int cell, int dtype, int64_t entries, const CudaTiling& tiling, const Geometry& g,
+                   int64_t sms, const StepCosts& costs) {
+  const int64_t tiles = ceil_div(entries, tiling.lanes);
+  return ceil_div(tiles, teams_at_once(tiling, sms)) * tile_clocks(backward, cell, dtype, tiling, g, costs);
 }
 
 struct Problem {
@@ -48,15 +62,8 @@ struct Problem {
 struct Search : Problem {
   const WarpLayout layout;
   CudaTiling best{};
-  double least = 0;
 
   explicit Search(const Problem& problem) : Problem(problem), layout(warp_layout(backward, cell)) {}
-
-  // That run at the same time, one block on an SM. The blocks of a cluster share a part of the chip, of at least 16 SMs.
-  int64_t clusters(int blocks) const {
-    const int64_t parts = sms / 16;
-    return blocks == 1 || parts == 0 ? sms / blocks : parts * (16 / blocks);
-  }
 
   void consider(int blocks, int cluster, int units, int octets, int lane_groups, int place) {
     const int warps = units / layout.units * layout.warps * lane_groups;
@@ -64,15 +71,14 @@ struct Search : Problem {
     if (warps > most) return;
     if (!is_compiled(layout, product_shape(dtype).element, octets, place == in_registers)) return;
     if (place == in_registers && lane_groups > 1) return;
-    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0};
+    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0, 0};
     Geometry g = geometry_of(backward, cell, dtype, hidden, tiling);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
-    const bool grid =
-        blocks > 1 && cluster == 1;   // all its blocks have to run at the same time; other small ones share an SM
-    const int64_t tiles = ceil_div(entries, tiling.lanes), fit = grid ? sms / blocks : clusters(blocks);
-    const double clocks = ceil_div(tiles, fit) * step_clocks(backward, cell, dtype, tiling, g);
-    if (best.blocks && clocks >= least) return;
+    tiling.clocks = step_clocks(backward, cell, dtype, entries, tiling, g, sms, StepCosts{});
+    if (best.blocks && tiling.clocks >= best.clocks) return;
+    const int64_t tiles = ceil_div(entries, tiling.lanes), fit = teams_at_once(tiling, sms);
+    const bool grid = blocks > 1 && cluster == 1;   // other small blocks share an SM
     const int64_t by_memory = (shared_bytes + 1024) / (g.shared_bytes + 1024), by_registers = most / warps;
     const int64_t together = grid ? fit : fit * (by_memory < by_registers ? by_memory : by_registers);
     tiling.teams = static_cast<int>(tiles < together ? tiles : together);
@@ -80,7 +86,6 @@ struct Search : Problem {
     tiling.shared_bytes = g.shared_bytes;
     tiling.workspace_bytes = workspace_parts(tiling, g).bytes;
     best = tiling;
-    least = clocks;
   }
 
   void each_tile(int blocks, int cluster, int units) {
@@ -191,6 +196,20 @@ CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hi
   return tiling.blocks
              ? tiling
              : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");
+}
+
+double step_clocks_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t entries, const CudaTiling& tiling,
+                        const CudaLimits& limits, const StepCosts& costs) {
+  constexpr double none = -1;
+  if (!is_cell(cell) || dtype < F32 || dtype > TF32 || hidden < 1 || hidden > most_hidden) return none;
+  const WarpLayout layout = warp_layout(backward, cell);
+  if (tiling.blocks < 1 || tiling.blocks > limits.sms || tiling.units < layout.units || tiling.units % layout.units)
+    return none;
+  if (tiling.cluster != 1 && (tiling.cluster != tiling.blocks || tiling.blocks > 16)) return none;
+  const int warps = tiling.units / layout.units * layout.warps;   // of each group of lanes
+  if (tiling.warps < warps || tiling.warps % warps || tiling.lanes < 8) return none;
+  const Geometry g = geometry_of(backward, cell, dtype, hidden, tiling);
+  return step_clocks(backward, cell, dtype, entries < 1 ? 1 : entries, tiling, g, limits.sms, costs);
 }
 
 }   // namespace stable_rnn

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import NOTHING, Cell, State
+from .spec import NOTHING, Cell, State, Step
 
 
 class Gru(Cell):
@@ -16,13 +16,13 @@ class Gru(Cell):
     gates, saved, has_cell, h_after, projects, forgets = 3, 4, False, False, False, 1
     hidden_bias, carries = 2, True
 
-    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> Step:
         (x_r, x_z, x_n), (q_r, q_z, q_n) = x.chunk(3, 1), q.chunk(3, 1)
         r, z = torch.sigmoid(x_r + q_r), torch.sigmoid(x_z + q_z)
         if clamp < 1:
-            z = z.clamp(max=clamp)
+            z = z.clamp_max(clamp)
         n = torch.tanh(x_n + r * q_n)
-        return n + z * (h - n), c, torch.cat([r, z, n, q_n], 1)
+        return n + z * (h - n), c, (r, z, n, q_n)
 
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import NOTHING, Cell, State
+from .spec import NOTHING, Cell, State, Step
 
 
 class Lstm(Cell):
@@ -15,13 +15,13 @@ class Lstm(Cell):
     family = "lstm"
     gates, saved, has_cell, h_after, projects, forgets = 4, 4, True, False, True, 1
 
-    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> Step:
         i, f, g, o = (x + q).chunk(4, 1)
         i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
         if clamp < 1:
-            f = f.clamp(max=clamp)
+            f = f.clamp_max(clamp)
         c = f * c + i * g
-        return o * torch.tanh(c), c, torch.cat([i, f, g, o], 1)
+        return o * torch.tanh(c), c, (i, f, g, o)
 
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float

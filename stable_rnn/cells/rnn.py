@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import NOTHING, Cell, State
+from .spec import NOTHING, Cell, State, Step
 
 
 class Tanh(Cell):
@@ -13,8 +13,8 @@ class Tanh(Cell):
     family = "rnn"
     gates, saved, has_cell, h_after, projects, forgets = 1, 0, False, True, False, None
 
-    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.tanh(x + q), c, x[:, :0]
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> Step:
+        return torch.tanh(x + q), c, ()
 
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float
@@ -25,8 +25,8 @@ class Tanh(Cell):
 class Relu(Tanh):
     name, mode, code = "rnn_relu", "RNN_RELU", 1
 
-    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.relu(x + q), c, x[:, :0]
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> Step:
+        return torch.relu(x + q), c, ()
 
     def vjp(
         self, dh: Tensor, dc: Tensor, saved: Tensor, after: State, before: State, clamp: float

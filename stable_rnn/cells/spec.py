@@ -24,6 +24,7 @@ class State(NamedTuple):
 
 
 NOTHING = State(torch.empty(0), torch.empty(0))
+Step = tuple[Tensor, Tensor, tuple[Tensor, ...]]
 
 
 class Cell:
@@ -45,8 +46,8 @@ class Cell:
     # The gate by which the state (c, else h) keeps a part of its own, and which a clamp bounds; its clamped value is saved at this place.
     forgets: int | None  # None: no gate forgets
 
-    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The new h (n, H) before a projection, the new c (as it was, for a cell without), and the columns to save (n, saved*H)."""
+    def step(self, x: Tensor, q: Tensor, h: Tensor, c: Tensor, clamp: float) -> Step:
+        """The new h (n, H) before a projection, the new c (as it was, for a cell without), and what to save, `saved` times (n, H)."""
         raise NotImplementedError
 
     def vjp(

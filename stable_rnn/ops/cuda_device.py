@@ -41,3 +41,8 @@ def limits(index: int) -> tuple[tuple[int, ...] | None, str]:
         return tuple(lib.cuda_limits(index)), ""
     except RuntimeError as error:
         return None, str(error)
+
+
+def clock(index: int) -> float:
+    """The highest clock of a device's multiprocessors, in Hz."""
+    return lib.cuda_clock(index)

@@ -25,6 +25,10 @@ ABSENT(spectral_step_cuda, const SpectralParams&, const CudaLaunch&)
   tiling.message = "recurrence_tiling_cuda is not part of the executor's module";
   return tiling;
 }
+[[gnu::weak]] double step_clocks_cuda(bool, int, int, int64_t, int64_t, const CudaTiling&, const CudaLimits&,
+                                      const StepCosts&) {
+  return -1;
+}
 [[gnu::weak]] int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits&) { return 0; }
 
 }   // namespace stable_rnn

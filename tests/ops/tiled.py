@@ -7,7 +7,7 @@ block, place of the weights. A `Machine` runs `lane_loop` cases by one.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,7 @@ class Tiling(Structure):
         [("message", c_char_p)]
         + _fields(c_int, "blocks cluster lanes units warps place teams")
         + _fields(c_int64, "shared_bytes workspace_bytes")
+        + [("clocks", c_double)]
     )
 
 
@@ -106,6 +107,7 @@ class Variant:
             self.teams,
             0,
             0,
+            0.0,
         )
 
 

@@ -44,6 +44,13 @@ CASES = [
 ]
 
 
+# What calls for nothing but the ends of lanes do without: starts of rows, and every output of a time.
+ENDS_ALONE = {
+    False: "h0 c0 ids y h_n c_n saved cells h_start c_start decay resets".split(),
+    True: "dy dh_n dc_n ids dz dh0 dc0 dh_start dc_start decay resets".split(),
+}
+
+
 @pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("arch, cell, kind, hidden, windows", CASES)
@@ -61,3 +68,23 @@ def test_memory_and_registers(arch, cell, kind, hidden, windows, backward, reset
         waits = [bool(re.search(rf"(red|atom|ld)\.\S*{order}", use.code)) for order in ("release", "acquire")]
         assert waits == [not alone] * 2
     assert "atom.add.f32" not in use.code and "atom.global.add.f32" not in use.code
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    "arch, cell, kind, hidden",
+    [
+        (80, "rnn_tanh", "bfloat16", 256),
+        (90, "lstm", "bfloat16", 128),
+        (90, "gru", "float16", 512),
+        (100, "lstm", "tf32x3", 64),
+    ],
+)
+def test_the_ends_alone(arch, cell, kind, hidden, backward):
+    small, use = recurrence(arch, backward, cell, kind, hidden, absent=ENDS_ALONE[backward])
+    assert use.shared <= SHARED[arch] << 10
+    assert use.spilled <= (LARGE if not small else SMALL)
+    stores = [
+        len(re.findall(r"st\.global", made.code)) for made in (use, recurrence(arch, backward, cell, kind, hidden)[1])
+    ]
+    assert stores[0] < stores[1]

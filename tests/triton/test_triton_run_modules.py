@@ -36,10 +36,11 @@ def test_layers_directions_lengths_and_a_clamp(plan):
     assert_close("triton", m, torch.randn(7, 3, 7, device=DEVICE), lengths=torch.tensor([7, 0, 4], device=DEVICE))
 
 
+@pytest.mark.parametrize("cls", [StableLSTM, StableGRU])
 @pytest.mark.parametrize("plan", [Recurrent(), Windowed(4), Verified(chunk=6, warmup=2)], ids=str)
-def test_resets(plan):
+def test_resets(plan, cls):
     """As the reference runs pieces; but chunks would begin in rows, where it lets them begin in pieces."""
-    m = made(StableLSTM, torch.float32, DEVICE, bidirectional=True, plan=plan)
+    m = made(cls, torch.float32, DEVICE, bidirectional=True, plan=plan)
     x, resets = torch.randn(7, 3, 7, device=DEVICE), torch.rand(7, 3, device=DEVICE) < 0.25
     assert_close("triton", m, x, resets=resets, lengths=torch.tensor([7, 0, 4], device=DEVICE))
 

@@ -5,6 +5,7 @@
 
 #include "stable_rnn/params.h"
 #include "stable_rnn/spectral.h"
+#include "stable_rnn/step_costs.h"
 
 namespace stable_rnn {
 
@@ -35,6 +36,7 @@ struct CudaTiling {
   int teams;                 // launched; they take tiles in turn
   int64_t shared_bytes;      // of a block
   int64_t workspace_bytes;   // that the call needs
+  double clocks;             // predicted: of an SM, for one step of all lanes
 };
 
 // The scans over time of units [unit, unit + units) of a cascade, whose hidden products `sums` are known for all times: gates, the state that
@@ -91,8 +93,12 @@ struct ScanBackwardParams {
 };
 
 const char* cuda_limits(int device, CudaLimits* limits);
+const char* cuda_clock(int device, double* hertz);   // the highest that an SM is clocked at
 CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t out, int64_t entries,
                                   const CudaLimits& limits);
+// `CudaTiling::clocks` by constants of the caller's; negative where the kernels have no such tiling.
+double step_clocks_cuda(bool backward, int cell, int dtype, int64_t hidden, int64_t entries, const CudaTiling&,
+                        const CudaLimits&, const StepCosts&);
 int64_t spectral_workspace_cuda(const SpectralParams&, const CudaLimits& limits);
 
 const char* recurrence_forward_cuda(const ForwardParams&, const CudaLaunch&);   // `threads` is not read

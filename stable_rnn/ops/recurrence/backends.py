@@ -45,9 +45,10 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
     here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, while its products are small, but
-    for a single step of a batch without gradients; and in oneDNN's LSTM: of more than one step for batches, and trained or in bfloat16 of
-    few units; and so may any inference of an LSTM in bfloat16 where the machine has tiles of that (AMX), which no kernel here uses."""
-    if _native.lib is None or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    for a single step of a batch without gradients; and in oneDNN's LSTM: of more than one step for batches or few units, and trained or
+    in bfloat16 of few units; and so may any inference of an LSTM in bfloat16 where the machine has tiles of that (AMX), which no kernel
+    here uses."""
+    if _native.lib is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode
         return False
@@ -57,7 +58,7 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
         if steps == 1:
             return False
         if x.dtype is torch.float32:
-            return steps <= SHORT and batch >= FEW
+            return steps <= SHORT and (batch >= FEW or hidden <= NARROW)
         few = native.MULTIPLIES_BFLOAT16 and steps <= 2 * SHORT and hidden < 2 * NARROW
         return _TILES_OF_BFLOAT16 or few
     if cell not in ("rnn_tanh", "rnn_relu") or x.dtype is not torch.float32 or steps > SHORT:

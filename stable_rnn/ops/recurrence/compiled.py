@@ -91,8 +91,9 @@ class Kernels:
         h_init: Tensor | None = None,
         c_init: Tensor | None = None,
         out: Output | None = None,
+        saved: Tensor | None = None,
     ) -> Output:
-        """As `reference.forward`; `out` is written in place."""
+        """As `reference.forward`; `out` is written in place. `saved`: the memory for what is saved, instead of a fresh one."""
         given = Inputs._make(dense(*inputs))
         xp, h0, c0, lengths = given.xp, given.h0, given.c0, given.lengths
         n, batch, (columns, width), cell = xp.shape[0], h0.shape[0], given.w_hh.shape, p.spec
@@ -100,7 +101,8 @@ class Kernels:
         if out is None:
             empty = xp.new_empty(0)
             make, padded = self.make, self.padded(lengths, n)
-            saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
+            if saved is None:
+                saved = make(xp, padded, n, cell.saved * hidden) if save and cell.saved else empty
             cells = make(xp, padded, n, hidden, dtype=torch.float32) if save and cell.has_cell else empty
             ends = _borders(p, batch, width, hidden, xp) if borders else [empty] * 5
             out = Output(
@@ -127,8 +129,9 @@ class Kernels:
         dh_init: Tensor | None = None,
         dc_init: Tensor | None = None,
         out: Adjoint | None = None,
+        dz: Tensor | None = None,
     ) -> Adjoint:
-        """As `reference.backward`; `out` is written in place."""
+        """As `reference.backward`; `out` is written in place. `dz`: the memory for it, instead of a fresh one."""
         given = BackwardInputs._make(dense(*inputs))
         y, dh_n, c0, w_hr, lengths = given.y, given.dh_n, given.c0, given.w_hr, given.lengths
         n, batch, (columns, width), cell = y.shape[0], dh_n.shape[0], given.w_hh.shape, p.spec
@@ -138,7 +141,7 @@ class Kernels:
             make, padded = self.make, self.padded(lengths, n)
             ends = _borders(p, batch, width, hidden, y) if borders else [empty] * 5
             out = Adjoint(
-                make(y, padded, n, columns),
+                make(y, padded, n, columns) if dz is None else dz,
                 empty if w_hr is None else make(y, padded, n, width),
                 rows_like(dh_n),
                 rows_like(c0) if cell.has_cell and c0 is not None else empty,

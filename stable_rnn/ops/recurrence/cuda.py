@@ -21,10 +21,11 @@ from .fields import LAUNCH, Fields
 from .problem import Problem
 from .scanned import Scanned
 
-PLACES = ("registers", "shared memory", "L2")
-
+PLACES = ("registers", "shared memory", "L2")  # of W between steps
+L2 = PLACES.index("L2")
 
 takes_resets = True  # no wait for their number
+in_place = False
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
@@ -57,9 +58,8 @@ def tiling(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidde
     return cuda_device.lib.recurrence_tiling_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
 
 
-def describe(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> str:
+def describe(found: dict) -> str:
     """A tiling in words."""
-    found = tiling(limits, backward, cell, dtype, hidden, entries)
     if found["message"]:
         return found["message"]
     blocks, through = found["blocks"], "in a cluster" if found["cluster"] > 1 else "that meet through L2"
@@ -68,6 +68,18 @@ def describe(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hid
         f"{found['teams']} x {team} of {found['warps']} warps, {found['units']} units a block, {found['lanes']} lanes a tile, "
         f"W in {PLACES[found['place']]}, {found['shared_bytes'] / 1024:.0f} KB shared"
     )
+
+
+def numbers(backward: bool, cell: str, dtype: int, hidden: int, lanes: int) -> tuple[int, int, int]:
+    """Of one step of M lanes that all write it: operations, 2 M G H^2; bytes of global memory, forward xp and y, backward dy, what the
+    forward pass saved, and dz; bytes of W, which a tile reads once, or at every step where it stays in L2."""
+    spec, element = CELLS[cell], 4 if dtype in (DTYPES[torch.float32], TF32) else 2
+    columns = spec.gates + 1  # xp and y, or dy and dz
+    if backward:
+        columns += spec.saved + (spec.h_after or spec.carries)
+    cells = 4 if backward and spec.has_cell else 0  # c is float32
+    weights = spec.gates * hidden * hidden
+    return 2 * lanes * weights, lanes * hidden * (columns * element + cells), weights * element
 
 
 def code(x: Tensor) -> int:

@@ -22,6 +22,10 @@ from .report import FORWARD_MODE, Run
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
+# The hooks that tensors saved now go through, and whether the backward pass that runs leaves its graph for another; where torch does not
+# tell (the first not in 2.5), what is saved is taken for somebody else's
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class Note:
@@ -80,7 +84,9 @@ class FusedRecurrence(torch.autograd.Function):
         inputs = given.inputs(project_now(given.x, given.w_ih, given.bias, given.p.backend))
         if not _plain(*inputs):
             return fresh(inputs, *_op(inputs, given.p, True))
-        return fresh(inputs, *run.forward(inputs, given.p, True, given.note and given.note.memory))
+        passing = given.w_ih is not None  # else xp is the caller's
+        found = run.forward(inputs, given.p, True, given.note and given.note.memory, passing)
+        return fresh(inputs[passing:], *found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -88,15 +94,24 @@ class FusedRecurrence(torch.autograd.Function):
         y, _, _, saved, cells, report = output
         ctx.mark_non_differentiable(saved, cells, report)
         ctx.save_for_backward(*tensors, y, saved, cells)
+        ctx.set_materialize_grads(False)  # zeros for `saved` and `cells`, too, as large as these
+        ctx.hooked = _hooks(True) is not None  # they may hand out what others hold
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor, *_: Any) -> Layer:
+    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Layer:
         *tensors, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
         given, needs = Layer(*tensors, ctx.note, ctx.problem), Layer(*ctx.needs_input_grad)
+        dy = torch.zeros_like(y) if dy is None else dy
+        dh_n = torch.zeros_like(given.h0) if dh_n is None else dh_n
+        dc_n = torch.zeros_like(cells[:0] if given.c0 is None else given.c0) if dc_n is None else dc_n
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(given, dy, dh_n, dc_n)
-        found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs, given.note)
-        return given.gradients(found, needs)
+        passing = not (ctx.hooked or _keeps_graph())
+        found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs, given.note, passing)
+        found = given.gradients(found, needs)
+        if passing and given.w_ih is not None and _plain(saved):  # else dz, which may lie there, is a gradient
+            native.leave(saved)
+        return found
 
 
 class WindowedRecurrence(torch.autograd.Function):
@@ -171,11 +186,12 @@ def _adjoint(
     cells: Tensor,
     needs: Inputs | Layer,
     note: Note | None = None,
+    passing: bool = False,
 ) -> Inputs:
-    """The gradients by the adjoint recursion."""
+    """The gradients by the adjoint recursion. `passing`: nobody else reads what was saved."""
     inputs = backward_inputs(dy, dh_n, dc_n, y, saved, cells, state, p)
     if _plain(*inputs):
-        *adjoint, report = run.backward(inputs, p, note and note.memory)
+        *adjoint, report = run.backward(inputs, p, note and note.memory, passing)
     else:
         *adjoint, report = ops.recurrence_backward(*inputs, *p)
     if note is not None:

@@ -25,13 +25,14 @@ from .problem import Adjoint, BackwardInputs, Inputs, Output, Problem, WindowedI
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _WORK = 16, 1 << 18  # rows and multiply-adds from which the packed products beat torch's
-_SMALL, _LARGE, _KEPT = 1 << 18, 1 << 22, 1 << 26  # bytes
+_SMALL, _LARGE, _KEPT, _SPARE = 1 << 18, 1 << 22, 1 << 26, 1 << 28  # bytes
 MULTIPLIES_BFLOAT16 = _native.lib is not None and _native.lib.cpu_features()["isa"] == "avx512bf16"
 _scratch = threading.local()
 _WORKSPACE = 1 << 23  # floats that the backward pass of windows may use at once
 
 
 takes_resets = False  # rows come cut into pieces
+in_place = True  # a step reads all that it needs of a row before it writes there
 
 
 def can_run(p: Problem | None, xp: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
@@ -60,6 +61,22 @@ def _borrow(dtype: torch.dtype, *shape: int) -> Tensor:
     if getattr(_scratch, "memory", None) is None or _scratch.memory.numel() < size:
         _scratch.memory = _make(torch.empty(0, dtype=torch.uint8, device="cpu"), False, size)
     return _scratch.memory[:size].view(dtype).view(shape)
+
+
+def _reuse(like: Tensor, *shape: int) -> Tensor:
+    """A fresh output, in what this thread's last backward pass has left, if that is of about this size."""
+    memory, size = getattr(_scratch, "spare", None), like.dtype.itemsize * prod(shape)
+    _scratch.spare = None
+    if memory is None or not size <= len(memory) <= 2 * size:
+        return _make(like, False, *shape)
+    return memory[:size].view(like.dtype).view(shape)
+
+
+def leave(saved: Tensor) -> None:
+    """Keeps the memory of what a forward pass saved and nobody reads again, a storage of its own, for the thread's next one, up to a
+    limit: a training step would map and clear it anew."""
+    if saved.is_cpu and _LARGE <= saved.untyped_storage().nbytes() <= _SPARE:
+        _scratch.spare = torch.empty(0, dtype=torch.uint8, device="cpu").set_(saved.untyped_storage())
 
 
 class _Kernels(Kernels):
@@ -199,7 +216,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 def project(x: Tensor, w_ih: Tensor, bias: Tensor | None, passing: bool = False) -> Tensor:
     """xp = x W_ih^T + bias: (N, I), (S, I), (S,) -> (N, S). `passing`: it lies in this thread's scratch memory, until the next call."""
     x, w_ih, bias = dense(x, w_ih, bias)
-    xp = (partial(_borrow, x.dtype) if passing else partial(_make, x, False))(x.shape[0], w_ih.shape[0])
+    xp = (partial(_borrow, x.dtype) if passing else partial(_reuse, x))(x.shape[0], w_ih.shape[0])
     (rows, inputs), sums = x.shape, w_ih.shape[0]
     _native.lib.input_projection(
         dtype=DTYPES[x.dtype],

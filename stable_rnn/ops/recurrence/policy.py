@@ -43,17 +43,20 @@ class Device(NamedTuple):
     mend: float  # seconds of a correction
     most: int  # lanes of one pass, as far as the choice goes
     probes: bool  # whether probe lanes may pay
+    source: str = ""  # of these constants
 
 
-# By the device's type, and for the backend `reference`. cpu and reference: measured, one thread of an AVX-512 server processor, float32,
-# LSTM and RNN of 64 to 512 units (reference: LSTM of 16 to 256). cuda: predicted, not measured: the latency of a step, and as many lanes
-# as keep the multiprocessors of an H100 busy.
+# By the device's type, and for the backend `reference`. cpu and reference: one thread of an AVX-512 server processor, float32, LSTM and RNN
+# of 64 to 512 units (reference: LSTM of 16 to 256). cuda: the latency of a step, and as many lanes as keep the multiprocessors of an H100
+# busy, until `benchmarks.fit_costs` fits them.
+MEASURED, PREDICTED = "measured on another machine", "predicted, none measured"
+CPU_LANES = ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15))
 DEVICES = {
-    "cpu": Device(
-        0.0, 3e10, ((2e4, 1.75, 0.45), (1e5, 2.15, 0.3), (5e5, 2.5, 0.28), (inf, 3.4, 0.15)), 3e-4, 1.2e-3, 32, False
+    "cpu": Device(0.0, 3e10, CPU_LANES, 3e-4, 1.2e-3, 32, False, MEASURED),
+    "reference": Device(1e-4, 2e9, ((5e4, 8.0, 0.05), (inf, 4.0, 0.1)), 3e-4, 1.2e-3, 32, False, MEASURED),
+    "cuda": Device(
+        2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 6e-4, 4096, True, PREDICTED
     ),
-    "reference": Device(1e-4, 2e9, ((5e4, 8.0, 0.05), (inf, 4.0, 0.1)), 3e-4, 1.2e-3, 32, False),
-    "cuda": Device(2e-6, 2e11, ((2e5, 1024.0, 0.0), (2e6, 256.0, 0.0), (inf, 64.0, 0.0)), 4e-4, 6e-4, 4096, True),
 }
 
 

@@ -134,9 +134,11 @@ def forward(
         h, c = _mask(live, h_new.to(xp.dtype).to(kind), h), _mask(live, c_new, c)
         if s >= warmup:
             rows.append(torch.where(live, row, xp.shape[0]))
-            hs.append(h), cs.append(c), kept.append(keep)
-            if borders and decay.numel():
-                (decay,) = _zeroed(fresh, _mask(live, decay * cell.forget_gate(keep), decay))
+            hs.append(h), cs.append(c)
+            if save and cell.saved:
+                kept.append(torch.cat(keep, 1))
+            if borders and cell.forgets is not None:
+                (decay,) = _zeroed(fresh, _mask(live, decay * keep[cell.forgets], decay))
 
     n = xp.shape[0]
     y = xp.new_zeros(n, w_hh.shape[1]) if out is None else out.y
@@ -147,7 +149,7 @@ def forward(
         where = torch.stack(rows)
         y = _place(hs, where, y)
         cells = _place(cs, where, cells) if cell.has_cell else cells
-        saved = _place(kept, where, saved) if save and cell.saved else saved
+        saved = _place(kept, where, saved) if kept else saved
     last, used = row_base(p, batch, base, xp.device), row_length(p, batch, lengths, xp.device)
     last, has = torch.where(used > 0, last + (used - 1) * p.step, 0), (used > 0)
     h_n = _mask(has, y[last], h0) if n else h0.clone()
@@ -309,6 +311,7 @@ scanned_forward, scanned_backward = scans.forward, scans.backward
 
 
 takes_resets = False  # it does, and pieces take fewer steps of Python
+in_place = False
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:

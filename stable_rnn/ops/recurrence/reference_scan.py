@@ -75,7 +75,8 @@ def scan(f: Fields) -> None:
     if f["hidden_bias"] is not None and cell.hidden_bias is not None:
         q.unflatten(1, (cell.gates, -1))[:, cell.hidden_bias] += f["hidden_bias"][units].to(kind)
     zero = x.new_zeros(len(x), f["units"])
-    h, c, saved = cell.step(x, q, zero, zero, f["cap"])
+    h, c, kept = cell.step(x, q, zero, zero, f["cap"])
+    saved = torch.cat(kept, 1) if kept else x[:, :0]
     start = (f["c0"] if cell.has_cell else f["h0"])[:, units].to(kind)
     if cell.has_cell or cell.carries:
         states = linear_scan(

@@ -1,6 +1,9 @@
 """What the ops of the recurrence do: numbers for the schedule, checks, a backend, checked lanes or scans where asked.
 
-Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`."""
+Outputs may be inputs, or one tensor twice; who has to give fresh ones calls `fresh`.
+
+`passing`: of xp, or of what the forward pass saved, nobody reads the values again. Then what is saved may lie over xp, and dz over what
+was saved: the largest tensors of a training step, each of which would be fresh memory, with a page fault every few KB."""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ from .sweeps import Backward, Forward
 T = TypeVar("T", Inputs, BackwardInputs, WindowedInputs)
 
 
-def forward(inputs: Inputs, asked: Problem, save: bool, memory: Memory | None = None) -> tuple[Tensor, ...]:
+def forward(
+    inputs: Inputs, asked: Problem, save: bool, memory: Memory | None = None, passing: bool = False
+) -> tuple[Tensor, ...]:
     """y, h_n, c_n, saved, cells, report; `save` asks for what the backward pass needs. `memory`: of checked plans."""
     backend, given, p, rows = _prepared(inputs, asked)
     if p.checked:
@@ -29,12 +34,15 @@ def forward(inputs: Inputs, asked: Problem, save: bool, memory: Memory | None = 
     elif p.scanned:
         out, found = backend.scanned_forward(given, p, cascade.groups(given.w_hh, p.spec.gates), save), None
     else:
-        out, found = backend.forward(given, p, save=save), None
+        place = {"saved": given.xp} if passing and save and _in_place(backend, given, p, given.xp) else {}
+        out, found = backend.forward(given, p, save=save, **place), None
     h_n, c_n = rows.states(out.h_n, out.c_n)
     return out.y, h_n, c_n, out.saved, out.cells, report(found)
 
 
-def backward(inputs: BackwardInputs, asked: Problem, memory: Memory | None = None) -> tuple[Tensor, ...]:
+def backward(
+    inputs: BackwardInputs, asked: Problem, memory: Memory | None = None, passing: bool = False
+) -> tuple[Tensor, ...]:
     """dz, dh, dh0, dc0, report."""
     backend, given, p, rows = _prepared(inputs, asked)
     given = given if given.c0 is not None else given._replace(dc_n=None)
@@ -43,7 +51,8 @@ def backward(inputs: BackwardInputs, asked: Problem, memory: Memory | None = Non
     elif p.scanned:
         out, found = backend.scanned_backward(given, p, cascade.groups(given.w_hh, p.spec.gates)), None
     else:
-        out, found = backend.backward(given, p), None
+        place = {"dz": given.saved} if passing and _in_place(backend, given, p, given.saved) else {}
+        out, found = backend.backward(given, p, **place), None
     dh0, dc0 = rows.origins(out.dh0, out.dc0)
     return out.dz, out.dh, dh0, dc0, report(found)
 
@@ -64,6 +73,19 @@ def _prepared(inputs: T, p: Problem) -> tuple[ModuleType, T, Problem, pieces.Row
     if inputs.resets is not None and not backend.takes_resets:
         inputs, p, rows = pieces.cut(inputs, p)
     return backend, inputs, p.resolved(), rows
+
+
+def _in_place(backend: ModuleType, given: Inputs | BackwardInputs, p: Problem, over: Tensor) -> bool:
+    """Whether what is saved may lie over xp, or dz over what is saved: they have one shape, every row is read at one step and no other,
+    and none is padding, which stays zero. With a projection what is saved is read once more, for its gradient."""
+    return (
+        backend.in_place
+        and p.spec.saved == p.spec.gates
+        and p.stride >= p.steps
+        and given.w_hr is None
+        and over.is_contiguous()
+        and (given.lengths is None or int(given.lengths.sum()) == len(given.rows))
+    )
 
 
 def report(found: Run | None) -> Tensor:

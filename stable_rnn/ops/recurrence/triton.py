@@ -55,6 +55,7 @@ class Config(NamedTuple):
 
 
 takes_resets = True  # no wait for their number
+in_place = False
 
 
 def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tensor | None = None) -> tuple[bool, str]:
