@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stable_rnn import Cascade, Certified, ForgetCap, StableGRU, StableLSTM, StableLSTMCell
 from stable_rnn.ops import cuda_device
-from stable_rnn.stability import project_all_, projection
+from stable_rnn.stability import products, project_all_, projection
 from stable_rnn.stability.cascade import into_cascade_
 from stable_rnn.stability.late import PERIOD
 from stable_rnn.stability.nearest import Directions, step_into_ball
@@ -26,7 +26,7 @@ def norm(w, scales=SCALES):
     return float(torch.linalg.matrix_norm(scales.repeat_interleave(len(w) // len(scales))[:, None] * w.double(), 2))
 
 
-def products(w, bound, scales=SCALES):
+def step(w, bound, scales=SCALES):
     return step_of_products(w[None], scales[None, :, None], bound)[0]
 
 
@@ -48,7 +48,7 @@ def test_outside_no_more_than_the_step_with_eigenvectors(shape):
     for _ in range(60):
         update = next(updates)
         grown = ours + update, theirs + update
-        ours, theirs = products(grown[0], 1.0), step_into_ball(grown[1], SCALES.float(), 1.0, kept)
+        ours, theirs = step(grown[0], 1.0), step_into_ball(grown[1], SCALES.float(), 1.0, kept)
         ways = [float((new - old).norm()) for new, old in zip((ours, theirs), grown)]
         found.append([norm(grown[0]), norm(ours), norm(theirs), *ways])
     before, after, others, way, their_way = torch.tensor(found[5:]).mean(0).tolist()
@@ -60,9 +60,9 @@ def test_rest_within_of_the_bound(size):
     """Without updates a few more steps end at the bound, and the matrix is not shorter than it has to be."""
     w = torch.zeros(128, 32)
     for _, update in zip(range(20), drifting((128, 32), size)):
-        w = products(w + update, 0.9)
+        w = step(w + update, 0.9)
     for _ in range(12):
-        w = products(w, 0.9)
+        w = step(w, 0.9)
     assert 0.9 * 0.99 < norm(w) <= 0.9 * 1.005
 
 
@@ -70,8 +70,8 @@ def test_inside_bitwise_untouched():
     for shape in ((128, 32), (4, 1), (12, 3)):
         w = torch.randn(shape)
         for nearly in (0.5, 0.999, 1 - 2e-6):
-            assert torch.equal(products(w, norm(w) / nearly), w)
-    assert torch.equal(products(torch.zeros(12, 3), 0.9), torch.zeros(12, 3))
+            assert torch.equal(step(w, norm(w) / nearly), w)
+    assert torch.equal(step(torch.zeros(12, 3), 0.9), torch.zeros(12, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -125,6 +125,25 @@ def test_no_step_leads_outwards():
         norms = [norm(each, scales.expand(len(scales), len(w) // len(scales)).flatten()) for each in after[1:]]
         assert norms[0] < max(before, 1.0) * 1.02 and norms[2] < 1.02 * (1 + 0.95 * max(before - 1, 0))
         assert before > 1 - 1e-6 or torch.equal(after[1], w)
+
+
+def test_polynomials_do_what_is_said_of_them():
+    x = torch.linspace(0.005, 1, 4001, dtype=torch.float64)
+    y = x
+    for a, b, c in products.SIGN:
+        y = a * y + b * y**3 + c * y**5
+        assert 0 < y.min() and y.max() < 1.001
+    assert (y - 1).abs().max() < 2e-3
+    x = y = x[x >= 0.1]
+    for a, b, c in products.ROOT:
+        y = a * y + b * y**3 + c * y**5
+    assert (y - 1).abs().max() < 0.12
+    weights = products.Gates(torch.ones(1, 1, 1, 1, dtype=torch.float64)).weights
+    y = torch.linspace(0, products.REACH * (1 - 1e-9), 2001, dtype=torch.float64)
+    kept = 1 - torch.stack([products._lost(each.reshape(1, 1, 1), weights).flatten()[0] for each in y])
+    assert kept[0] == 1 and -1e-9 < kept.min() and kept[y > 5].max() < 1 / 12.5
+    slope = products._lost(torch.full((1, 1, 1), 1e-6, dtype=torch.float64), weights)
+    torch.testing.assert_close(slope.flatten(), torch.tensor([1e-6], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 # ---- modules: on a GPU where there is one, else on CPU tensors that are taken for a GPU's
@@ -333,17 +352,17 @@ def test_a_graph_repeats_the_step():
     module.project_(certify=False)
     start = {n: p.detach() * 2 for n, p in module.named_parameters()}
 
-    def step():
+    def again():
         with torch.no_grad():
             for n, p in module.named_parameters():
                 p.copy_(start[n])
         module.project_(certify=False)
 
-    step()
+    again()
     want = [p.detach().clone() for p in module.parameters()]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        again()
     for p in module.parameters():
         p.detach().zero_()
     graph.replay()
