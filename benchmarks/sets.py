@@ -59,7 +59,7 @@ class Metric(Certified):
             weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
             names = layer_names(module)[0][0]
             ((w, scales, bound),) = STABILITY["lstm"].balls(weights, names, self, 0.0)
-            rows = scales.float().repeat_interleave(module.hidden_size)[:, None]
+            rows = torch.tensor(scales).repeat_interleave(module.hidden_size)[:, None]
             e = (
                 torch.ones(module.hidden_size)
                 if self.e is None
@@ -144,7 +144,7 @@ class Balls(Stability):
         if self.inner is not None:
             weights = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
             ((_, scales, bound),) = STABILITY["lstm"].balls(weights, layer_names(module)[0][0], self.inner, 0.0)
-            rows = (scales.float() * self.norm / bound).repeat_interleave(H)
+            rows = (torch.tensor(scales) * self.norm / bound).repeat_interleave(H)
         gates, scaled = w.view(-1, H, H), rows.view(-1, H)
         edges = borders(H, self.groups)
         for a, b in zip(edges, edges[1:]):

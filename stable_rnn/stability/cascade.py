@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.spectral.later import on_gpu
 from .cells import STABILITY
-from .projection import checked_weights, store_sharded, writable_names
+from .projection import checked_weights, store_sharded, warm_of, writable_names
 from .weights import named_weights, once, recurrent
 
 
@@ -54,19 +55,23 @@ def cascade_names(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def into_cascade_(module: nn.Module, names: list[str], groups: int) -> None:
-    """W_hh of every gate, layer and direction (`names`) into the set, in place: exactly, and bitwise untouched where it is inside. Raises
-    and gathers as `project_` does."""
+def into_cascade_(module: nn.Module, names: list[str], groups: int, certify: bool) -> None:
+    """W_hh of every gate, layer and direction (`names`) into the set, in place: exactly, and bitwise untouched where it is inside. Raises,
+    gathers and waits as `project_` does."""
     module, _ = recurrent(module)
     if not module.hidden_size:
         return
     held = named_weights(module)
-    weights = checked_weights(held)
+    weights = checked_weights(held, None if certify else warm_of(module).look)
     hidden = module.hidden_size
     matrices = once(weights[name] for name in names)
     outside = ~readable(hidden, groups, matrices[0].device)
     gates = [w.unflatten(0, (-1, hidden)) for w in matrices]
-    for w, over in zip(gates, torch.stack([(w.ne(0) & outside).any() for w in gates]).tolist()):
-        if over:
+    if on_gpu(matrices):  # a GPU would have to be waited for
+        over = [True] * len(gates)
+    else:
+        over = torch.stack([(w.ne(0) & outside).any() for w in gates]).tolist()
+    for w, moves in zip(gates, over):
+        if moves:
             w.masked_fill_(outside, 0)
     store_sharded(held, names, weights)

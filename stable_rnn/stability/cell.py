@@ -15,8 +15,8 @@ from .limits import Limits
 from .weights import LayerWeights, Names
 
 Ball = tuple[
-    Tensor, Tensor | None, float
-]  # (W, d, bound): ||diag(d) W||_2 <= bound, d (G,) <= 1 by gate (on the CPU), or None for 1
+    Tensor, tuple[float, ...] | Tensor | None, float
+]  # (W, d, bound): ||diag(d) W||_2 <= bound, d a number for each gate, or (G, H) by row, or None for 1
 
 
 class Reach(NamedTuple):

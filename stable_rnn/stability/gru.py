@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -76,8 +76,7 @@ class Gru(CellStability):
         )  # z moves h - n <= 2 by a quarter of its error, r and m each n by no more than theirs
 
     def check(self, limits: Limits) -> None:
-        with torch.device("cpu"):  # whatever device the module is made on
-            alpha = float(_alpha(torch.tensor([limits.forget], dtype=torch.float64), ZETA))
+        alpha = _set_alpha(limits.forget)
         if limits.norm == "inf" and not limits.forget < limits.rate:
             raise ValueError(f"Certified: forget must be below the rate {limits.rate}, got {limits.forget}")
         if limits.norm != "inf" and not alpha < limits.rate**2:
@@ -95,8 +94,7 @@ class Gru(CellStability):
             return []
         m = _any_reach(weights, names)
         scales, _ = gru_scales(m, torch.full_like(m, limits.forget), limits.rate, ZETA)
-        most = float(scales.max())
-        return [(weights[names["weight_hh"]], scales / most, limits.rate * (1 - margin) / most)]
+        return [(weights[names["weight_hh"]], scales.unflatten(0, (3, -1)), limits.rate * (1 - margin))]
 
     def bring_in(
         self, weights: dict[str, Tensor], names: Names, limits: Limits, margin: float, x: Tensor, least: torch.dtype
@@ -175,6 +173,12 @@ def _alpha(z: Tensor, zeta: Tensor | float) -> Tensor:
     above = torch.where(near, z * (zeta - z * z), z * z)
     below = torch.where(near, (2 - z) * zeta - z, 1 - 4 * (z * (1 - z)).square() / zeta) - 2.0**-48 * (zeta + 1)
     return torch.where((below > 0) & (zeta >= LEAST_ZETA), above * (1 + 2.0**-45) / below, math.inf)
+
+
+@lru_cache(maxsize=64)
+def _set_alpha(forget: float) -> float:
+    with torch.device("cpu"):  # whatever device the module is made on
+        return float(_alpha(torch.tensor([forget], dtype=torch.float64), ZETA))
 
 
 def gru_scales(m: Tensor, z: Tensor, rate: float, zeta: Tensor | float) -> tuple[Tensor, Tensor]:

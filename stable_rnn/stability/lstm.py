@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -77,9 +77,7 @@ class Lstm(CellStability):
         if limits.norm == "inf":
             return []
         w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
-        scales = gate_scales(_any_gates(1, limits.forget), *limits.target)
-        most = float(scales.max())  # divided out, so that no product with a large weight overflows
-        balls: list[Ball] = [(w_hh, scales / most, limits.rate * (1 - margin) / most)]
+        balls: list[Ball] = [(w_hh, set_scales(limits.forget, *limits.target), limits.rate * (1 - margin))]
         return balls if w_hr is None else [*balls, (w_hr, None, 1 - margin)]
 
     def bring_in(
@@ -179,6 +177,13 @@ def gate_scales(b: LstmBounds, rate: float, share: Tensor | float, kappa: float 
     own = b.c * torch.minimum(b.sf * share.rsqrt(), forget_slope(b.f, rate, share))
     scales = [room * b.si * joint(b.z) * rest, room * own, room * b.i * rest, kappa * b.so * joint(b.t)]
     return torch.cat([s.expand_as(b.o) for s in scales]) * (1 + 2.0**-45)
+
+
+@lru_cache(maxsize=64)
+def set_scales(forget: float, rate: float, share: float) -> tuple[float, ...]:
+    """D of a set, whatever W_ih and the biases are: the number of each gate."""
+    with torch.device("cpu"):
+        return tuple(gate_scales(_any_gates(1, forget), rate, share).tolist())
 
 
 def forget_slope(f: Tensor, rate: float, share: Tensor) -> Tensor:

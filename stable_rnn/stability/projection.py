@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Hashable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from ..cells import CELLS
 from ..ops.spectral import SpectralState, spectral_project_
+from ..ops.spectral.later import on_gpu
 from ..ops.spectral.memory import first_overlap
 from ..ops.spectral.norm import check_writable
 from .bounds import length
 from .cell import Ball, Verdict
 from .cells import STABILITY
+from .late import LateLook
 from .layer import LayerCertificate, layer_certificate
 from .limits import Limits
 from .nearest import Directions, computable, into_ball, step_into_ball
+from .products import step_of_products
 from .rows import state_bound, wide
 from .sharded import GATHER, check_kept, is_sharded, store, whole
 from .weights import (
@@ -43,12 +47,13 @@ ROUNDS = 50  # through layers or modules that share weights; two or three are wh
 
 
 class _Warm:
-    """The subspaces that training steps carry on, of the spectral projection and of each LSTM matrix; no part of a module, so that state
-    dicts, copies and pickles don't hold them."""
+    """What training steps carry on: the subspaces of the spectral projection and of each LSTM matrix, and whether a GPU's weights are
+    finite. No part of a module, so that state dicts, copies and pickles don't hold it."""
 
     def __init__(self) -> None:
         self.spectral = SpectralState()
         self.directions: defaultdict[int, Directions] = defaultdict(Directions)
+        self.look = LateLook()
 
 
 _warm: WeakKeyDictionary[nn.Module, _Warm] = WeakKeyDictionary()
@@ -60,6 +65,8 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
 
     certify=True: afterwards every layer is certified at `stability.rate`; layers that were so before are left bitwise untouched.
     certify=False: one warm step of the spectral projection and the cheap rules, for training loops; it may stop a little short.
+    On a GPU such a step in the 2-norm waits for nothing, but for the first: whether all weights are finite is asked in every 16th call and
+    answered 4 calls later; until then those that are not are left alone.
 
     In the 2-norm: RNN ||W_hh||_2 <= rate ("radius": its numerical radius); LSTM ||D W_hh||_2 <= rate with D of `gate_scales`,
     ||W_hr||_2 <= 1. In the max-norm: the same of row sums. LSTM without a clamp: for each unit of the forget gate the rows of W_ih and
@@ -81,8 +88,8 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
     names = projected_names(module, stability)
     if not module.hidden_size:  # torch has cells without units
         return
-    levels, held = layer_names(module), named_weights(module)
-    weights = checked_weights(held)
+    levels, held, warm = layer_names(module), named_weights(module), warm_of(module)
+    weights = checked_weights(held, None if certify else warm.look)
     if certify:
         copies = {id(w): w.clone() for w in weights.values()}
         _certified({name: copies[id(w)] for name, w in weights.items()}, levels, stability, cell)
@@ -90,8 +97,12 @@ def project_(module: nn.Module, stability: Limits, certify: bool = True) -> None
             if not torch.equal(w, copies[id(w)]):
                 w.copy_(copies[id(w)])
     else:
-        _step(weights, levels, stability, cell, _warm.setdefault(module, _Warm()))
+        _step(weights, levels, stability, cell, warm)
     store_sharded(held, names, weights)
+
+
+def warm_of(module: nn.Module) -> _Warm:
+    return _warm.setdefault(module, _Warm())
 
 
 def check_clamp(module: nn.Module, cell: str, cap: float, stability: object) -> None:
@@ -142,9 +153,9 @@ def identity(w: Tensor) -> Hashable:
     return w.device, w.data_ptr(), w.dtype, w.shape, w.stride()
 
 
-def checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
+def checked_weights(held: dict[str, Tensor], look: LateLook | None) -> dict[str, Tensor]:
     """All weights and biases by name, whole and detached; names of one weight have one tensor. One look at their sums tells whether all
-    values are finite, or may not be."""
+    values are finite, or may not be; on a GPU a late one, if there is one."""
     for name, w in held.items():
         check_values(name, w)
     if len({w.device for w in held.values()}) > 1:
@@ -166,11 +177,16 @@ def checked_weights(held: dict[str, Tensor]) -> dict[str, Tensor]:
             f"project_: {first} and {second} share a part of their memory, or all of it in another order; make them one "
             "parameter, or give one a memory of its own (.clone())"
         )
-    sums = torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in distinct])
-    if not torch.isfinite(sums).all():
+    sums = partial(_sums, distinct)
+    suspect = look.suspect(sums, distinct) if look is not None and on_gpu(distinct) else not sums().isfinite().all()
+    if suspect:
         for name, w in found.items():
             check_finite(name, w)
     return found
+
+
+def _sums(weights: list[Tensor]) -> Tensor:
+    return torch.stack([w.sum(dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights])
 
 
 @on_cpu
@@ -248,7 +264,7 @@ def _step(weights: dict[str, Tensor], levels: list[list[Names]], stability: Limi
     for number, level in enumerate(levels):
         for names in level:
             if number == 0:
-                x = torch.full_like(wide(weights[names["weight_ih"]][0]), stability.input_bound)
+                x = torch.full_like(wide(weights[names["weight_ih"]].select(0, 0)), stability.input_bound)
             STABILITY[cell].bring_in(weights, names, stability, FIRST_MARGIN, x, torch.float32)
         x = torch.cat([state_bound(weights, names) for names in level])
 
@@ -265,6 +281,7 @@ def _into_balls(balls: list[Ball], proven: bool) -> None:
             matrices.append(w)
             bounds.append(bound)
             continue
+        scales, bound = _by_largest(scales, bound)
         wide = computable(w, torch.float64 if proven else torch.float32)
         near = into_ball(wide, scales.to(wide), bound)
         if not proven:
@@ -286,9 +303,32 @@ def _step_into_balls(balls: list[Ball], warm: _Warm) -> None:
     others = [(w, bound) for w, scales, bound in balls if scales is None]
     if others:
         spectral_project_([w for w, _ in others], [bound for _, bound in others], certify=False, state=warm.spectral)
+    alike = defaultdict(list)  # on a GPU one stack
     for number, (w, scales, bound) in enumerate(balls):
-        if scales is not None:
+        if scales is not None and on_gpu([w]):
+            alike[w.shape, w.dtype, w.device, bound].append((w, _beside(scales, w)))
+        elif scales is not None:
+            scales, bound = _by_largest(scales, bound)
             wide = computable(w, torch.float32)
             near = step_into_ball(wide, scales.to(wide), bound, warm.directions[number])
             if near is not wide:
                 w.copy_(near)
+    for (*_, bound), stack in alike.items():
+        matrices, scales = map(torch.stack, zip(*stack))
+        found = step_of_products(computable(matrices, torch.float32), scales, bound)
+        for (w, _), near in zip(stack, found):
+            w.copy_(near)
+
+
+def _by_largest(scales: tuple[float, ...] | Tensor, bound: float) -> tuple[Tensor, float]:
+    """Both by the largest scale, so that no product with a large weight overflows; scales (G,) or (G*H,)."""
+    scales = scales.flatten() if isinstance(scales, Tensor) else torch.tensor(scales, dtype=torch.float64)
+    most = float(scales.max())
+    return scales / most, bound / most
+
+
+def _beside(scales: tuple[float, ...] | Tensor, w: Tensor) -> Tensor:
+    """(G, H) or (G, 1) on the device of w. Numbers go there as arguments of kernels: a copy would wait."""
+    if isinstance(scales, Tensor):
+        return scales
+    return torch.stack([w.new_full((1,), scale, dtype=torch.float64) for scale in scales])

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .bounds import times
+from ..ops.spectral.later import on_gpu
+from .bounds import up
 from .weights import Names, once
 
 
@@ -23,19 +24,26 @@ def lower_forget(
     matrices = [weights[names[kind]] for kind in ("weight_ih", "weight_hh")]
     biases = [weights[names[kind]] for kind in ("bias_ih", "bias_hh") if names[kind] in weights]
     w_ih, w_hh = map(part, matrices)
-    rows = times(wide(w_ih).abs(), x.to(wide(w_ih))) + times(wide(w_hh).abs(), state_bound(weights, names))
+    rows = _sums(w_ih, x.to(wide(w_ih))) + _sums(w_hh, state_bound(weights, names))
     bias = sum((wide(part(b)) for b in biases), torch.zeros_like(rows))
     limit = math.log(forget / (1 - forget)) * (1 - margin)
     spare = (w_ih.shape[1] + w_hh.shape[1] + 32) * torch.finfo(rows.dtype).eps * 4
     scale = torch.where(bias > 0, limit / (rows + bias), (limit - bias * (1 - spare)) / rows)
     over = scale < 1
-    if not over.any():
+    if on_gpu(matrices):  # nobody has waited to see whether they are finite
+        over &= (rows + bias).isfinite()
+    elif not over.any():
         return
     for w in map(part, once(matrices)):
-        w[over] = _least(wide(w[over]) * scale[over, None], w.dtype, 0.0)
+        w.copy_(torch.where(over.unsqueeze(1), _least(wide(w) * scale.unsqueeze(1), w.dtype, 0.0), w))
     over &= bias > 0
     for b in map(part, once(biases)):
-        b[over] = _least(wide(b[over]) * scale[over], b.dtype, -math.inf)
+        b.copy_(torch.where(over, _least(wide(b) * scale, b.dtype, -math.inf), b))
+
+
+def _sums(w: Tensor, vector: Tensor) -> Tensor:
+    """Upper bounds of |w| @ vector, for a finite vector >= 0."""
+    return up(wide(w).abs() @ vector, w.shape[1])
 
 
 def _least(value: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
@@ -48,8 +56,8 @@ def state_bound(weights: dict[str, Tensor], names: Names) -> Tensor:
     """|h| (P,) of a layer whose cell gives out at most 1, whatever its weights but W_hr."""
     w_hh, w_hr = weights[names["weight_hh"]], weights.get(names["weight_hr"])
     if w_hr is None:
-        return torch.ones_like(wide(w_hh[0]))
-    return times(wide(w_hr).abs(), torch.ones_like(wide(w_hr[0])))
+        return torch.ones_like(wide(w_hh.select(0, 0)))
+    return _sums(w_hr, torch.ones_like(wide(w_hr.select(0, 0))))
 
 
 def wide(w: Tensor) -> Tensor:

@@ -151,10 +151,10 @@ class Cascade(Stability):
         return readable_trains(w_hh, hidden, self.groups)
 
     def project_(self, module: nn.Module, certify: bool = True) -> None:
-        """The set is reached in one step, whatever `certify` says."""
+        """The set is reached in one step, whatever `certify` says; without, a GPU's weights are looked at late, as by `Certified`."""
         names, cell = cascade_names(module), recurrent(module)[1]
         check_clamp(module, cell, self.cap_of(cell), self)
-        into_cascade_(module, names, self.groups)
+        into_cascade_(module, names, self.groups, certify)
 
     def projected_names(self, module: nn.Module) -> list[str]:
         return cascade_names(module)

@@ -4,7 +4,7 @@ GPU's, with the CUDA kernel in the block executor."""
 import copy
 import math
 import pickle
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from executor import build
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
 
+from stable_rnn import StableLSTM
 from stable_rnn.functional import SpectralState, spectral_norm_bound, spectral_project_
 from stable_rnn.ops import cuda_device
 from stable_rnn.ops.spectral import certified, cuda, later
@@ -141,6 +142,22 @@ def test_a_matrix_that_is_not_finite_raises_when_looked_at():
     assert torch.equal(Ws[1], kept)
     for _ in range(40):
         spectral_project_(Ws, BOUND, certify=False, state=state)
+
+
+def test_no_step_of_a_module_with_a_projection_waits(monkeypatch):
+    """W_hr by the kernel, W_hh by products, the forget gate by its rows."""
+    monkeypatch.setenv("STABLE_RNN_BACKEND", "auto" if GPU else "cuda")
+    module = StableLSTM(5, 8, 2, proj_size=3).to(DEVICE)
+    module.project_(certify=False)
+    for call in range(2, 24):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(torch.randn_like(p), alpha=0.05)
+        with nullcontext() if call == 20 else no_waiting():  # in call 20 what was sent in call 16 is read
+            module.project_(certify=False)
+    weights = dict(module.named_parameters())
+    assert all(norm(w.detach()) < 1.02 for name, w in weights.items() if "weight_hr" in name)
+    assert module.certificate().rate < 1.05
 
 
 def test_states_are_copied_and_pickled_without_what_is_under_way():

@@ -15,19 +15,17 @@ LAG = 4  # calls between sending and reading: by then the copy has long arrived,
 
 @dataclass
 class Sent:
-    """Results of one step: `norms` (float64) and `near` (int64) are being copied to host memory."""
+    """Results of one call, which are being copied to host memory."""
 
     call: int
-    norms: Tensor
-    near: Tensor
+    values: list[Tensor]
     arrived: torch.cuda.Event | None
 
-    def counts(self) -> list[int]:
-        """`near`; waits for the copy. ValueError if the step found a matrix that is not finite."""
+    def read(self) -> list[Tensor]:
+        """The results; waits for the copy."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        check_finite(self.norms)
-        return self.near.tolist()
+        return self.values
 
 
 def on_gpu(matrices: Sequence[Tensor]) -> bool:
@@ -39,13 +37,13 @@ def capturing(matrices: Sequence[Tensor]) -> bool:
     return matrices[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def send(call: int, norms: Tensor, near: Tensor) -> Sent:
-    cuda = norms.device.type == "cuda"
-    host_norms, host_near = (
-        torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=cuda).copy_(t, non_blocking=True)
-        for t in (norms, near)
-    )
-    return Sent(call, host_norms, host_near, torch.cuda.current_stream(norms.device).record_event() if cuda else None)
+def send(call: int, *results: Tensor) -> Sent:
+    device = results[0].device
+    cuda = device.type == "cuda"
+    values = [
+        torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=cuda).copy_(t, non_blocking=True) for t in results
+    ]
+    return Sent(call, values, torch.cuda.current_stream(device).record_event() if cuda else None)
 
 
 def on_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -165,7 +165,9 @@ def _stepped(matrices: list[Tensor], bounds: list[float], scale: bool, state: Sp
     counts, seen = None, state.calls
     if state.sent is not None and state.calls >= state.sent.call + LAG and not capturing(matrices):
         sent, state.sent = state.sent, None
-        counts, seen = sent.counts(), sent.call
+        found, count = sent.read()
+        check_finite(found)
+        counts, seen = count.tolist(), sent.call
     norms, near = torch.ops.stable_rnn.spectral_step_(
         matrices, state.blocks, bounds, state.fresh, scale, COLD if cold else WARM, _seed(state, matrices)
     )
