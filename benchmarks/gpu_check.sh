@@ -146,13 +146,9 @@ print("another stream and a captured graph give the same bits")
 on_device="tests/test_cuda_backend.py tests/test_executor.py tests/test_step_of_products.py $(echo tests/ops/test_cuda_*.py)"
 pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
 # shellcheck disable=SC2086  # several files
-<<<<<<< HEAD
-cuda_tests() { pytests $on_device -k "(gpu or cuda_backend or cuda_projection) and not transactions"; }
+cuda_tests() { pytests $on_device -k "(gpu or cuda_backend or cuda_projection or step_of_products) and not transactions"; }
 # Not the default, and apart: a wait that never ends would take the others along.
 transactions_tests() { pytests tests/test_executor_transactions.py tests/ops/test_cuda_recurrence_exchange.py -k "gpu and transactions"; }
-=======
-cuda_tests() { pytests $on_device -k "gpu or cuda_backend or cuda_projection or step_of_products"; }
->>>>>>> part-proj
 triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
