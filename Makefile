@@ -66,12 +66,12 @@ docs: .venv-docs/installed
 	$(LOCK) sh -ec '[ -x .venv-docs/bin/pip ] || $(PYTHON) -m venv .venv-docs; .venv-docs/bin/pip install --quiet "pip>=25.1"; \
 	  .venv-docs/bin/pip install --quiet --group docs; touch $@'
 
-# Repaired by auditwheel, where it is, so that it runs on older systems too; without an OpenMP library of its own (docs/guide/install.md).
+# Repaired by auditwheel, where it is: its name says on which systems it runs. It holds and names no OpenMP library (docs/guide/install.md).
 # Then some tests, where nothing but the wheel is installed.
 wheel: .venv-wheel/installed
 	rm -rf build/wheel dist/*.whl
 	STABLE_RNN_CUDA=$(CUDA) $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	mkdir -p dist; if [ -x .venv-wheel/bin/auditwheel ]; then PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair --exclude "libgomp.so.*" -w dist build/wheel/*.whl; \
+	mkdir -p dist; if [ -x .venv-wheel/bin/auditwheel ]; then PATH="$(CURDIR)/.venv-wheel/bin:$$PATH" auditwheel repair -w dist build/wheel/*.whl; \
 	  else cp build/wheel/*.whl dist; fi
 	$(PYTHON) -m venv build/wheel/fresh
 	build/wheel/fresh/bin/pip install --quiet "$(TORCH)" pytest numpy dist/*.whl

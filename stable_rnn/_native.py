@@ -4,19 +4,39 @@ lib     the module, or None
 reason  why `lib` is None, or None
 """
 
+import ctypes
 import importlib
 import os
+import sys
+from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  before _C, so that the OpenMP runtime that torch brings serves both
+import torch
 
 INTERFACE = 11  # `interface_number` of csrc/include/stable_rnn/params.h
+
+
+def _show_openmp() -> None:
+    """Makes the OpenMP library of torch visible to `_C`, which names none where GCC compiled it: one serves both.
+
+    Torch's wheels bring it as libgomp.so.1 or under a name with a hash in it; a torch that brings none has the system's.
+    """
+    folder = Path(torch.__file__).parent
+    for path in [*folder.glob("lib/libgomp*"), *folder.parent.glob("torch.libs/libgomp*")]:
+        with suppress(OSError):
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
+            return
+    with suppress(OSError):  # where there is none, a `_C` that needs it does not load, and says so
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     if os.environ.get("STABLE_RNN_NATIVE", "").lower() == "off":
         return None, "switched off by STABLE_RNN_NATIVE=off"
+    if sys.platform.startswith("linux"):
+        _show_openmp()
     try:
         module = importlib.import_module("stable_rnn._C")
     except ModuleNotFoundError as error:

@@ -226,3 +226,20 @@ def test_the_binary_can_be_switched_off():
 def test_one_openmp_runtime_serves_torch_and_the_kernels():
     show = "import stable_rnn; print({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l})"
     assert run(sys.executable, "-c", show, cwd=ROOT).count("libgomp") <= 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of libraries on Linux")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+@pytest.mark.parametrize("name", ["torch/lib/libgomp.so.1", "torch.libs/libgomp-0123abcd.so.1.0.0"])
+def test_the_openmp_library_of_torch_is_visible_under_any_name(tmp_path, name):
+    """Wheels of torch before 2.6 and those for arm64 have a hash in its name, so a module that needs `libgomp.so.1` would want a second."""
+    library = tmp_path / name
+    for folder in (library.parent, tmp_path / "torch"):
+        folder.mkdir(exist_ok=True, parents=True)
+    (tmp_path / "of_torch.c").write_text("int of_torch(void) { return 7; }")
+    run("gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", tmp_path / "of_torch.c", "-o", library)
+    (tmp_path / "torch/__init__.py").write_text(f"import ctypes\nlibrary = ctypes.CDLL({str(library)!r})")
+    load = f"import ctypes, runpy; runpy.run_path({_native.__file__!r}); print(ctypes.CDLL(None).of_torch())"
+    assert run(sys.executable, "-c", load, PYTHONPATH=str(tmp_path)) == "7\n"
+    hidden = "import ctypes, torch; print(hasattr(ctypes.CDLL(None), 'of_torch'))"
+    assert run(sys.executable, "-c", hidden, PYTHONPATH=str(tmp_path)) == "False\n"

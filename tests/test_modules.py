@@ -224,10 +224,12 @@ def test_same_errors_as_torch(kind):
         arguments = dict(input_size=4, hidden_size=6, **extra) | change
         errors = []
         for cls in (theirs, ours):
-            with pytest.raises((ValueError, TypeError)) as caught:
-                cls(**arguments)
-            errors.append((caught.type, str(caught.value)))
+            try:
+                errors.append(cls(**arguments) and None)
+            except (ValueError, TypeError, RuntimeError) as error:
+                errors.append((type(error), str(error)))
         assert errors[0] == errors[1]
+        assert errors[0] or torch.__version__ < (2, 6), change  # torch 2.5 takes some of these
     a, b = pair(kind, dtype=torch.float32)
     h = lambda *s: torch.zeros(*s) if a.mode != "LSTM" else (torch.zeros(*s), torch.zeros(*s))  # noqa: E731
     calls = [
