@@ -63,5 +63,6 @@ class Backends:
             raise ValueError(f"backend {name!r} cannot run this {self.problem}: {reason}")
         if reason and reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"stable_rnn runs its slow reference {self.op}: {reason}", RuntimeWarning, stacklevel=3)
+            said = f"stable_rnn runs its slow reference {self.op}: {reason} (`stable-rnn doctor --explain` tells what is missing)"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
         return found or self.reference
