@@ -121,6 +121,24 @@ def test_double_backward(cls, backend, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
+def test_many_gradients_at_once(cls, backend, plan):
+    """`is_grads_batched`, which vectorized Jacobians use, of a size that weight gradients by the kernel would pay for."""
+    m, x = cls(40, 40, plan=plan, backend=backend), torch.randn(12, 4, 40, requires_grad=True)
+    y = m(x)[0]
+    several, inputs = torch.randn(3, *y.shape), [x, *m.parameters()]
+    expected = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in several]
+    before = m.last_report if isinstance(plan, Verified) else None
+    for kept in (True, False):
+        found = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=kept)
+        for at_once, each in zip(found, zip(*expected)):
+            assert torch.allclose(at_once, torch.stack(each), rtol=1e-4, atol=1e-5)
+    if before is not None:
+        assert m.last_report == before
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_frozen_weights_and_eval_gradients(plan):
     m = StableLSTM(3, 4, plan=plan).eval()
     for w in m.parameters():
