@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 
 from stable_rnn import (
@@ -19,6 +20,7 @@ from stable_rnn import (
     Windowed,
     _native,
 )
+from stable_rnn.common import autocast_dtype
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
@@ -168,6 +170,19 @@ def test_autocast(cls, plain, backend):
     eager = float((other.float() - exact).abs().max())
     assert float((y.float() - exact).abs().max()) <= 2 * eager + torch.finfo(torch.bfloat16).eps
     assert m.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_autocast_is_seen_on_every_device(device):
+    with FakeTensorMode():  # needs no such device
+        x = torch.empty(3, device=device)
+    assert autocast_dtype(x) is None
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert autocast_dtype(x) is torch.get_autocast_dtype(device)
+        assert autocast_dtype(x.double() if device != "mps" else x.int()) is None
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 def test_a_grus_autocast_follows_the_state():
