@@ -22,8 +22,8 @@ from .report import FORWARD_MODE, Run
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
-# The hooks that tensors saved now go through, and whether the backward pass that runs leaves its graph for another; where torch does not
-# tell (the first not in 2.5), what is saved is taken for somebody else's
+# Whether a backward pass may write over what was saved: not where hooks get the tensors that are saved now, nor where the running pass
+# keeps its graph for another. Where torch does not tell (2.5: of hooks), it may not.
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _is_mapped = torch._C._functorch.is_legacy_batchedtensor
