@@ -33,6 +33,7 @@ from stable_rnn.ops import cuda_device
 from stable_rnn.ops.recurrence import policy
 
 from . import jsonl
+from .speed import contestants
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ROOT / "csrc/include/stable_rnn/step_costs.h"
@@ -63,23 +64,43 @@ class Fit(NamedTuple):
 
 
 def rows_of(path: Path, commit: str) -> tuple[list[dict], str]:
-    """The measured steps of a file, and the GPU's name. UserError where they are of no GPU, of another commit or of other kernels."""
+    """The measured steps of a file, and the GPU's name. UserError where they are of no GPU, of another commit or of other kernels, and for
+    what `benchmarks.gpu_targets` would not have written."""
     about, rows = jsonl.read(path)
+    try:
+        return steps_of(about, rows, commit)
+    except (UserError, LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        other = f"not as benchmarks.gpu_targets writes it: {contestants.in_a_line(error)}"
+        raise UserError(f"{path}: {error if isinstance(error, UserError) else other}") from error
+
+
+def steps_of(about: dict, rows: list[dict], commit: str) -> tuple[list[dict], str]:
+    """As `rows_of`, of what stands in the file."""
     parts = [about, *(found for found in about.values() if isinstance(found, dict) and "rehearsal" in found)]
     if any(part.get("rehearsal") for part in parts):
-        raise UserError(f"{path}: a rehearsal on the CPU measures no GPU")
+        raise UserError("a rehearsal on the CPU measures no GPU")
     facts = about.get("environment", {})
     if "gpu" not in facts:
-        raise UserError(f"{path}: its environment names no GPU")
+        raise UserError("its environment names no GPU")
     if facts.get("commit") != commit:
-        raise UserError(f"{path}: measured at commit {facts.get('commit')}, not {commit} (--commit names another)")
+        raise UserError(f"measured at commit {facts.get('commit')}, not {commit} (--commit names another)")
     found = [row["costs"] for row in rows if row.get("costs") and not row["wrong"] and (row["value"] or 0) > 0]
+    now = list(cuda_device.lib.step_costs_cuda().values())
     for row in found:
         if row.get("interface") != _native.INTERFACE:
-            raise UserError(f"{path}: rows of interface {row.get('interface')}, this tree's is {_native.INTERFACE}")
+            raise UserError(f"rows of interface {row.get('interface')}, this tree's is {_native.INTERFACE}")
         if not row.get("clock") or set(TILING) - row["tiling"].keys():
-            raise UserError(f"{path}: a row without the device's clock or its tiling: {row}")
+            raise UserError(f"a row without the device's clock or its tiling: {row}")
+        if not all(0 < seconds < math.inf for seconds in (seconds_of(row), *step_model([row])(now))):
+            raise UserError(f"a step that takes no time: {row}")
+        shape_of(row)
     return found, re.sub(r"[^\w .-]", " ", facts["gpu"]["name"])  # it goes into a string of C++
+
+
+def shape_of(row: dict) -> str:
+    """In words."""
+    way = "backward" if row["backward"] else "forward"
+    return f"{row['cell']} {row['dtype']} H{row['hidden']}, {row['lanes']} lanes, {way}"
 
 
 def seconds_of(row: dict) -> float:
@@ -244,9 +265,8 @@ def run(options: Namespace) -> int:
     chosen, chosen_said = fitted("cuda in policy.DEVICES", policy_start(), policy_model, forward, gpu, "host", "mend")
     print("measured us   predicted   ratio")
     for row, predicted in zip(rows, step_model(rows)(steps.after)):
-        way, time = "backward" if row["backward"] else "forward", seconds_of(row)
-        shape = f"{row['cell']} {row['dtype']} H{row['hidden']}, {row['lanes']} lanes, {way}"
-        print(f"{time * 1e6:11.3f} {predicted * 1e6:11.3f} {predicted / time:7.2f}   {shape}")
+        time = seconds_of(row)
+        print(f"{time * 1e6:11.3f} {predicted * 1e6:11.3f} {predicted / time:7.2f}   {shape_of(row)}")
     print(f"\nstable_rnn/ops/recurrence/policy.py:\n{entry(chosen.after, chosen_said)}")
     print(f"\n{HEADER.relative_to(ROOT)}:")
     text = header_with(HEADER.read_text(), dict(zip(steps.names, steps.after)), said)

@@ -93,6 +93,8 @@ def _entries(path: Path) -> list[tuple[dict, int]]:
             entry = json.loads(line)
             if not isinstance(entry, dict):
                 raise ValueError("not an object")
+            if not isinstance(entry.get("about", {}), dict):
+                raise ValueError("`about` is not an object")
         except ValueError as error:
             if not line.endswith(b"\n"):
                 warnings.warn(f"{path}, line {number}: cut short by an interrupted run, left out", stacklevel=4)

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -267,7 +268,8 @@ void choose_isa(const std::string& name) {
 }   // namespace
 
 PYBIND11_MODULE(_C, module) {
-  if (isa_problem()) throw py::import_error(isa_problem());
+  if (isa_problem())
+    throw py::import_error(isa_problem() + std::string(", not '") + std::getenv("STABLE_RNN_ISA") + "'");
   module.doc() =
       "Kernels of stable_rnn: raw addresses in, nothing allocated, nothing returned. Use stable_rnn itself instead.";
   module.attr("interface") = stable_rnn::interface_number;

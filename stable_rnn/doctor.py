@@ -115,7 +115,7 @@ def _kernel(limits: tuple[int, ...], clock: float, *shape: Any) -> list[str]:
     operations, moved, weights = map(_si, cuda.numbers(*shape))
     step = found["clocks"] / clock
     streamed = f"; W from L2 for each tile: {weights}B" * (found["place"] == cuda.L2)
-    return [team, f"{operations}, {moved}B{streamed}", f"{_si(step)}s; T = {STEPS}: {_si(step * STEPS)}s"]
+    return [team, f"{operations.strip()}, {moved}B{streamed}", f"{_si(step)}s; T = {STEPS}: {_si(step * STEPS)}s"]
 
 
 def _si(value: float) -> str:

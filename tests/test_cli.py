@@ -82,7 +82,13 @@ def test_doctor_predicts_the_time_of_a_shape(capsys, monkeypatch):
     """With the CUDA kernels built in, and no GPU: an H100's."""
     build.on_cpu_tensors(monkeypatch)
     monkeypatch.setattr(cuda_device, "limits", lambda index: (None, "no driver"))
-    shapes = ("lstm,256,1,bfloat16", "rnn_tanh,64,8192,float32", "lstm,1024,512,float16", "gru,40000,1,float16")
+    shapes = (
+        "lstm,256,1,bfloat16",
+        "rnn_tanh,64,8192,float32",
+        "lstm,1024,512,float16",
+        "gru,40000,1,float16",
+        "rnn_relu,1,1,float16",
+    )
     assert main(["doctor", *(word for shape in shapes for word in ("--shape", shape))]) == 0
     out = capsys.readouterr().out
     out = out[out.index("CUDA kernels on") : out.index("What Verified()")]
@@ -97,6 +103,7 @@ def test_doctor_predicts_the_time_of_a_shape(capsys, monkeypatch):
     assert "524 k, 5.63 kB" in backward  # 22 bytes a unit: dy, four gates and c that were saved, dz
     assert "W from L2 for each tile: 8.39 MB" in out  # 4 H^2 at H = 1024 in 16 bits
     assert out.count("too large") == 2  # says so, without a time
+    assert "│ 2, 4 B" in out  # of one unit and one lane
 
 
 @pytest.mark.parametrize(

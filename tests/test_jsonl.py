@@ -83,7 +83,7 @@ def test_going_on_says_what_is_shared_once(tmp_path):
     assert (tmp_path / "a.jsonl").read_text().count("about") == 1
 
 
-@pytest.mark.parametrize("bad", ["{\n", "[1]\n", "\n", "nonsense\n"])
+@pytest.mark.parametrize("bad", ["{\n", "[1]\n", "\n", "nonsense\n", '{"about": 1}\n'])
 def test_a_line_that_is_no_row_is_named(tmp_path, bad):
     file = tmp_path / "a.jsonl"
     file.write_text('{"n": 1}\n' + bad + '{"n": 2}\n')

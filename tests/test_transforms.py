@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 
 from stable_rnn import (
@@ -19,6 +20,7 @@ from stable_rnn import (
     Windowed,
     _native,
 )
+from stable_rnn.common import autocast_dtype
 
 PLANS = [Recurrent(), Windowed(3), Chunked(4, 2), Verified(chunk=4, warmup=2)]
 BACKENDS = ["reference"] + (["cpu"] if _native.lib else [])
@@ -121,6 +123,24 @@ def test_double_backward(cls, backend, plan):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", [StableRNN, StableLSTM, StableGRU])
+def test_many_gradients_at_once(cls, backend, plan):
+    """`is_grads_batched`, which vectorized Jacobians use, of a size that weight gradients by the kernel would pay for."""
+    m, x = cls(40, 40, plan=plan, backend=backend), torch.randn(12, 4, 40, requires_grad=True)
+    y = m(x)[0]
+    several, inputs = torch.randn(3, *y.shape), [x, *m.parameters()]
+    expected = [torch.autograd.grad(y, inputs, one, retain_graph=True) for one in several]
+    before = m.last_report if isinstance(plan, Verified) else None
+    for kept in (True, False):
+        found = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=kept)
+        for at_once, each in zip(found, zip(*expected)):
+            assert torch.allclose(at_once, torch.stack(each), rtol=1e-4, atol=1e-5)
+    if before is not None:
+        assert m.last_report == before
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_frozen_weights_and_eval_gradients(plan):
     m = StableLSTM(3, 4, plan=plan).eval()
     for w in m.parameters():
@@ -150,6 +170,19 @@ def test_autocast(cls, plain, backend):
     eager = float((other.float() - exact).abs().max())
     assert float((y.float() - exact).abs().max()) <= 2 * eager + torch.finfo(torch.bfloat16).eps
     assert m.weight_hh_l0.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_autocast_is_seen_on_every_device(device):
+    with FakeTensorMode():  # needs no such device
+        x = torch.empty(3, device=device)
+    assert autocast_dtype(x) is None
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert autocast_dtype(x) is torch.get_autocast_dtype(device)
+        assert autocast_dtype(x.double() if device != "mps" else x.int()) is None
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 def test_a_grus_autocast_follows_the_state():

@@ -81,6 +81,32 @@ def test_a_graph_that_is_kept(fresh):
         gradients(y, m, x)
 
 
+@tells
+@pytest.mark.parametrize("kind", [StableLSTM, StableGRU])
+def test_a_pass_that_an_error_ended_is_not_repeated(kind, fresh):
+    """Torch keeps what was saved then, but dz may lie there: no gradients, instead of wrong ones."""
+    m, x = made(kind)
+    expected = fresh(lambda: gradients(m(x)[0], m, x))
+    y, _ = m(x)
+    nodes = [y.grad_fn]
+    while not nodes[-1].name().startswith("FusedRecurrence"):
+        nodes.append(nodes[-1].next_functions[0][0])
+    hook = nodes[-1].register_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gradients(y, m, x)
+    hook.remove()
+    with pytest.raises(RuntimeError, match="second time: the first pass, which an error"):
+        gradients(y, m, x)
+    same(gradients(m(x)[0], m, x), expected)
+
+    y, _ = m(x)
+    hook = y.register_hook(lambda _: 1 / 0)  # before anything was overwritten
+    with pytest.raises(ZeroDivisionError):
+        gradients(y, m, x)
+    hook.remove()
+    same(gradients(y, m, x), expected)
+
+
 def test_graphs_side_by_side(fresh):
     """Memory that one graph has left is not another's, whatever the order."""
     m, x = made(num_layers=2)

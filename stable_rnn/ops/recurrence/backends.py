@@ -44,10 +44,10 @@ def leave_to_torch(x: Tensor, cell: str, steps: int | None, batch: int, hidden: 
     """Whether `auto` gives a plain recurrence of so many steps (None: packed) to torch's own.
 
     Always: other devices, dtypes without a kernel here, no compiled module. On GPUs cuDNN keeps every plain recurrence until the kernels
-    here are measured against it. On CPUs a few steps take less time in torch's RNN, which is a loop, while its products are small, but
-    for a single step of a batch without gradients; and in oneDNN's LSTM: of more than one step for batches or few units, and trained or
-    in bfloat16 of few units; and so may any inference of an LSTM in bfloat16 where the machine has tiles of that (AMX): kernels here that
-    use them (instruction set `amx`) have not been measured."""
+    here are measured against it. On CPUs torch takes less time for a few steps. Its RNN is a loop, faster while its products are small,
+    but for a single step of a batch without gradients. oneDNN's LSTM is faster with few units, trained in float32 or for inference of more
+    than one step; in float32 inference also for batches. Any LSTM inference in bfloat16 goes there, too, where the machine has tiles of
+    that (AMX): the kernels here that use them (instruction set `amx`) have not been measured."""
     if _native.lib is None or not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16):
         return True
     if steps is None or forward_ad._current_level >= 0:  # oneDNN has no forward mode

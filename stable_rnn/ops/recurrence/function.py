@@ -22,10 +22,11 @@ from .report import FORWARD_MODE, Run
 
 ops = torch.ops.stable_rnn
 _PLAIN = frozenset((*native.PLAIN, type(None)))
-# The hooks that tensors saved now go through, and whether the backward pass that runs leaves its graph for another; where torch does not
-# tell (the first not in 2.5), what is saved is taken for somebody else's
+# Whether a backward pass may write over what was saved: not where hooks get the tensors that are saved now, nor where the running pass
+# keeps its graph for another. Where torch does not tell (2.5: of hooks), it may not.
 _hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_is_mapped = torch._C._functorch.is_legacy_batchedtensor
 
 
 class Note:
@@ -96,17 +97,23 @@ class FusedRecurrence(torch.autograd.Function):
         ctx.save_for_backward(*tensors, y, saved, cells)
         ctx.set_materialize_grads(False)  # zeros for `saved` and `cells`, too, as large as these
         ctx.hooked = _hooks(True) is not None  # they may hand out what others hold
+        ctx.spent = False
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Any) -> Layer:
         *tensors, y, saved, cells = ctx.saved_tensors  # once: hooks may unpack a tensor only once
+        if ctx.spent:  # torch keeps what was saved where a pass did not come to its end
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the first pass, which an error or an interrupt ended, has overwritten "
+                "what the forward pass saved. Run the forward pass again, or specify retain_graph=True for the first pass."
+            )
         given, needs = Layer(*tensors, ctx.note, ctx.problem), Layer(*ctx.needs_input_grad)
         dy = torch.zeros_like(y) if dy is None else dy
         dh_n = torch.zeros_like(given.h0) if dh_n is None else dh_n
         dc_n = torch.zeros_like(cells[:0] if given.c0 is None else given.c0) if dc_n is None else dc_n
         if torch.is_grad_enabled():  # create_graph: the gradient has to be differentiable in its turn
             return _reference_backward(given, dy, dh_n, dc_n)
-        passing = not (ctx.hooked or _keeps_graph())
+        ctx.spent = passing = not (ctx.hooked or _keeps_graph())
         found = _adjoint(given.inputs(), given.p, dy, dh_n, dc_n, y, saved, cells, needs, given.note, passing)
         found = given.gradients(found, needs)
         if passing and given.w_ih is not None and _plain(saved):  # else dz, which may lie there, is a gradient
@@ -164,9 +171,14 @@ def _plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def _mapped(*tensors: Tensor | None) -> bool:
+    """Whether one of these stands for many, in a backward pass with `is_grads_batched`, which is no functional transform."""
+    return any(t is not None and _is_mapped(t) for t in tensors)
+
+
 def _product(backend: str, *tensors: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
     """a @ b for products of these: by the kernel if it may, where no gradient goes through it."""
-    own = backend in ("auto", "cpu") and not torch.is_grad_enabled() and _plain(*tensors)
+    own = backend in ("auto", "cpu") and not torch.is_grad_enabled() and _plain(*tensors) and not _mapped(*tensors)
     return native.product if own else torch.matmul
 
 
@@ -190,11 +202,12 @@ def _adjoint(
 ) -> Inputs:
     """The gradients by the adjoint recursion. `passing`: nobody else reads what was saved."""
     inputs = backward_inputs(dy, dh_n, dc_n, y, saved, cells, state, p)
-    if _plain(*inputs):
+    mapped = _mapped(dy, dh_n, dc_n)
+    if _plain(*inputs) and not mapped:
         *adjoint, report = run.backward(inputs, p, note and note.memory, passing)
     else:
         *adjoint, report = ops.recurrence_backward(*inputs, *p)
-    if note is not None:
+    if note is not None and not mapped:
         note.report = report
     return from_adjoint(Adjoint(*adjoint, *(None,) * 5), state, p, y, saved, cells, needs)
 
@@ -212,7 +225,8 @@ def from_adjoint(
 def _window_adjoint(state: Inputs, p: Problem, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> Inputs:
     """The gradients of the windowed function."""
     inputs = WindowedInputs(dy, dh_n, dc_n, *state)
-    found = run.windowed_backward(inputs, p) if _plain(*inputs) else ops.windowed_backward(*inputs, *p)
+    plain = _plain(*inputs) and not _mapped(dy, dh_n, dc_n)
+    found = run.windowed_backward(inputs, p) if plain else ops.windowed_backward(*inputs, *p)
     return Inputs(*(None if t is None else d for t, d in zip(state, found)), None, None)
 
 

@@ -74,8 +74,8 @@ def _reuse(like: Tensor, *shape: int) -> Tensor:
 
 
 def leave(saved: Tensor) -> None:
-    """Keeps the memory of what a forward pass saved and nobody reads again, a storage of its own, for the thread's next one, up to a
-    limit: a training step would map and clear it anew."""
+    """Keeps the memory of what a forward pass saved for this thread's next forward pass, up to a limit; otherwise each training step would
+    map and clear it anew. Nobody reads `saved` again, and no other tensor shares its storage."""
     if saved.is_cpu and _LARGE <= saved.untyped_storage().nbytes() <= _SPARE:
         _scratch.spare = torch.empty(0, dtype=torch.uint8, device="cpu").set_(saved.untyped_storage())
 
