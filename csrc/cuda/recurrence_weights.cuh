@@ -42,7 +42,9 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
   Quad quad;
   for (int word = 0; word < 4; ++word) {
-    const int row = A::row_of(j, fragment, word), k = first_k + A::word_of(j, fragment, word) * of_word;
+    const int row = A::row_of(j, fragment, word);
+    const int k = first_k + of_word * (g.product == by_wgmma ? GroupProduct<A>::word_of(j, fragment, word)
+                                                             : A::word_of(j, fragment, word));
     const bool second = row >= at.units;   // gate of the block
     const int unit = first_unit + (second ? row - at.units : row), gate = first_gate + second;
     typename A::Element elements[of_word];
