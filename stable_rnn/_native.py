@@ -11,7 +11,7 @@ from typing import Any
 
 import torch  # noqa: F401  before _C, so that the OpenMP runtime that torch brings serves both
 
-INTERFACE = 10  # `interface_number` of csrc/include/stable_rnn/params.h
+INTERFACE = 11  # `interface_number` of csrc/include/stable_rnn/params.h
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

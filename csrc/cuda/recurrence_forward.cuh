@@ -220,7 +220,7 @@ struct ForwardWarp {
     warp_sync();
     team.template send<8 * octets, row_bytes / 16>(outbox(), [&](int row, int quad) {
       const int column = (unit - g()) * A::shape.element + 16 * quad;
-      return column < geometry.segment ? A::place(first_lane() + row, column, geometry.pitch) : -1;
+      return column < geometry.segment ? first_lane() * geometry.pitch + A::place(row, column, geometry.pitch) : -1;
     });
   }
 
