@@ -217,9 +217,10 @@ template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   STABLE_RNN_WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// After the last wait: the compiler takes the sums for ready at the issue, and must not use them before.
+// Before the first wgmma_fence and after the last wait: the compiler, for which an issue is an ordinary instruction, moves no use of the
+// sums past this.
 template <int rows, int octets>
-__device__ __forceinline__ void wgmma_ended(float (&d)[rows][octets][4]) {
+__device__ __forceinline__ void wgmma_pin(float (&d)[rows][octets][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * rows * octets; ++i)
     asm volatile("" : "+f"(d[i / 4 / octets][i / 4 % octets][i % 4])::"memory");

@@ -251,13 +251,14 @@ __device__ __forceinline__ void group_product(float (&sums)[rows][octets][4], co
     if (c + 1 < chunks) load(next, c + 1);
   };
   load(even, 0);
+  wgmma_pin(sums);
 #pragma unroll 1
   for (int c = 0; c < chunks; c += 2) {
     step(even, odd, c);
     if (c + 1 < chunks) step(odd, even, c + 1);
   }
   wgmma_wait<0>();
-  wgmma_ended(sums);
+  wgmma_pin(sums);
 }
 
 }   // namespace stable_rnn

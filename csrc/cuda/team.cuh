@@ -25,8 +25,8 @@
 //     the end             A block ends when all that is sent to it has come; its own stores carry their values with them.
 // Warpgroups read the state by the async proxy, which sees a thread's stores only after a fence of that thread: before each barrier that
 // hands a state over (publish()), whether its bytes went to this block, to another one, or came by copy_async from L2. That the buffer may
-// be written again needs no fence: wgmma_wait() ends the reads, and the barrier after it is the one that all kernels have. Transactions
-// have no thread that could fence what a store brings from afar, so warpgroups do without them.
+// be written again needs no fence: wgmma_wait() ends the reads, which PTX has a fence of its own follow, and the barrier after it is the one
+// that all kernels have. Transactions have no thread that could fence what a store brings from afar, so warpgroups do without them.
 // Between arrive() and wait() is the place for what others do not wait for: outputs, and the loads of the next step.
 #pragma once
 #include "recurrence_product.cuh"

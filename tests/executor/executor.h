@@ -135,7 +135,7 @@ void wgmma_wait() {
   executor::finish(pending);
 }
 template <int rows, int octets>
-void wgmma_ended(float (&)[rows][octets][4]) {}
+void wgmma_pin(float (&)[rows][octets][4]) {}
 
 inline uint32_t to_tf32(float value) {
   uint32_t bits;

@@ -203,6 +203,7 @@ __global__ void warpgroups(const Params p) {
   auto& d = sums[0];
   for (int e = 0; e < 16; ++e) d[e / 4][e % 4] = static_cast<const float*>(p.init)[16 * i + e];
   store(0);
+  wgmma_pin(sums);
   const auto* words = static_cast<const uint32_t*>(p.in) + 4 * p.count * i;
   const int skip = p.mode == 7 ? 4 : p.mode == 8 ? 64 : p.mode == 9 && i >= 96 ? 32 : 0;   // of values
   const uint64_t first = wgmma_matrix(b + skip, 128, across);
@@ -223,7 +224,7 @@ __global__ void warpgroups(const Params p) {
   if (p.mode == 14) return;
   wgmma_wait<0>();
   if (p.mode == 13) return;
-  wgmma_ended(sums);
+  wgmma_pin(sums);
   for (int e = 0; e < 16; ++e) static_cast<float*>(p.out)[16 * i + e] = d[e / 4][e % 4];
 }
 

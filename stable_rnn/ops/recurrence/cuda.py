@@ -106,8 +106,10 @@ class _Kernels(Kernels):
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, Tensor]:
         lib, device = cuda_device.lib, fields["w_hh"].device
         index = device.index or 0
+        limits, _ = cuda_device.limits(index)
+        assert limits is not None  # see can_run()
         need = tiling(
-            cuda_device.limits(index)[0],
+            limits,
             backward,
             of_code(fields["cell"]).name,
             fields["dtype"],
