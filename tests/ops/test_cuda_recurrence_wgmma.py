@@ -9,6 +9,8 @@ from lane_loop import CELLS, Case, with_lanes
 from test_cuda_recurrence import DESCENDING, EXECUTOR, H100, check_forward, equal
 from tiled import L2, REGISTERS, Limits, Machine, Variant
 
+from stable_rnn import StableLSTM
+from stable_rnn.ops import cuda_device
 from stable_rnn.ops.recurrence import cuda
 
 pytestmark = pytest.mark.skipif(bool(build.missing()), reason=build.missing() or "-")
@@ -185,6 +187,27 @@ def test_the_wish_is_heard_at_each_call(monkeypatch):
     for name, product in (("mma", 0), ("wgmma", 1), ("mma", 0)):
         monkeypatch.setenv("STABLE_RNN_PRODUCT", name)
         assert cuda.tiling(*shape)["product"] == product
+
+
+def test_a_module_by_either_product(monkeypatch):
+    """From the environment to the kernel: y of many lanes has other bits, and no larger error than mma's beyond a rounding."""
+    build.on_cpu_tensors(monkeypatch)
+    torch.manual_seed(0)
+    m = StableLSTM(8, 64, stability=None, backend="cuda").half()
+    x = 3 * torch.randn(30, 70, 8).half()
+    exact = StableLSTM(8, 64, stability=None, backend="reference").double()
+    exact.load_state_dict(m.state_dict())
+    with torch.no_grad(), build.limits(build.module(), 90, 1, 232448, 1):
+        cuda_device.limits.cache_clear()
+        want, found = exact(x.double())[0], {}
+        for name in ("mma", "wgmma"):
+            monkeypatch.setenv("STABLE_RNN_PRODUCT", name)
+            assert cuda.tiling((90, 1, 232448, 1), False, "lstm", 2, 64, 70)["product"] == (name == "wgmma")
+            found[name] = m(x)[0]
+    cuda_device.limits.cache_clear()
+    errors = {name: float((y.double() - want).abs().max()) for name, y in found.items()}
+    assert not torch.equal(*found.values())  # both ran
+    assert errors["wgmma"] <= errors["mma"] + torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("hidden", [64, 256])
