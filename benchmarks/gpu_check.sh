@@ -47,7 +47,7 @@ if [ -z "$python" ]; then
 fi
 export python rehearse
 
-known=(versions build loads targets long costs cuda-tests triton-tests memcheck racecheck transactions speed others)
+known=(versions build loads targets long costs cuda-tests triton-tests memcheck racecheck transactions wgmma speed others)
 [ -n "$rehearse" ] && known=(versions targets long costs speed)
 STAGES=${STAGES:-${known[*]}}
 for name in $STAGES; do
@@ -146,9 +146,12 @@ print("another stream and a captured graph give the same bits")
 on_device="tests/test_cuda_backend.py tests/test_executor.py tests/test_step_of_products.py $(echo tests/ops/test_cuda_*.py)"
 pytests() { "$python" -m pytest -q -p no:cacheprovider --maxfail=40 "$@"; }
 # shellcheck disable=SC2086  # several files
-cuda_tests() { pytests $on_device -k "(gpu or cuda_backend or cuda_projection or step_of_products) and not transactions"; }
+cuda_tests() {
+  pytests $on_device -k "(gpu or cuda_backend or cuda_projection or step_of_products) and not transactions and not wgmma"
+}
 # Not the default, and apart: a wait that never ends would take the others along.
 transactions_tests() { pytests tests/test_executor_transactions.py tests/ops/test_cuda_recurrence_exchange.py -k "gpu and transactions"; }
+wgmma_tests() { pytests tests/test_executor_warpgroups.py tests/ops/test_cuda_recurrence_wgmma.py -k gpu; }
 triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
@@ -160,10 +163,10 @@ sanitizer() {
 
 # The parts of the targets that a stage of their own measures.
 later=(scans chrono training resets trained gru)
-skip=(--skip=others --skip=costs --skip=exchange "${later[@]/#/--skip=}")
+skip=(--skip=others --skip=costs --skip=exchange --skip=products "${later[@]/#/--skip=}")
 only=("${later[@]/#/--only=}")
 export on_device
-export -f versions build loads pytests cuda_tests transactions_tests triton_tests sanitizer
+export -f versions build loads pytests cuda_tests transactions_tests wgmma_tests triton_tests sanitizer
 
 # NAME LIMIT ARGUMENTS...: a stage that measures targets.
 measure() {
@@ -177,7 +180,7 @@ if [ -n "$rehearse" ]; then
   quickly=(--rehearse --seconds 0.01)
   measure targets 60 "${skip[@]}"
   measure long 120 "${only[@]}"
-  measure costs 30 --only=costs --only=exchange
+  measure costs 30 --only=costs --only=exchange --only=products
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cpu --T 64 --B 1 --H 8 --k 4 --cells lstm --seconds 0.02 \
     --out "$work/speed" --commit "$commit"
 else
@@ -186,12 +189,13 @@ else
   stage loads 20 bash -c loads
   measure targets 130 "${skip[@]}"
   measure long 110 "${only[@]}"
-  measure costs 40 --only=costs --only=exchange
+  measure costs 40 --only=costs --only=exchange --only=products
   stage cuda-tests 150 bash -c cuda_tests
   stage triton-tests 80 bash -c triton_tests
   stage memcheck 60 bash -c "sanitizer memcheck"
   stage racecheck 60 bash -c "sanitizer racecheck"
   stage transactions 40 bash -c transactions_tests
+  stage wgmma 40 bash -c wgmma_tests
   stage speed 60 "$python" -m benchmarks.speed --quick --devices cuda --minutes 0.8 --out "$work/speed" --commit "$commit"
   measure others 540 --only=others
 fi

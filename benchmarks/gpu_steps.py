@@ -159,17 +159,53 @@ def training(table: Table) -> None:
         count_waits(table, f"projection of an LSTM, H{size}", partial(m.project_, certify=False))
 
 
+def _ways(
+    table: Table,
+    what: str,
+    variable: str,
+    ways: tuple[str, str],
+    run: Callable[[], list[torch.Tensor]],
+    judge: Callable[..., dict],
+) -> None:
+    """One way over the other, as an environment variable chooses them; `judge` looks at what both give."""
+    before = os.environ.get(variable)
+
+    def one(way: str) -> list[torch.Tensor]:
+        os.environ[variable] = way
+        return run()
+
+    runs = {way: partial(one, way) for way in ways}
+    try:
+        row = judge(*(one() for one in runs.values()))
+        found = race(runs, table.limits.seconds, device=table.device)
+    except Exception as reason:
+        table.note(what, note=contestants.in_a_line(reason))
+        return
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
+    table.versus(what, *(row | {"name": way, "seconds": found[way]._asdict()} for way in runs), None)
+
+
 def exchange(table: Table) -> None:
     """How the blocks of a cluster send each other their states: by transactions, over by the barrier, which is the default."""
-    name, before = "STABLE_RNN_EXCHANGE", os.environ.get("STABLE_RNN_EXCHANGE")
     kind, backend = torch.float32 if table.tiny else torch.float16, table.kernels[0]
+
+    def judge(one: list[torch.Tensor], two: list[torch.Tensor]) -> dict:
+        same = all(map(torch.equal, one, two))
+        return {
+            "error_of_function": 0.0,
+            "tolerance": 0.0,
+            "wrong": None if same else "other bits than the barrier's",
+        }
+
     for batch, size in ((1, 256), (16, 512), (64, 256)):
         steps, batch, size = (48, 3, 8) if table.tiny else (2048, batch, size)
         m = StableLSTM(size, size, stability=None, backend=backend).to(table.device, kind)
         x = (torch.rand(steps, batch, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(table.device, kind)
 
-        def run(how: str, backward: bool, m=m, x=x) -> list[torch.Tensor]:
-            os.environ[name] = how
+        def run(backward: bool, m=m, x=x) -> list[torch.Tensor]:
             m.zero_grad(set_to_none=True)
             with torch.set_grad_enabled(backward):
                 y = m(x)[0]
@@ -179,24 +215,41 @@ def exchange(table: Table) -> None:
 
         for passes in PASSES:
             what = f"LSTM {str(kind).removeprefix('torch.')} exchange B{batch} T{steps} H{size} {passes} [{backend}]"
-            runs = {how: partial(run, how, passes != PASSES[0]) for how in ("transactions", "barrier")}
-            try:
-                same = all(map(torch.equal, *(one() for one in runs.values())))
-                found = race(runs, table.limits.seconds, device=table.device)
-            except Exception as reason:
-                table.note(what, note=contestants.in_a_line(reason))
-                continue
-            finally:
-                os.environ.pop(name, None)
-                if before is not None:
-                    os.environ[name] = before
-            row = {
-                "error_of_function": 0.0,
-                "tolerance": 0.0,
-                "wrong": None if same else "other bits than the barrier's",
-            }
-            rows = (row | {"name": how, "seconds": found[how]._asdict()} for how in runs)
-            table.versus(what, *rows, None)
+            ways = ("transactions", "barrier")
+            _ways(table, what, "STABLE_RNN_EXCHANGE", ways, partial(run, passes != PASSES[0]), judge)
+
+
+def products(table: Table) -> None:
+    """The products of many lanes: by wgmma, which an H100 has, over by mma, which is the default."""
+    kind, backend = torch.float32 if table.tiny else torch.float16, table.kernels[0]
+    for batch, size in ((512, 256), (512, 512), (4096, 256)):
+        steps, batch, size = (48, 3, 8) if table.tiny else (128, batch, size)
+        weights = StableLSTM(size, size, stability=None).state_dict()
+
+        def made(backend: str, kind: torch.dtype, size=size, weights=weights) -> nn.Module:
+            m = StableLSTM(size, size, stability=None, backend=backend)
+            m.load_state_dict(weights)
+            return m.to(table.device, kind)
+
+        m = made(backend, kind)
+        x = (torch.rand(steps, batch, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).to(table.device, kind)
+        some = x[:, :16]
+        with torch.no_grad():
+            exact = made("reference", torch.float64)(some.double())[0]
+            eager = made("reference", kind)(some)[0]
+        allowed = 2 * float((eager.double() - exact).abs().max()) + torch.finfo(kind).eps
+
+        def judge(*both: list[torch.Tensor], exact=exact, allowed=allowed) -> dict:
+            error = max(float((y[:, :16].double() - exact).abs().max()) for (y,) in both)
+            wrong = None if error <= allowed else f"output error {error:.2g} > {allowed:.2g}"
+            return {"error_of_function": error, "tolerance": allowed, "wrong": wrong}
+
+        def run(m=m, x=x) -> list[torch.Tensor]:
+            with torch.no_grad():
+                return [m(x)[0]]
+
+        what = f"LSTM {str(kind).removeprefix('torch.')} product B{batch} T{steps} H{size} {PASSES[0]} [{backend}]"
+        _ways(table, what, "STABLE_RNN_PRODUCT", ("wgmma", "mma"), run, judge)
 
 
 def resets(table: Table) -> None:

@@ -23,7 +23,7 @@ from stable_rnn.cli import Parser, positive
 
 from .gpu_costs import costs
 from .gpu_long import chrono, scans, trained
-from .gpu_steps import exchange, projections, resets, training
+from .gpu_steps import exchange, products, projections, resets, training
 from .gpu_table import Table, markdown
 from .jsonl import Log
 from .speed import contestants, results
@@ -231,7 +231,7 @@ PARTS = {
     part.__name__: part
     for part in (
         *(sweet_spot, windows, step_time, projections, beside_it, stacks, chunks),
-        *(scans, chrono, training, resets, trained, gru, costs, exchange, others),
+        *(scans, chrono, training, resets, trained, gru, costs, exchange, products, others),
     )
 }
 

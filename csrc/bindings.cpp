@@ -203,6 +203,7 @@ py::dict recurrence_tiling(bool backward, int cell, int dtype, int64_t hidden, i
   fields["shared_bytes"] = tiling.shared_bytes;
   fields["workspace_bytes"] = tiling.workspace_bytes;
   fields["clocks"] = tiling.clocks;
+  fields["product"] = tiling.product;
   fields["exchange"] = tiling.exchange;
   return fields;
 }

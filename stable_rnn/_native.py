@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 11  # `interface_number` of csrc/include/stable_rnn/params.h
+INTERFACE = 12  # `interface_number` of csrc/include/stable_rnn/params.h
 
 
 def _show_openmp() -> None:

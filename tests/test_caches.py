@@ -32,7 +32,7 @@ def caches():
 
 def test_a_cache_without_a_limit_knows_devices_at_most():
     found = dict(caches())
-    assert {"stable_rnn.ops.recurrence.cuda.tiling", "stable_rnn.ops.cuda_device.limits"} <= found.keys()
+    assert {"stable_rnn.ops.recurrence.cuda._tiling", "stable_rnn.ops.cuda_device.limits"} <= found.keys()
     for where, function in found.items():
         if function.cache_parameters()["maxsize"] is None:
             assert list(inspect.signature(function).parameters) in ([], ["index"]), where
@@ -47,13 +47,13 @@ def test_tilings_of_all_lengths_are_not_kept(monkeypatch):
             return {"message": None, "workspace_bytes": 0}
 
     monkeypatch.setattr(cuda_device, "lib", Lib())
-    cuda.tiling.cache_clear()
+    cuda._tiling.cache_clear()
     for length in range(1, 2000):
         cuda.tiling((90, 132, 232448, 16), False, "lstm", 0, 256, length)
         cuda.tiling((90, 132, 232448, 16), True, "lstm", 0, 256, 1)
     assert len(Lib.asked) == 2000  # a tiling in use is kept
-    assert cuda.tiling.cache_info().currsize <= 256
-    cuda.tiling.cache_clear()
+    assert cuda._tiling.cache_info().currsize <= 256
+    cuda._tiling.cache_clear()
 
 
 @pytest.fixture

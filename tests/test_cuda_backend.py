@@ -32,10 +32,10 @@ def device(monkeypatch):
         yield "cuda"
         return
     build.on_cpu_tensors(monkeypatch)
-    cuda.tiling.cache_clear()
+    cuda._tiling.cache_clear()
     yield "cpu"
     cuda_device.limits.cache_clear()
-    cuda.tiling.cache_clear()
+    cuda._tiling.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -30,10 +30,10 @@ CLOCK = 1.7e9
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
     build.on_cpu_tensors(monkeypatch)
-    cuda.tiling.cache_clear()
+    cuda._tiling.cache_clear()
     yield
     cuda_device.limits.cache_clear()
-    cuda.tiling.cache_clear()
+    cuda._tiling.cache_clear()
 
 
 def shapes():

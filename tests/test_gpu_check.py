@@ -94,6 +94,7 @@ def test_all_stages(stubbed, tmp_path):
         "memcheck",
         "racecheck",
         "transactions",
+        "wgmma",
         "speed",
         "others",
     ]
@@ -162,7 +163,7 @@ def test_gpu_targets_rehearsed(tmp_path, monkeypatch):
     monkeypatch.setitem(gpu_targets.PARTS, "others", breaks)
     monkeypatch.setenv("STABLE_RNN_PRETRAINED", str(tmp_path / "no packages"))
     names = ["windows", "stacks", "projections", "scans", "chrono", "training", "resets", "trained", "costs"]
-    names += ["exchange", "others"]
+    names += ["exchange", "products", "others"]
     parts = [word for name in names for word in ("--only", name)]
     assert (
         gpu_targets.main(["--rehearse", *parts, "--seconds", "0.01", "--out", str(tmp_path)]) == 1

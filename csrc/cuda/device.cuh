@@ -2,7 +2,8 @@
 // so the same source also runs on the CPU: with STABLE_RNN_EXECUTOR, tests/executor/executor.h gives these names to g++.
 //
 // Blocks and grids are one-dimensional, a block has a multiple of 32 threads. "Warp" functions must be called by all 32 lanes together.
-// Kernels are `template <...> __global__ void name(const Params p)`. Compiled for sm_80 and up; clusters exist from sm_90 on.
+// Kernels are `template <...> __global__ void name(const Params p)`. Compiled for sm_80 and up; clusters exist from sm_90 on,
+// wgmma on sm_90a alone.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -182,6 +183,81 @@ __device__ __forceinline__ void load_transposed(uint32_t (&words)[4], const void
                : "memory");
 }
 
+// --- d += a b on the tensor cores of a warpgroup, sm_90a alone: four warps side by side, the first a multiple of four, all with the same b and
+// octets. Each warp's 16 rows of a (16, 16) lie in its registers and its sums come there, both as those of mma(); b (16, 8 octets) lies in
+// shared memory, see wgmma_matrix().
+// It runs by itself: issue, commit the group, wait until at most `pending` groups are under way. Until then d and a are not to be touched
+// and b not to be written. Before an issue that follows any other use of the registers comes wgmma_fence().
+// b is read by another way than by loads (PTX: the async proxy): after stores to it, also to and from other blocks, and after copy_wait(),
+// comes proxy_fence() by the thread that stored, and then the barrier that says so to the readers.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define STABLE_RNN_WGMMA_ASM(...) asm volatile(__VA_ARGS__)
+#else
+#define STABLE_RNN_WGMMA_ASM(...) __trap()
+#endif
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool wgmma_exists = false;
+#else
+constexpr bool wgmma_exists = true;
+#endif
+
+// Values of 16 bits, k of a column side by side. 8 columns x 8 k are 128 bytes, 16 of each column; the next 8 k lie `along` bytes further,
+// the next 8 columns `across`. All of it, and the address, are multiples of 16. The next 16 k: + 2 * along / 16.
+__device__ __forceinline__ uint64_t wgmma_matrix(const void* shared, int along, int across) {   // no swizzle
+  const auto encoded = [](uint32_t bytes) { return uint64_t((bytes & 0x3ffff) >> 4); };
+  return encoded(shared_address(shared)) | encoded(along) << 16 | encoded(across) << 32;
+}
+__device__ __forceinline__ void proxy_fence() { STABLE_RNN_WGMMA_ASM("fence.proxy.async;" :: : "memory"); }
+__device__ __forceinline__ void wgmma_fence() { STABLE_RNN_WGMMA_ASM("wgmma.fence.sync.aligned;" :: : "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  STABLE_RNN_WGMMA_ASM("wgmma.commit_group.sync.aligned;" :: : "memory");
+}
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+  STABLE_RNN_WGMMA_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Before the first wgmma_fence and after the last wait: the compiler, for which an issue is an ordinary instruction, moves no use of the
+// sums past this.
+template <int rows, int octets>
+__device__ __forceinline__ void wgmma_pin(float (&d)[rows][octets][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * rows * octets; ++i)
+    asm volatile("" : "+f"(d[i / 4 / octets][i / 4 % octets][i % 4])::"memory");
+}
+
+#define STABLE_RNN_FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define STABLE_RNN_WGMMA_32(types)                                                                                     \
+  STABLE_RNN_WGMMA_ASM("{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." types    \
+                       " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, add, 1, 1, " \
+                       "0; }" : STABLE_RNN_FOUR(0),                                                                    \
+                       STABLE_RNN_FOUR(1), STABLE_RNN_FOUR(2), STABLE_RNN_FOUR(3) : "r"(a[0]), "r"(a[1]), "r"(a[2]),   \
+                       "r"(a[3]), "l"(b))
+#define STABLE_RNN_WGMMA_64(types)                                                                           \
+  STABLE_RNN_WGMMA_ASM(                                                                                      \
+      "{ .reg .pred add; setp.eq.u32 add, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." types           \
+      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26," \
+      "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, 0; }" : STABLE_RNN_FOUR(0),                  \
+      STABLE_RNN_FOUR(1), STABLE_RNN_FOUR(2), STABLE_RNN_FOUR(3), STABLE_RNN_FOUR(4), STABLE_RNN_FOUR(5),    \
+      STABLE_RNN_FOUR(6), STABLE_RNN_FOUR(7) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, Bf16Tag) {
+  STABLE_RNN_WGMMA_32("bf16.bf16");
+}
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, Bf16Tag) {
+  STABLE_RNN_WGMMA_64("bf16.bf16");
+}
+__device__ __forceinline__ void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, F16Tag) {
+  STABLE_RNN_WGMMA_32("f16.f16");
+}
+__device__ __forceinline__ void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b, F16Tag) {
+  STABLE_RNN_WGMMA_64("f16.f16");
+}
+#undef STABLE_RNN_WGMMA_64
+#undef STABLE_RNN_WGMMA_32
+#undef STABLE_RNN_FOUR
+#undef STABLE_RNN_WGMMA_ASM
+
 // --- copies from global to shared memory that overlap with what follows: issue, commit the group, wait until at most `pending` groups of
 // this thread are under way; then a block_sync() before other threads read. Both addresses are multiples of `bytes`.
 
@@ -328,6 +404,15 @@ inline const char* cuda_message(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
   return cudaGetErrorString(error);
+}
+
+// The threads that a block of this kernel may have, as compiled for the current device.
+template <class Params>
+const char* most_threads(void (*kernel)(Params), int* threads) {
+  cudaFuncAttributes attributes;
+  const char* problem = cuda_message(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  if (!problem) *threads = attributes.maxThreadsPerBlock;
+  return problem;
 }
 
 // Enqueues kernel(params); works while the stream is being captured. Returns null or CUDA's message.

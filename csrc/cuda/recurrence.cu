@@ -28,6 +28,8 @@ void hand_through(const BackwardParams& p, PrepareParams& q) {
   if (has_cell(p.cell)) q.c_from = p.dc_n, q.c_to = p.dc0;
 }
 template <int dtype> const char* launch_recurrence(const ForwardLaunch& q, const Grid& grid) {
+  if constexpr (dtype == BF16 || dtype == F16)
+    if (q.geometry.product == by_wgmma) return launch_forward_wgmma<dtype>(q, grid);
   return launch_forward<dtype>(q, grid);
 }
 template <int dtype> const char* launch_recurrence(const BackwardLaunch& q, const Grid& grid) {
@@ -38,6 +40,8 @@ template <int dtype, class Params>
 const char* enqueue(bool backward, const Params& p, const CudaTiling& tiling, const CudaLaunch& at) {
   const int64_t entries = entries_of(p.lanes);
   const Geometry g = geometry_of(backward, p.cell, dtype, p.hidden, tiling);
+  if (tiling.product == by_wgmma)
+    if (const char* problem = wgmma_problem(backward, p.cell, dtype, tiling, g)) return problem;
   const WorkspaceParts parts = workspace_parts(tiling, g);
   char* workspace = static_cast<char*>(at.workspace);
   if (entries > 0 && at.workspace_bytes < parts.bytes) return "the workspace is smaller than the tiling says";

@@ -182,14 +182,14 @@ struct BackwardWarp {
       for (int q = 0; q < gates; ++q) {
         dz[j][q] = number(adjoint.z[q]);
         const float d_sum = number(cell.hidden(q, adjoint.z[q], kept));
-        const int at = Team::in_outbox<lanes>(thread_index() % 32 / 16 + 2 * j,
-                                              q * gate_bytes + thread_index() % 16 * A::shape.element);
+        const int at = Team<false>::in_outbox<lanes>(thread_index() % 32 / 16 + 2 * j,
+                                                     q * gate_bytes + thread_index() % 16 * A::shape.element);
         put_element<A>(outbox() + at, unit < H ? d_sum : 0.f);   // never NaN
       }
     });
   }
 
-  __device__ __forceinline__ void send(Team& team) const {
+  __device__ __forceinline__ void send(Team<false>& team) const {
     warp_sync();
     constexpr int quads = gate_bytes / 16;
     team.template send<lanes, gates * quads>(outbox(), [&](int row, int quad) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(true), octet
   using Warp = BackwardWarp<dtype, Cell, octets>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
-  Team team(g, q.meeting);
+  Team<false> team(g, q.meeting);
   const TileLanes tile(g);
   Warp warp(q.p, g, tile, team.rank);
   const BlockWeights<A, 1> weights(g, q.weights, team.rank, thread_index() / 32 % (g.groups * Warp::warps));

@@ -7,6 +7,8 @@
 // A step of M lanes: 2 M G H^2 operations; M G H values of xp, M H of y (training: M S H of what is saved, 4 M H bytes of cells), and the
 // weights from where they stay. README.md has the floors.
 #pragma once
+#include <type_traits>
+
 #include "recurrence_launch.h"
 #include "recurrence_weights.cuh"
 #include "team.cuh"
@@ -33,9 +35,9 @@ struct PackedPair {
 template <> struct Kept<Bf16, true> : PackedPair<Bf16> {};
 template <> struct Kept<Half, true> : PackedPair<Half> {};
 
-template <int dtype, class Cell, int octets>
+template <int dtype, class Cell, int octets, bool grouped>
 struct ForwardWarp {
-  using A = Arithmetic<dtype>;
+  using A = std::conditional_t<grouped, GroupProduct<Arithmetic<dtype>>, Arithmetic<dtype>>;
   using Storage = typename A::Storage;
   using Real = typename A::Real;
   static constexpr WarpLayout layout = warp_layout<Cell>(false);
@@ -208,16 +210,17 @@ struct ForwardWarp {
       if constexpr (Cell::has_cell) c[n][e] = number(step.c);
       const float value = number(step.h);
       h[n][e] = Storage(value);
-      const int at = Team::in_outbox<8 * octets>(2 * t() + 8 * n + e % 2, (g() + e / 2 * 8) * A::shape.element);
+      const int at =
+          Team<grouped>::template in_outbox<8 * octets>(2 * t() + 8 * n + e % 2, (g() + e / 2 * 8) * A::shape.element);
       put_element<A>(outbox() + at, unit < H ? value : 0.f);   // zero, never NaN
     });
   }
 
-  __device__ __forceinline__ void send(Team& team) const {
+  __device__ __forceinline__ void send(Team<grouped>& team) const {
     warp_sync();
     team.template send<8 * octets, row_bytes / 16>(outbox(), [&](int row, int quad) {
       const int column = (unit - g()) * A::shape.element + 16 * quad;
-      return column < geometry.segment ? (first_lane() + row) * geometry.pitch + A::place_of(row, column) : -1;
+      return column < geometry.segment ? first_lane() * geometry.pitch + A::place(row, column, geometry.pitch) : -1;
     });
   }
 
@@ -276,20 +279,19 @@ __device__ __forceinline__ void fill_state(const ForwardParams& p, const TileLan
     const Run& run = tile.runs[n];
     for (int k = thread_index() % 32; k < H; k += 32) {
       const float h = run.steps ? start_value<typename A::Storage>(run, p.h0, p.h_init, H, k) : 0.f;
-      put_element<A>(state + n * pitch + A::place_of(n, k * A::shape.element), h);
+      put_element<A>(state + A::place(n, k * A::shape.element, pitch), h);
       if (p.h_start && run.steps && run.warm == 0 && k >= first_unit && k < first_unit + units)
         p.h_start[run.id * H + k] = h;
     }
   }
 }
 
-template <int dtype, class Cell, int octets, bool held>
-__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octets, held), 1)
-    recurrence_forward(const ForwardLaunch q) {
-  using Warp = ForwardWarp<dtype, Cell, octets>;
+template <int dtype, class Cell, int octets, bool held, bool grouped>
+__device__ __forceinline__ void run_forward(const ForwardLaunch& q) {
+  using Warp = ForwardWarp<dtype, Cell, octets, grouped>;
   using A = typename Warp::A;
   const Geometry& g = q.geometry;
-  Team team(g, q.meeting);
+  Team<grouped> team(g, q.meeting);
   const TileLanes tile(g);
   Warp warp(q.p, g, tile, team.rank);
   const BlockWeights<A, Warp::rows> weights(g, q.weights, team.rank, thread_index() / 32 % g.groups);
@@ -303,11 +305,15 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
     fill_state<A>(q.p, tile, team.state(), g.pitch, team.rank * g.units, g.units);
     warp.start();
     warp.load(0);
+    team.publish();   // also what begin() wrote
     block_sync();
     for (int s = 0; s < extent.most; ++s) {
       warp.clear();
       const char* state = team.state() + first_state;
-      if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
+      if constexpr (grouped)
+        group_product<A>(warp.sums, g.place == in_shared ? weights.shared() : weights.global(), g.chunks, state,
+                         g.pitch);
+      else if constexpr (held) product<A>(warp.sums, registers, g.chunks, state, g.pitch);
       else if (g.place == in_shared) product<A>(warp.sums, weights.shared(), g.chunks, state, g.pitch);
       else product<A>(warp.sums, weights.global(), g.chunks, state, g.pitch);
       warp.begin_anew(s);
@@ -322,6 +328,19 @@ __global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octe
       team.wait();
     }
   }
+}
+
+template <int dtype, class Cell, int octets, bool held>
+__global__ void __launch_bounds__(32 * most_warps(warp_layout<Cell>(false), octets, held), 1)
+    recurrence_forward(const ForwardLaunch q) {
+  run_forward<dtype, Cell, octets, held, false>(q);
+}
+
+// Where there is no wgmma, a bound of one warp says so: see launch_wgmma_of().
+template <int dtype, class Cell, int octets>
+__global__ void __launch_bounds__(wgmma_exists ? 32 * most_warps(warp_layout<Cell>(false), octets, false) : 32, 1)
+    recurrence_forward_wgmma(const ForwardLaunch q) {
+  if constexpr (wgmma_exists) run_forward<dtype, Cell, octets, false, true>(q);
 }
 
 // The kernel of a tiling's variant.
@@ -343,6 +362,22 @@ const char* launch_forward_of(const ForwardLaunch& q, const Grid& grid) {
 template <int dtype>
 const char* launch_forward(const ForwardLaunch& q, const Grid& grid) {
   return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_forward_of<dtype, decltype(cell)>(q, grid); });
+}
+
+template <int dtype, class Cell>
+const char* launch_wgmma_of(const ForwardLaunch& q, const Grid& grid) {
+  constexpr WarpLayout layout = warp_layout<Cell>(false);
+  auto kernel = &recurrence_forward_wgmma<dtype, Cell, 4>;
+  if constexpr (is_compiled(layout, product_shape(dtype).element, 8, false))
+    if (q.geometry.octets == 8) kernel = &recurrence_forward_wgmma<dtype, Cell, 8>;
+  int threads;
+  if (const char* problem = most_threads(kernel, &threads)) return problem;
+  return grid.threads > threads ? "wgmma needs kernels compiled for sm_90a" : launch(kernel, grid, q);
+}
+
+template <int dtype>
+const char* launch_forward_wgmma(const ForwardLaunch& q, const Grid& grid) {
+  return dispatch_cell(q.p.cell, q.p.cap, [&](auto cell) { return launch_wgmma_of<dtype, decltype(cell)>(q, grid); });
 }
 
 }   // namespace stable_rnn

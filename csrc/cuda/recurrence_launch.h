@@ -23,6 +23,9 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // From the tiling's blocks, cluster, lanes, units, warps, place and teams.
 Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const CudaTiling& tiling);
 
+// Null, or why no kernel multiplies by wgmma in this way.
+const char* wgmma_problem(bool backward, int cell, int dtype, const CudaTiling& tiling, const Geometry& g);
+
 // The workspace: packed weights; then, where teams meet through L2, flags and inboxes (see Meeting), which are zeroed together.
 struct WorkspaceParts {
   int64_t flags, inboxes, bytes;
@@ -34,6 +37,7 @@ const char* recurrence_forward_tiled(const ForwardParams&, const CudaTiling&, co
 const char* recurrence_backward_tiled(const BackwardParams&, const CudaTiling&, const CudaLaunch&);
 
 template <int dtype> const char* launch_forward(const ForwardLaunch&, const Grid&);
+template <int dtype> const char* launch_forward_wgmma(const ForwardLaunch&, const Grid&);   // 16-bit types
 template <int dtype> const char* launch_backward(const BackwardLaunch&, const Grid&);
 
 }   // namespace stable_rnn

@@ -41,6 +41,9 @@ constexpr bool is_compiled(WarpLayout layout, int element, int octets, bool held
   if (octets == 8) return small && !many && !layout.backward;
   return octets <= 2 || !many || (small && !layout.backward);
 }
+constexpr bool takes_wgmma(WarpLayout layout, int element, int octets) {
+  return !layout.backward && element == 2 && octets >= 4 && is_compiled(layout, element, octets, false);
+}
 constexpr int most_warps(WarpLayout layout, int octets, bool held) {
   const bool many = crowded(layout);
   if ((held && layout.blocks > 1) || octets >= 4 || (many && octets == 2)) return 8;

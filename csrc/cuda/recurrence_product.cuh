@@ -5,7 +5,7 @@
 //     sums[0, 1] = row g x lanes 2t, 2t + 1,   sums[2, 3] = row g + 8 x lanes 2t, 2t + 1          (the layout of mma.m16n8)
 // Tensor cores: chunks of 64 bytes. The thread holds bytes [16t, 16t + 16) of rows g and g + 8 and of lane g, which is two mma's share:
 //     the instruction's order of k is a permutation of ours, the same one for weights and for states, so no sum notices. Weights are packed
-//     so that one Quad is an mma's operand: rows g, g + 8, g, g + 8 of two words.
+//     so that one Quad is an mma's operand: rows g, g + 8, g, g + 8 of two words. (wgmma: see GroupProduct.)
 // CUDA cores (float32): chunks of 16 bytes. The thread holds all of rows g and g + 8 and of lanes 2t and 2t + 1, and sums k in order.
 // Sums start at zero and take the chunks in order: a lane's bits depend neither on the lanes beside it nor on where the weights are.
 #pragma once
@@ -37,14 +37,18 @@ struct TensorProduct {
   struct States {
     Quad lane;
   };
+  using Type = Tag;
   static __device__ __forceinline__ int fragment(int lane) { return lane; }
   // Where a column of a lane's state lies. The Quads of a chunk change places from lane to lane: what eight lanes write of one column
   // spreads over all banks, and so does what two lanes read of one chunk.
   static constexpr STABLE_RNN_HD int place_of(int lane, int column) {
     return column ^ ((lane & 2) << 4 | (lane & 4) << 2);
   }
+  static __device__ __forceinline__ int place(int lane, int column, int pitch) {
+    return lane * pitch + place_of(lane, column);
+  }
   static __device__ __forceinline__ int first_state(int lane, int pitch) {
-    return lane / 4 * pitch + place_of(lane / 4, lane % 4 * 16);
+    return place(lane / 4, lane % 4 * 16, pitch);
   }
   static __device__ __forceinline__ States states(const char* at, int) { return {*reinterpret_cast<const Quad*>(at)}; }
 
@@ -60,6 +64,19 @@ struct TensorProduct {
   static __device__ __forceinline__ int word_of(int j, int f, int w) { return f % 4 * 4 + 2 * j + w / 2; }
 };
 
+// The product of a warpgroup: wgmma reads the states of many lanes for four warps at once, instead of each warp for itself. The instruction's
+// order of k is ours, in chunks of 16; so sums have other bits than those of mma, whose order is a permutation.
+template <class A>
+struct GroupProduct : A {
+  // [lanes / 8][column / 16][lanes % 8][16]: the 128 bytes that the instruction takes of eight lanes, and what a warp sends, lie together.
+  static constexpr int along = 128;
+  static __device__ __forceinline__ int place(int lane, int column, int pitch) {
+    return lane / 8 * (8 * pitch) + column / 16 * along + lane % 8 * 16 + column % 16;
+  }
+  static __device__ __forceinline__ int first_state(int, int) { return 0; }
+  static __device__ __forceinline__ int word_of(int j, int f, int w) { return 8 * j + f % 4 + w / 2 * 4; }
+};
+
 constexpr bool places_spread() {   // those of eight lanes, over the eight Quads of all banks
   unsigned seen = 0;
   for (int lane = 0; lane < 8; ++lane) seen |= 1u << (lane * 64 + TensorProduct<Tf32Tag>::place_of(lane, 0)) / 16 % 8;
@@ -73,6 +90,7 @@ struct ScalarProduct {
   };
   static __device__ __forceinline__ int fragment(int lane) { return lane / 4; }
   static constexpr STABLE_RNN_HD int place_of(int, int column) { return column; }
+  static __device__ __forceinline__ int place(int lane, int column, int pitch) { return lane * pitch + column; }
   static __device__ __forceinline__ int first_state(int lane, int pitch) { return lane % 4 * 2 * pitch; }
   static __device__ __forceinline__ States states(const char* at, int pitch) {
     return {{*reinterpret_cast<const Quad*>(at), *reinterpret_cast<const Quad*>(at + pitch)}};
@@ -206,6 +224,41 @@ __device__ __forceinline__ void product(float (&sums)[rows][octets][4], const Qu
       now.multiply(sums);
     }
   }
+}
+
+// By a warpgroup, with the arguments of the one above; `states`: where its first lane begins. The weights of a chunk are read while the one
+// before is multiplied, into the registers of the last but one.
+template <class A, int rows, int octets>
+__device__ __forceinline__ void group_product(float (&sums)[rows][octets][4], const Quad* packed, int chunks,
+                                              const char* states, int pitch) {
+  Quad even[rows][2], odd[rows][2];
+  const uint64_t first = wgmma_matrix(states, A::along, 8 * pitch);
+  const auto load = [&](Quad(&weights)[rows][2], int c) {
+#pragma unroll
+    for (int m = 0; m < rows; ++m)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) weights[m][j] = packed[((m * chunks + c) * 2 + j) * A::shape.fragments];
+  };
+  const auto step = [&](const Quad(&now)[rows][2], Quad(&next)[rows][2], int c) {
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int m = 0; m < rows; ++m)
+        wgmma(sums[m], now[m][j].word, first + (2 * c + j) * (2 * A::along / 16), typename A::Type{});
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (c + 1 < chunks) load(next, c + 1);
+  };
+  load(even, 0);
+  wgmma_pin(sums);
+#pragma unroll 1
+  for (int c = 0; c < chunks; c += 2) {
+    step(even, odd, c);
+    if (c + 1 < chunks) step(odd, even, c + 1);
+  }
+  wgmma_wait<0>();
+  wgmma_pin(sums);
 }
 
 }   // namespace stable_rnn

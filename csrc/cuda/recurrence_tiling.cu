@@ -24,7 +24,8 @@ double tile_clocks(bool backward, int cell, int dtype, const CudaTiling& tiling,
 
   double product = g.chunks * (tensor ? c.chain_tensor : c.chain_scalar);
   product = larger(product, chunks * rows * g.octets * (tensor ? c.sum_tensor : c.sum_scalar));
-  const double weights = chunks * rows * 2 * quads, states = chunks * g.octets * (tensor ? 512 : 256);
+  const double readers = g.product == by_wgmma ? chunks / 4 : chunks;   // a warpgroup reads states once
+  const double weights = chunks * rows * 2 * quads, states = readers * g.octets * (tensor ? 512 : 256);
   product = larger(product, (states + (tiling.place == in_shared ? weights : 0)) / c.shared);
   if (tiling.place == in_l2) product = larger(product, weights / c.l2);
 
@@ -54,10 +55,12 @@ double step_clocks(bool backward, int cell, int dtype, int64_t entries, const Cu
 struct Problem {
   int backward, cell, dtype, arch, sms, max_cluster;
   int64_t shared_bytes, hidden, entries;
+  bool wgmma;
 
   bool operator==(const Problem& p) const {
     return backward == p.backward && cell == p.cell && dtype == p.dtype && arch == p.arch && sms == p.sms &&
-           max_cluster == p.max_cluster && shared_bytes == p.shared_bytes && hidden == p.hidden && entries == p.entries;
+           max_cluster == p.max_cluster && shared_bytes == p.shared_bytes && hidden == p.hidden &&
+           entries == p.entries && wgmma == p.wgmma;
   }
 };
 
@@ -74,7 +77,10 @@ struct Search : Problem {
     if (warps > most) return;
     if (!is_compiled(layout, product_shape(dtype).element, octets, place == in_registers)) return;
     if (place == in_registers && lane_groups > 1) return;
-    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups, units, warps, place, 1, 0, 0, 0, by_barrier};
+    const bool grouped = wgmma && takes_wgmma(layout, product_shape(dtype).element, octets) &&
+                         units / layout.units % 4 == 0;   // warps that share lanes, by four
+    CudaTiling tiling{nullptr, blocks, cluster, 8 * octets * lane_groups,    units,     warps, place, 1,
+                      0,       0,      0,       grouped ? by_wgmma : by_mma, by_barrier};
     Geometry g = geometry_of(backward, cell, dtype, hidden, tiling);
     if (g.shared_bytes > shared_bytes || (place == in_registers && g.chunks > held_chunks)) return;
 
@@ -129,6 +135,14 @@ CudaTiling recent(const Problem& problem) {
   return k.tiling;
 }
 
+// Between the default and another way, by an environment variable that is read anew for each call.
+enum Choice { usual, chosen, unknown };
+Choice choice(const char* variable, const char* usually, const char* other) {
+  const char* const value = std::getenv(variable);
+  if (!value || !*value || std::strcmp(value, usually) == 0) return usual;
+  return std::strcmp(value, other) == 0 ? chosen : unknown;
+}
+
 CudaTiling refuse(const char* message) {
   CudaTiling tiling{};
   tiling.message = message;
@@ -145,6 +159,7 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   g.cluster = tiling.cluster;
   g.teams = tiling.teams;
   g.place = tiling.place;
+  g.product = tiling.product;
   g.lanes = tiling.lanes;
   g.units = tiling.units;
   g.groups = tiling.units / layout.units;
@@ -155,7 +170,7 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   g.chunks = chunks * layout.own_gates;
   g.segment = chunks * shape.chunk;
   const int pitch = layout.parts * g.segment / shape.pitch_unit;
-  g.pitch = (pitch % 2 ? pitch : pitch + 1) * shape.pitch_unit;
+  g.pitch = (pitch % 2 || g.product == by_wgmma ? pitch : pitch + 1) * shape.pitch_unit;
   g.buffers = tiling.blocks > 1 && tiling.cluster == 1 ? 1 : 2;
 
   g.weights = int64_t(warps_of_lanes) * layout.blocks * g.chunks * 2 * shape.fragments * 16;
@@ -182,6 +197,14 @@ Geometry geometry_of(bool backward, int cell, int dtype, int64_t hidden, const C
   return g;
 }
 
+const char* wgmma_problem(bool backward, int cell, int dtype, const CudaTiling& tiling, const Geometry& g) {
+  if (!takes_wgmma(warp_layout(backward, cell), product_shape(dtype).element, g.octets) || tiling.place == in_registers)
+    return "wgmma is for forward passes of 16-bit types with 32 or 64 lanes a warp";
+  if (g.groups % 4) return "wgmma needs a multiple of four warps with the same lanes";
+  if (g.brought) return "wgmma does not go together with transactions";
+  return nullptr;
+}
+
 WorkspaceParts workspace_parts(const CudaTiling& tiling, const Geometry& g) {
   WorkspaceParts parts;
   parts.flags = round_up(tiling.blocks * g.weights, 256);
@@ -199,13 +222,17 @@ CudaTiling recurrence_tiling_cuda(bool backward, int cell, int dtype, int64_t hi
   if (out != hidden) return refuse("the CUDA kernels take no projection of the state (w_hr, proj_size)");
   if (hidden < 0) return refuse("hidden must not be negative");
   if (hidden == 0) return CudaTiling{};
-  const char* const exchange = std::getenv("STABLE_RNN_EXCHANGE");
-  const bool transactions = exchange && std::strcmp(exchange, "transactions") == 0;
-  if (exchange && *exchange && !transactions && std::strcmp(exchange, "barrier"))
+  const Choice transactions = choice("STABLE_RNN_EXCHANGE", "barrier", "transactions"),
+               wgmma = choice("STABLE_RNN_PRODUCT", "mma", "wgmma");
+  if (transactions == unknown)
     return refuse("the environment variable STABLE_RNN_EXCHANGE must be barrier or transactions");
-  CudaTiling tiling = recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster,
-                                     limits.shared_bytes, hidden, entries < 1 ? 1 : entries});
-  if (tiling.cluster > 1 && transactions) tiling.exchange = by_transactions;
+  if (wgmma == unknown) return refuse("the environment variable STABLE_RNN_PRODUCT must be mma or wgmma");
+  if (wgmma == chosen && transactions == chosen)
+    return refuse("STABLE_RNN_PRODUCT=wgmma does not go together with STABLE_RNN_EXCHANGE=transactions");
+  CudaTiling tiling =
+      recent(Problem{backward, cell, dtype, limits.arch, limits.sms, limits.max_cluster, limits.shared_bytes, hidden,
+                     entries < 1 ? 1 : entries, wgmma == chosen && limits.arch == 90});
+  if (tiling.cluster > 1 && transactions == chosen) tiling.exchange = by_transactions;
   return tiling.blocks
              ? tiling
              : refuse("hidden is too large: the states of eight lanes do not fit into the shared memory of a block");

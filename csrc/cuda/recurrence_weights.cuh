@@ -42,7 +42,10 @@ __device__ __forceinline__ Quad pack(const PrepareParams& q, int64_t index) {
   const auto* w = static_cast<const typename A::Storage*>(q.w_hh);
   Quad quad;
   for (int word = 0; word < 4; ++word) {
-    const int row = A::row_of(j, fragment, word), k = first_k + A::word_of(j, fragment, word) * of_word;
+    int word_of = A::word_of(j, fragment, word);
+    if constexpr (A::shape.element == 2)
+      if (g.product == by_wgmma) word_of = GroupProduct<A>::word_of(j, fragment, word);
+    const int row = A::row_of(j, fragment, word), k = first_k + word_of * of_word;
     const bool second = row >= at.units;   // gate of the block
     const int unit = first_unit + (second ? row - at.units : row), gate = first_gate + second;
     typename A::Element elements[of_word];

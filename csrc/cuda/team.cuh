@@ -23,6 +23,10 @@
 //     a tile's end        Its last step has been waited for, so nothing is on its way when the first state of the next tile is filled in,
 //                         into the buffer that this step brought. Others write there in the tile's second step, after its first.
 //     the end             A block ends when all that is sent to it has come; its own stores carry their values with them.
+// Warpgroups read the state by the async proxy, which sees a thread's stores only after a fence of that thread: before each barrier that
+// hands a state over (publish()), whether its bytes went to this block, to another one, or came by copy_async from L2. That the buffer may
+// be written again needs no fence: wgmma_wait() ends the reads, which PTX has a fence of its own follow, and the barrier after it is the one
+// that all kernels have. Transactions have no thread that could fence what a store brings from afar, so warpgroups do without them.
 // Between arrive() and wait() is the place for what others do not wait for: outputs, and the loads of the next step.
 #pragma once
 #include "recurrence_product.cuh"
@@ -35,6 +39,7 @@ struct Meeting {     // for teams that meet through L2; zeros before the launch
   unsigned* flags;   // [teams][blocks] the number of steps that a block has sent
 };
 
+template <bool grouped>   // warpgroups
 class Team {
  public:
   const int index, rank;
@@ -49,6 +54,11 @@ class Team {
     if (asynchronous() && thread_index() < 2) transactions_begin(barrier(thread_index()), thread_count() / 32);
     warp_sync();
     if (g_.cluster > 1) cluster_sync();   // else the first TileLanes::load has the barrier
+  }
+
+  // What this thread has written of states is for all to read after the next barrier.
+  __device__ __forceinline__ void publish() const {
+    if constexpr (grouped) proxy_fence();
   }
 
   __device__ __forceinline__ char* state() const {
@@ -86,6 +96,7 @@ class Team {
 
   __device__ __forceinline__ void arrive() {
     ++steps_;
+    publish();
     warp_sync();   // a cluster's barrier wants whole warps
     if (asynchronous()) {
       if (thread_index() % 32 == 0) transactions_arrive(barrier(steps_ - 1), thread_index() == 0 ? g_.brought : 0);
@@ -110,6 +121,7 @@ class Team {
         copy_async<16>(to + i, from + i);   // all on their way at once
       copy_commit();
       copy_wait<0>();
+      publish();
     }
     block_sync();
   }
@@ -120,7 +132,7 @@ class Team {
   unsigned steps_ = 0;
 
   __device__ __forceinline__ bool through_l2() const { return g_.blocks > 1 && g_.cluster == 1; }
-  __device__ __forceinline__ bool asynchronous() const { return clusters_exist && g_.brought; }
+  __device__ __forceinline__ bool asynchronous() const { return !grouped && clusters_exist && g_.brought; }
   __device__ __forceinline__ int tile_bytes() const { return g_.lanes * g_.pitch; }
   __device__ __forceinline__ uint64_t* barrier(unsigned step) const {
     return reinterpret_cast<uint64_t*>(shared_memory() + g_.barriers) + step % 2;

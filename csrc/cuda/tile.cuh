@@ -7,7 +7,7 @@ namespace stable_rnn {
 
 // Made from a CudaTiling (recurrence_tiling.cu). Offsets and sizes in bytes; the offsets are into shared memory, where the weights lie first.
 struct Geometry {
-  int blocks, cluster, teams, place;
+  int blocks, cluster, teams, place, product;
   int lanes, units;     // N of a tile, U of a block
   int groups;           // of units, see WarpLayout
   int octets;           // of 8 lanes that a warp has
@@ -22,6 +22,7 @@ struct Geometry {
 };
 
 enum Exchange : int { by_barrier = 0, by_transactions = 1 };
+enum Product : int { by_mma = 0, by_wgmma = 1 };
 enum Place : int { in_registers = 0, in_shared = 1, in_l2 = 2 };
 
 // What a step needs of a Run, in one read.

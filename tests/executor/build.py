@@ -40,7 +40,7 @@ KERNEL = [
     "-Wno-unknown-pragmas",
 ]
 SANITIZE = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-EXECUTOR = [HERE / "executor.cpp", HERE / "primitives.cpp"]
+EXECUTOR = [HERE / name for name in ("executor.cpp", "primitives.cpp", "warpgroups.cpp")]
 LIMITS = (90, 132, 232448, 16)  # CudaLimits of executor.cpp: an H100
 
 
@@ -157,6 +157,13 @@ def primitives() -> ctypes.CDLL:
     return ctypes.CDLL(str(build_primitives()))
 
 
+def native() -> str:
+    """nvcc's option for the GPU of this machine, with what its architecture alone has."""
+    import torch
+
+    return "-arch=sm_90a" if torch.cuda.get_device_capability() == (9, 0) else "-arch=native"
+
+
 @cache
 def gpu_primitives() -> ctypes.CDLL:
     """The same kernels for the GPU of this machine."""
@@ -168,7 +175,7 @@ def gpu_primitives() -> ctypes.CDLL:
             [
                 "nvcc",
                 "-std=c++17",
-                "-arch=native",
+                native(),
                 "-fmad=false",
                 "-shared",
                 "-cudart=static",

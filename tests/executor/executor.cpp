@@ -83,6 +83,10 @@ void end_block(Block& block) {
     fail("its block wrote past its %zu bytes of shared memory", block.bytes);
   if (std::any_of(stores.begin(), stores.end(), [&](const Store& store) { return store.block == &block; }))
     fail("its block ended while stores to it were on their way");
+  const size_t warp = (&block - blocks.data()) * (running->position.threads / WARP);
+  for (int w = 0; w < running->position.threads / WARP; ++w)
+    if (warps[warp + w].issued != warps[warp + w / 4 * 4].issued)
+      fail("the warps of a warpgroup differ in their wgmma");
   block.transactions.clear();
   std::memset(block.shared, POISON, block.bytes);   // other blocks of a cluster must not use it any more
   ASAN_POISON_MEMORY_REGION(block.shared, block.bytes);
@@ -92,6 +96,7 @@ void end_block(Block& block) {
   begin(scheduler);
   thread_body(thread_call);
   Fiber& fiber = *running;
+  if (!fiber.wgmmas.empty()) fail("ends while its wgmma is under way");
   if (--fiber.block->running == 0) end_block(*fiber.block);
   fiber.ended = true;
   switch_to(fiber.side, scheduler, true);
@@ -193,11 +198,11 @@ void run_together(const Grid& grid, int first, int count) {
   blocks.resize(count);
   warps.resize(static_cast<size_t>(count) * threads / WARP);
   fibers.resize(static_cast<size_t>(count) * threads);
-  for (Warp& warp : warps) warp.barrier = {0, 0, WARP};
+  for (Warp& warp : warps) warp.barrier = {0, 0, WARP}, warp.issued = 0;
   for (int b = 0; b < count; ++b) {
     void* shared = nullptr;
     if (posix_memalign(&shared, 128, bytes + FENCE)) std::abort();
-    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false, {}};
+    blocks[b] = {{0, 0, threads}, &clusters[b / cluster], static_cast<char*>(shared), bytes, threads, false, {}, {}};
     ASAN_POISON_MEMORY_REGION(shared, bytes);
   }
   for (size_t i = 0; i < fibers.size(); ++i) {
@@ -212,6 +217,10 @@ void run_together(const Grid& grid, int first, int count) {
     fiber.ended = false;
     fiber.copies.clear();
     fiber.groups.clear();
+    fiber.wgmmas.clear();
+    fiber.wgmma_groups.clear();
+    fiber.sums.clear();
+    fiber.fenced = false;
     prepare(fiber.side, stacks.memory + i * STACK, run_thread);
   }
   schedule();

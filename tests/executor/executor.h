@@ -10,6 +10,8 @@
 //   - copy_async fills its destination with NaN; the data land at copy_wait, which demands that neither end was written in between;
 //   - store_async fills its destination with NaN too; of some phases the data land at once, of others when nothing else can go on: block
 //     after block, half of what is on its way at a time, in either order (in random schedules any at any time). A block that ends before all of it has come ends the launch;
+//   - wgmma fills its sums with NaN; all of it happens at wgmma_wait, after other warps have had a turn: from the operands as they then are in
+//     registers, and from shared memory as it was at the last proxy_fence of a warp of the block or, in a cluster, of any of its blocks;
 //   - store_l2 of a value that is still that NaN ends the launch (other reads of it show in what is computed);
 //   - lanes of a warp at different collectives, addresses that are not aligned or not in shared memory, and threads that all wait end the
 //     launch with a message that names them;
@@ -57,6 +59,11 @@ const char* run(const Grid& grid, void (*body)(const void* call), const void* ca
 uint64_t exchange(const char* name, uint64_t value, int source_lane);
 void multiply(float* c, const uint32_t* a, const uint32_t* b, Product product);
 void load_transposed(uint32_t* words, const void* row);
+uint64_t matrix(const void* shared, int along, int across);
+void publish();
+void fence_products();
+void issue(float* d, const uint32_t* a, uint64_t b, int octets, Product product);
+void finish(int pending);
 void copy(void* shared, const void* global, int bytes);
 void land(int pending);
 void* map(void* shared, int rank);
@@ -105,6 +112,30 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T
 }
 
 inline void load_transposed(uint32_t (&words)[4], const void* row) { executor::load_transposed(words, row); }
+
+constexpr bool wgmma_exists = true;
+inline uint64_t wgmma_matrix(const void* shared, int along, int across) {
+  return executor::matrix(shared, along, across);
+}
+inline void proxy_fence() { executor::publish(); }
+inline void wgmma_fence() { executor::fence_products(); }
+template <int octets>
+void wgmma(float (&d)[octets][4], const uint32_t (&a)[4], uint64_t b, Bf16Tag) {
+  static_assert(octets == 4 || octets == 8, "as on a device");
+  executor::issue(d[0], a, b, octets, executor::Product::bf16);
+}
+template <int octets>
+void wgmma(float (&d)[octets][4], const uint32_t (&a)[4], uint64_t b, F16Tag) {
+  static_assert(octets == 4 || octets == 8, "as on a device");
+  executor::issue(d[0], a, b, octets, executor::Product::f16);
+}
+void wgmma_commit();
+template <int pending>
+void wgmma_wait() {
+  executor::finish(pending);
+}
+template <int rows, int octets>
+void wgmma_pin(float (&)[rows][octets][4]) {}
 
 inline uint32_t to_tf32(float value) {
   uint32_t bits;
@@ -161,6 +192,12 @@ void store_l2(T* global, T value) {
   executor::check_aligned("store_l2", global, sizeof(T));
   executor::check_written("store_l2", &value, sizeof(T));
   *global = value;
+}
+
+template <class Params>
+const char* most_threads(void (*)(Params), int* threads) {
+  *threads = 1024;
+  return nullptr;
 }
 
 template <class Params>

@@ -182,6 +182,52 @@ __global__ void transactions(const Params p) {
   }
 }
 
+// One warpgroup: in [128, count, 4] registers, more [32, 16 count] values of 16 bits by columns, init and out [128, 4, 4] sums. mode: DType;
+// 3: no wgmma_fence; 5: no proxy_fence; 6: that comes before the stores; 7: misaligned; 8: outside shared memory; 9: one warp
+// takes other columns; 10, 11, 12: a, d, b written before the wait; 13: d used before the wait; 14: ends before the wait
+__global__ void warpgroups(const Params p) {
+  const int i = thread_index(), n = thread_count(), depth = 16 * p.count, across = 16 * depth;
+  uint16_t* b = shared_as<uint16_t>();   // [4][2 count][8][8]
+  const auto store = [&](uint16_t differs) {
+    if (p.mode == 6) proxy_fence();
+    for (int e = i; e < 32 * depth; e += n) {
+      const int column = e / depth, k = e % depth;
+      b[(column / 8 * (2 * p.count) + k / 8) * 64 + column % 8 * 8 + k % 8] =
+          static_cast<const uint16_t*>(p.more)[e] ^ differs;
+    }
+    if (p.mode != 5 && p.mode != 6) proxy_fence();
+    block_sync();
+  };
+  uint32_t a[2][4];
+  float sums[1][4][4];
+  auto& d = sums[0];
+  for (int e = 0; e < 16; ++e) d[e / 4][e % 4] = static_cast<const float*>(p.init)[16 * i + e];
+  store(0);
+  wgmma_pin(sums);
+  const auto* words = static_cast<const uint32_t*>(p.in) + 4 * p.count * i;
+  const int skip = p.mode == 7 ? 4 : p.mode == 8 ? 64 : p.mode == 9 && i >= 96 ? 32 : 0;   // of values
+  const uint64_t first = wgmma_matrix(b + skip, 128, across);
+  for (int k = 0; k < p.count; ++k) {
+    uint32_t (&now)[4] = a[k % 2];
+    for (int e = 0; e < 4; ++e) now[e] = words[4 * k + e];
+    if (p.mode != 3) wgmma_fence();
+    if (p.mode == 2) wgmma(d, now, first + 16 * k, F16Tag{});
+    else wgmma(d, now, first + 16 * k, Bf16Tag{});
+    wgmma_commit();
+    if (p.mode == 10) now[0] ^= 0x8000;
+    if (p.mode == 11) d[0][0] = 0;
+    if (k + 1 < p.count) wgmma_wait<1>();
+  }
+  if (p.mode == 12) store(0x8000);
+  if (p.mode == 13 || p.mode == 14)
+    for (int e = 0; e < 16; ++e) static_cast<float*>(p.out)[16 * i + e] = d[e / 4][e % 4];
+  if (p.mode == 14) return;
+  wgmma_wait<0>();
+  if (p.mode == 13) return;
+  wgmma_pin(sums);
+  for (int e = 0; e < 16; ++e) static_cast<float*>(p.out)[16 * i + e] = d[e / 4][e % 4];
+}
+
 // A token goes round the blocks of a cooperative grid `count` times; each adds one. mode 1: waits for what never comes.
 __global__ void token(const Params p) {
   const int block = block_index(), blocks = block_count();
@@ -278,6 +324,7 @@ constexpr Entry kernels[] = {{"where", where},
                              {"copies", copies},
                              {"cluster_exchange", cluster_exchange},
                              {"transactions", transactions},
+                             {"warpgroups", warpgroups},
                              {"token", token},
                              {"through_l2", through_l2},
                              {"faults", faults},

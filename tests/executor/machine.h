@@ -1,5 +1,6 @@
 // What executor.cpp (launching, scheduling) and primitives.cpp (what threads call) share.
 #pragma once
+#include <cstring>
 #include <map>
 #include <vector>
 
@@ -35,6 +36,7 @@ struct Warp {
   Barrier barrier;
   const char* collective;   // that its lanes are in
   Operands lanes[WARP];
+  uint64_t issued;   // a digest of its wgmma: those of a warpgroup agree
 };
 
 struct Transactions {   // of a barrier: transactions_begin()
@@ -61,6 +63,7 @@ struct Block {
   int running;
   bool begun;
   std::map<size_t, Transactions> transactions;   // by their barriers' offsets in shared memory
+  std::vector<char> published;                   // shared memory as wgmma finds it
 };
 
 struct Store {   // on its way
@@ -76,6 +79,14 @@ struct Copy {
   unsigned char data[16];
 };
 
+struct Wgmma {   // under way
+  float* d;
+  const uint32_t* a;
+  uint64_t b;
+  int octets;
+  Product product;
+};
+
 struct Fiber {
   Side side;
   Position position;
@@ -88,6 +99,10 @@ struct Fiber {
   bool ended;
   std::vector<Copy> copies;     // under way
   std::vector<size_t> groups;   // copies before the end of each committed group
+  std::vector<Wgmma> wgmmas;
+  std::vector<size_t> wgmma_groups;
+  std::map<float*, std::vector<float>> sums;   // of wgmmas, by where they come
+  bool fenced;                                 // wgmma_fence since the last wait
 };
 
 extern Fiber* running;              // null in the scheduler
@@ -101,6 +116,20 @@ void wait(const unsigned* word, unsigned least, const char* at);
 void meet(Barrier& barrier, const char* at);
 bool lands_at_once(unsigned phase, int rank);
 void land(const Store& store);
-void pause(const char* at);   // until all other threads have had a turn
+void pause(const char* at);                                            // until all other threads have had a turn
+float element(const uint32_t* fragment, int index, Product product);   // of a lane's registers, in their order
+float towards_zero(double sum);
+
+// All lanes of a warp hand in their operands; the last one does the work for all, as the others wait with theirs on their stacks.
+template <class Work>
+void collective(const char* name, const Operands& operands, Work work) {
+  Warp& warp = *running->warp;
+  if (warp.barrier.arrived == 0) warp.collective = name;
+  if (std::strcmp(warp.collective, name) != 0)
+    fail("is at %s, but other lanes of its warp are at %s", name, warp.collective);
+  warp.lanes[running->position.thread % WARP] = operands;
+  if (warp.barrier.arrived == WARP - 1) work(warp.lanes);
+  meet(warp.barrier, name);
+}
 
 }   // namespace stable_rnn::executor

@@ -6,21 +6,7 @@
 
 namespace stable_rnn {
 namespace executor {
-namespace {
-
-// All lanes of a warp hand in their operands; the last one does the work for all, as the others wait with theirs on their stacks.
-template <class Work>
-void collective(const char* name, const Operands& operands, Work work) {
-  Warp& warp = *running->warp;
-  if (warp.barrier.arrived == 0) warp.collective = name;
-  if (std::strcmp(warp.collective, name) != 0)
-    fail("is at %s, but other lanes of its warp are at %s", name, warp.collective);
-  warp.lanes[running->position.thread % WARP] = operands;
-  if (warp.barrier.arrived == WARP - 1) work(warp.lanes);
-  meet(warp.barrier, name);
-}
-
-float element(const uint32_t* fragment, int index, Product product) {   // of a lane's registers, in their order
+float element(const uint32_t* fragment, int index, Product product) {
   if (product == Product::tf32) {
     const uint32_t bits = fragment[index] & 0xffffe000;   // the rest is not read
     float value;
@@ -37,6 +23,8 @@ float towards_zero(double sum) {
   const float nearest = static_cast<float>(sum);
   return std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.f) : nearest;
 }
+
+namespace {
 
 // Fragments of the PTX manual, "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8". A register holds `pack` neighbours along k.
 void multiply_warp(const Operands* lanes, Product product) {

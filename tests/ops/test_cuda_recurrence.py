@@ -479,6 +479,8 @@ for cell in ("rnn_tanh", "lstm", "gru"):
             case = Case(cell, 7, 3, 33, stride=2, warmup=1, lengths=(7, 0, 4), layout="packed", resets=0.4, **kind)
             made = case.draw()
             machine.backward(case, made, machine.forward(case, made, variant), variant)
+            if "dtype" in kind and variant.octets == 4:
+                machine.forward(case, made, replace(variant, blocks=1, grid=False, wgmma=True))
 """
 
 

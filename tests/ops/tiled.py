@@ -57,7 +57,7 @@ class Tiling(Structure):
         + _fields(c_int, "blocks cluster lanes units warps place teams")
         + _fields(c_int64, "shared_bytes workspace_bytes")
         + [("clocks", c_double)]
-        + [("exchange", c_int)]
+        + _fields(c_int, "product exchange")
     )
 
 
@@ -79,7 +79,7 @@ def units(gates: int, backward: bool) -> int:
 @dataclass(frozen=True)
 class Variant:
     """`blocks` run a tile of 8 x octets x lane_groups lanes; several are a cluster, which meets by its barrier or by transactions, or a
-    grid that meets through L2."""
+    grid that meets through L2. `wgmma`: warps by four, for which a block may have more units than it needs."""
 
     blocks: int = 1
     grid: bool = False
@@ -88,15 +88,18 @@ class Variant:
     place: int = SHARED
     teams: int = 2
     transactions: bool = False
+    wgmma: bool = False
 
     def __str__(self):
         kind = "block" if self.blocks == 1 else f"{'grid' if self.grid else 'cluster'}{self.blocks}"
-        kind += "-transactions" * self.transactions
+        kind += "-transactions" * self.transactions + "-wgmma" * self.wgmma
         return f"{kind}-{self.octets}x{self.lane_groups}-{['registers', 'shared', 'L2'][self.place]}"
 
     def tiling(self, backward: bool, cell: int, hidden: int) -> Tiling:
         unit = units(GATES[cell], backward)
         groups = -(-hidden // (self.blocks * unit))
+        if self.wgmma:
+            groups = -(-groups // 4) * 4
         assert (self.blocks - 1) * groups * unit < hidden, "a block without units"
         warps = groups * (4 if GATES[cell] == 4 and backward else 1) * self.lane_groups
         cluster = 1 if self.grid else self.blocks
@@ -112,6 +115,7 @@ class Variant:
             0,
             0,
             0.0,
+            int(self.wgmma),
             int(self.transactions and cluster > 1),
         )
 
@@ -134,7 +138,7 @@ class Machine:
                 [
                     "nvcc",
                     "-std=c++17",
-                    "-arch=native",
+                    build.native(),
                     "--fmad=false",
                     "--expt-relaxed-constexpr",
                     "-shared",

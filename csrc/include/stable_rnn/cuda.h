@@ -37,7 +37,8 @@ struct CudaTiling {
   int64_t shared_bytes;      // of a block
   int64_t workspace_bytes;   // that the call needs
   double clocks;             // predicted: of an SM, for one step of all lanes
-  int exchange;              // of a cluster: 0 its barrier, 1 transactions (STABLE_RNN_EXCHANGE: barrier, transactions)
+  int product;    // 0 mma, 1 wgmma: many lanes of 16-bit types, forward, sm_90a (STABLE_RNN_PRODUCT: mma, wgmma)
+  int exchange;   // of a cluster: 0 its barrier, 1 transactions (STABLE_RNN_EXCHANGE: barrier, transactions)
 };
 
 // The scans over time of units [unit, unit + units) of a cascade, whose hidden products `sums` are known for all times: gates, the state that

@@ -16,7 +16,7 @@
 namespace stable_rnn {
 
 // Raised with every change of an entry point or a struct: Python takes no module with another (stable_rnn/_native.py).
-constexpr int interface_number = 11;
+constexpr int interface_number = 12;
 
 // Storage of xp, weights, h and what is saved; sums and cells are float32. TF32 is stored as float32, its products round to 10 bits
 // (CUDA only, as F16 is). BF16_WEIGHTS is stored as float32, the state weights w_hh and w_hr alone are rounded to bfloat16 (CPU only).

@@ -5,6 +5,7 @@ float32 products are exact float32 unless torch's switch for matrix products all
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -23,6 +24,8 @@ from .scanned import Scanned
 
 PLACES = ("registers", "shared memory", "L2")  # of W between steps
 EXCHANGES = ("in a cluster", "in a cluster by transactions")
+PRODUCTS = ("", " by wgmma")
+WISHES = ("STABLE_RNN_EXCHANGE", "STABLE_RNN_PRODUCT")  # read by the module at each call
 L2 = PLACES.index("L2")
 
 takes_resets = True  # no wait for their number
@@ -53,9 +56,15 @@ def can_run(p: Problem | None, x: Tensor, w_hh: Tensor | None = None, w_hr: Tens
     return True, ""
 
 
-@lru_cache(maxsize=256)  # one for each length of a batch
 def tiling(limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int) -> dict:
-    """How a shape runs on a device with these limits: the fields of `CudaTiling`."""
+    """How a shape runs on a device with these limits, and with what the environment asks for: the fields of `CudaTiling`."""
+    return _tiling(tuple(map(os.environ.get, WISHES)), limits, backward, cell, dtype, hidden, entries)
+
+
+@lru_cache(maxsize=256)  # one for each length of a batch
+def _tiling(
+    wishes: tuple, limits: tuple[int, ...], backward: bool, cell: str, dtype: int, hidden: int, entries: int
+) -> dict:
     return cuda_device.lib.recurrence_tiling_cuda(backward, CELLS[cell].code, dtype, hidden, hidden, entries, limits)
 
 
@@ -66,7 +75,8 @@ def describe(found: dict) -> str:
     blocks, through = found["blocks"], EXCHANGES[found["exchange"]] if found["cluster"] > 1 else "that meet through L2"
     team = "one block" if blocks == 1 else f"{blocks} blocks {through}"
     return (
-        f"{found['teams']} x {team} of {found['warps']} warps, {found['units']} units a block, {found['lanes']} lanes a tile, "
+        f"{found['teams']} x {team} of {found['warps']} warps{PRODUCTS[found['product']]}, "
+        f"{found['units']} units a block, {found['lanes']} lanes a tile, "
         f"W in {PLACES[found['place']]}, {found['shared_bytes'] / 1024:.0f} KB shared"
     )
 
@@ -96,8 +106,10 @@ class _Kernels(Kernels):
     def call(self, backward: bool, fields: Fields) -> tuple[Callable, Sequence, Tensor]:
         lib, device = cuda_device.lib, fields["w_hh"].device
         index = device.index or 0
+        limits, _ = cuda_device.limits(index)
+        assert limits is not None  # see can_run()
         need = tiling(
-            cuda_device.limits(index)[0],
+            limits,
             backward,
             of_code(fields["cell"]).name,
             fields["dtype"],
