@@ -25,7 +25,7 @@ SIGN = (
     (2.9931, -4.6945, 2.6772),
     (2.0375, -1.5968, 0.5593),
 )
-SURPLUS = 3.0  # of the second order: more than a direction needs for itself, as it turns others outwards
+SURPLUS = 4.0  # of the second order, for each 1 of spread: directions that shrink turn others outwards
 SPREAD = 16.0  # most that is believed
 # Odd quintics likewise, x (a + b x^2 + c x^4): within 12 % of 1 for 0.1 <= x <= 1, so that what multiplies x is near 1/x
 ROOT = ((3.8555, -9.5524, 6.6969), (2.9140, -4.3674, 2.4533))
@@ -98,7 +98,7 @@ def _less(U: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
     zeroth, first, second = (grams @ X.flatten(1).unsqueeze(2)).split(1, 1)
     spread = (zeroth + diagonal.sum(2, keepdim=True)) * second / first.square()
     square = X @ X
-    F = torch.addcmul(X, (SURPLUS * spread.clamp(1, SPREAD) - 1) / (1 + _size(square).sqrt() / 2), square)
+    F = torch.addcmul(X, (0.5 + SURPLUS * (spread.clamp(1, SPREAD) - 1)) / (1 + _size(square).sqrt() / 4), square)
     most = 1 + most
     L = _balanced(outer @ M @ outer / most, F / (2 * most))
     less = U @ _lost(L, gates.weights)
