@@ -17,7 +17,7 @@
 # measured: where the script itself is killed they stay in OUT/unfinished-*, and `python -m benchmarks.gpu_report` makes a report of them.
 # Exit status: 0 all passed, 1 not all, 2 no GPU, or a stage that is none.
 # --rehearse instead of COMMIT: no GPU needed, nothing is built, tiny sizes on the CPU; tests this script.
-# shellcheck disable=SC2317  # the stages' functions are called by name, in a bash that timeout can stop
+# shellcheck disable=SC2317,SC2329  # the stages' functions are called by name, in a bash that timeout can stop
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 TOTAL=${TOTAL:-540}
@@ -155,6 +155,7 @@ wgmma_tests() { pytests tests/test_executor_warpgroups.py tests/ops/test_cuda_re
 triton_tests() { pytests tests/triton -k "not compiled"; }
 
 # Allocations one by one, so that the ends of every tensor are watched.
+# shellcheck disable=SC2086  # several files
 sanitizer() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; return 3; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 86 --launch-timeout 60 \

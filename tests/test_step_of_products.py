@@ -86,6 +86,23 @@ def test_any_size_and_what_is_not_finite(dtype):
     torch.testing.assert_close(alone[0], found[1])
 
 
+@pytest.mark.parametrize("size, least", [(1.05, 0.999), (1.3, 0.99), (2.0, 0.9), (5.0, 0.9)])
+def test_single_directions_come_to_the_bound(size, least):
+    """And not far inside, from wherever; nor does what is inside."""
+    draw = torch.Generator().manual_seed(0)
+    U, S, Vh = torch.linalg.svd(torch.randn(64, 16, generator=draw).double(), full_matrices=False)
+    S = torch.linspace(0.9, 0.2, 16).double()
+    S[0] = size
+    found = step_of_products(((U * S) @ Vh)[None], torch.ones(1, 1, 1), 1.0)[0]
+    sizes = (found @ Vh.mT).norm(dim=0)
+    assert least < sizes[0] < 1.01 and (sizes[1:] / S[1:] > 0.999).all()
+
+
+def test_weights_that_float32_just_holds():
+    w = torch.randn(256, 64) * 1e37
+    assert norm(step(w, 0.9)) < 0.9 * 1.5
+
+
 def test_scales_by_row():
     """Equal ones do what the gate's do; unequal ones lead to the bound, too."""
     w = torch.randn(24, 8)
@@ -96,6 +113,28 @@ def test_scales_by_row():
     for _ in range(10):
         w = step_of_products(w[None], rows, 1.0)[0]
     assert 0.99 < norm(w, rows.flatten()) < 1.005
+
+
+@pytest.mark.parametrize(
+    "scales, steps, most",
+    [
+        (torch.tensor([6.3, 105.0, 25.0, 0.25]).reshape(4, 1), 100, 1.1),  # an LSTM's, forget=0.95
+        (torch.tensor([[12.0] + 15 * [0.6], 16 * [1.8]]), 5, 1.02),  # a GRU's, one r with a large b_hn
+    ],
+    ids=["gate", "rows"],
+)
+def test_weights_in_rows_of_small_scales_alone(scales, steps, most):
+    """What hardly counts comes in as well where nothing else is outside, and no further than it has to."""
+    draw, every = torch.Generator().manual_seed(0), scales.expand(len(scales), 16).flatten().double()
+    rows = every == every.min()
+    w = torch.where(rows[:, None], 1.0, 1e-3) * torch.randn(len(every), 16, generator=draw) / every.float()[:, None]
+    short, found = w[rows].double(), w
+    U, S, Vh = torch.linalg.svd(short * every[rows, None], full_matrices=False)
+    way = (U * (S - 1).clamp(min=0) @ Vh / every[rows, None]).norm()
+    for _ in range(steps):
+        found = step_of_products(found[None], scales[None].double(), 1.0)[0]
+    assert S[0] > 5 and norm(found, every) < most
+    assert (found[rows] - short).norm() < 1.1 * way
 
 
 def spectra(count):
@@ -116,14 +155,15 @@ def spectra(count):
 
 
 def test_no_step_leads_outwards():
-    """Whatever the spectrum is. Gates of scales apart by 100 are brought in slowly where most of a direction lies in those that hardly
-    count, but they are."""
+    """Whatever the spectrum is, and three of them take most of what is outside. Gates of scales apart by 100 are brought in slowly where
+    most of a direction lies in those that hardly count, but they are."""
     for scales, w, before in spectra(240):
-        after = [w]
+        after, norms = [w], [before]
         for _ in range(3):
             after.append(step_of_products(after[-1][None], scales[None], 1.0)[0])
-        norms = [norm(each, scales.expand(len(scales), len(w) // len(scales)).flatten()) for each in after[1:]]
-        assert norms[0] < max(before, 1.0) * 1.02 and norms[2] < 1.02 * (1 + 0.95 * max(before - 1, 0))
+            norms.append(norm(after[-1], scales.expand(len(scales), len(w) // len(scales)).flatten()))
+        assert all(new < max(old, 1.0) * 1.005 for old, new in zip(norms, norms[1:]))
+        assert norms[3] < 1.02 * (1 + 0.4 * max(before - 1, 0))
         assert before > 1 - 1e-6 or torch.equal(after[1], w)
 
 

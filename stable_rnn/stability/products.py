@@ -14,6 +14,8 @@ from torch import Tensor
 
 ROUNDS = 2
 FAR = 4.0  # bounds, in the root mean square of all singular values: weights further out are scaled down to that first
+# Paces at least, of the fastest gate's and of the fastest row's of a gate. More of the first costs quality: README.md.
+SLOWEST_GATE, SLOWEST_ROW = 2e-4, 0.25
 # Odd quintics a x + b x^3 + c x^5, one after the other: each is the best on what the one before makes of 0.005 <= |x| <= 1, up to a factor
 # that keeps it below 1, and its x divided by 1.01 for rounding, but for the last. Together sign(x) up to 0.002 there.
 SIGN = (
@@ -23,7 +25,7 @@ SIGN = (
     (2.9931, -4.6945, 2.6772),
     (2.0375, -1.5968, 0.5593),
 )
-SURPLUS = 3.0  # of the second order: more than a direction needs for itself, as it turns others outwards
+SURPLUS = 4.0  # of the second order, for each 1 of spread: directions that shrink turn others outwards
 SPREAD = 16.0  # most that is believed
 # Odd quintics likewise, x (a + b x^2 + c x^4): within 12 % of 1 for 0.1 <= x <= 1, so that what multiplies x is near 1/x
 ROOT = ((3.8555, -9.5524, 6.6969), (2.9140, -4.3674, 2.4533))
@@ -42,7 +44,7 @@ def step_of_products(W: Tensor, scales: Tensor, bound: float) -> Tensor:
     aim = (bound / most).to(W.dtype)  # (N, 1, 1)
     B = (rows * W.unflatten(1, (scales.shape[1], -1))).flatten(1, 2)
     reach = B.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny)  # no square overflows
-    unit = torch.maximum(aim, reach * _size(B / reach) / (FAR * W.shape[2] ** 0.5))
+    unit = torch.maximum(aim, reach * (_size(B / reach) / (FAR * W.shape[2] ** 0.5)))
     gates = Gates(rows)
     U = start = (W / unit).unflatten(1, (scales.shape[1], -1))
     outside = torch.zeros_like(aim, dtype=torch.bool)
@@ -57,22 +59,25 @@ def step_of_products(W: Tensor, scales: Tensor, bound: float) -> Tensor:
 class Gates:
     """What all rounds know of the rows' scales d <= 1: rows (N, G, H or 1, 1).
 
-    powers    1, d^2, d^4, like rows but (N, G, H or 1, 3)
-    own       (N, G, H, 1): the square of each over the largest of its gate; None where these are equal
-    weights   (N, G, 4): of the first four powers of L in 1 - T_4(CENTRE - SLOPE d^2 L) / T4, d the largest of a gate
+    A row's pace p is d^2, or more where polynomials of few terms would never bring in what lies in rows of small scales alone.
+
+    powers    1, p, p^2, like rows but (N, G, H or 1, 3)
+    own       (N, G, H, 1): the pace of each over the largest of its gate; None where these are equal
+    weights   (N, G, 4): of the first four powers of L in 1 - T_4(CENTRE - SLOPE p L) / T4, p the largest of a gate
     """
 
     def __init__(self, rows: Tensor) -> None:
-        squares = rows.square()
-        self.rows, largest = rows, squares.amax(2)
-        self.powers = torch.cat([torch.ones_like(rows), squares, squares.square()], 3)
-        self.own = squares / largest.unsqueeze(2) if rows.shape[2] > 1 else None
+        paces = rows.square().clamp(min=SLOWEST_GATE)
+        paces = torch.maximum(paces, SLOWEST_ROW * paces.amax(2, keepdim=True))
+        self.rows, largest = rows, paces.amax(2)
+        self.powers = torch.cat([torch.ones_like(rows), paces, paces.square()], 3)
+        self.own = paces / largest.unsqueeze(2) if rows.shape[2] > 1 else None
         c, s = CENTRE, SLOPE
         taylor = (-(32 * c**3 - 16 * c) * s, (48 * c**2 - 8) * s**2, -32 * c * s**3, 8 * s**4)
         self.weights = torch.cat([-t / T4 * largest**n for n, t in enumerate(taylor, 1)], 2)
 
     def grams(self, U: Tensor) -> Tensor:
-        """(N, 3, P*P): B^T D B for D = 1, diag(d)^2, diag(d)^4; U (N, G, H, P)."""
+        """(N, 3, P*P): B^T D B for D = 1 and the paces and their squares; U (N, G, H, P)."""
         B = self.rows * U
         if self.own is None:
             return self.powers.flatten(1, 2).mT @ (B.mT @ B).flatten(2)
@@ -93,7 +98,7 @@ def _less(U: Tensor, gates: Gates) -> tuple[Tensor, Tensor]:
     zeroth, first, second = (grams @ X.flatten(1).unsqueeze(2)).split(1, 1)
     spread = (zeroth + diagonal.sum(2, keepdim=True)) * second / first.square()
     square = X @ X
-    F = torch.addcmul(X, (SURPLUS * spread.clamp(1, SPREAD) - 1) / (1 + _size(square).sqrt() / 2), square)
+    F = torch.addcmul(X, (0.5 + SURPLUS * (spread.clamp(1, SPREAD) - 1)) / (1 + _size(square).sqrt() / 4), square)
     most = 1 + most
     L = _balanced(outer @ M @ outer / most, F / (2 * most))
     less = U @ _lost(L, gates.weights)
@@ -129,7 +134,7 @@ def _balanced(M: Tensor, F: Tensor) -> Tensor:
 
 
 def _lost(L: Tensor, weights: Tensor) -> Tensor:
-    """1 - exp(-d_g^2 L), nearly, of each gate: (N, G, P, P)."""
+    """1 - exp(-p_g L), nearly, of each gate: (N, G, P, P)."""
     square = L @ L
     over = (_size(square).sqrt() / REACH).clamp(min=1)
     powers = torch.stack([L, square, square @ L, square @ square], 1).flatten(2)
