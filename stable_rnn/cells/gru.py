@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardtanh
 
 from .spec import NOTHING, Cell, State, Step
 
@@ -20,7 +21,7 @@ class Gru(Cell):
         (x_r, x_z, x_n), (q_r, q_z, q_n) = x.chunk(3, 1), q.chunk(3, 1)
         r, z = torch.sigmoid(x_r + q_r), torch.sigmoid(x_z + q_z)
         if clamp < 1:
-            z = z.clamp_max(clamp)
+            z = hardtanh(z, 0.0, clamp)  # a clamp whose gradient is one kernel
         n = torch.tanh(x_n + r * q_n)
         return n + z * (h - n), c, (r, z, n, q_n)
 
