@@ -339,12 +339,13 @@ def _ways_to_run(rank):
     found += [torch.compile(model, backend="eager")(x[mine])[0], copy.deepcopy(model)(x[mine])[0]]
     with torch.autocast("cpu", torch.bfloat16):
         each = model[0](x[mine], h), torch.compile(model[0], backend="eager")(x[mine], h)
-    as_low = [y.dtype is low.dtype and torch.allclose(y, low[mine], atol=1e-6) for y, _ in each]
-    as_low += [h_n.dtype is low_h.dtype and torch.allclose(h_n.detach_(), low_h, atol=1e-6) for _, h_n in each]
+    near = lambda a, b: torch.allclose(a, b, atol=1e-6)  # noqa: E731  float32: products of fewer rows sum in another order
+    as_low = [y.dtype is low.dtype and near(y, low[mine]) for y, _ in each]
+    as_low += [h_n.dtype is low_h.dtype and near(h_n.detach_(), low_h) for _, h_n in each]
     refused = [said(call) for call in (lambda: pickle.dumps(model), model[0].stream, lambda: stream.push(x[mine]))]
     sequence_parallel(model, None)
     pickle.dumps(model)
-    alike = [torch.allclose(y, whole[mine], atol=1e-6) for y in found] + [torch.equal(model(x)[0], whole)]
+    alike = [near(y, whole[mine]) for y in found] + [torch.equal(model(x)[0], whole)]
     lstm = sequence_parallel(StableLSTM(I, H, **BOTH, stability=Cascade(2)), dist.group.WORLD)
     for plan in (Windowed(3), Chunked(4, 3), Scanned(), Verified()):
         lstm.plan = plan

@@ -70,7 +70,7 @@ def test_the_model_is_the_one_that_tilings_come_from():
     now = list(cuda_device.lib.step_costs_cuda().values())
     rows = shapes()
     for row, seconds in zip(rows, fit_costs.step_model(rows)(now)):
-        assert seconds * CLOCK == pytest.approx(row["tiling"]["clocks"], rel=1e-12)
+        assert seconds * CLOCK == pytest.approx(row["tiling"]["clocks"], rel=1e-12)  # one formula; float64
 
 
 @pytest.mark.parametrize("seed", [0, 2])
@@ -79,7 +79,7 @@ def test_known_constants_are_found(seed):
     model, true = fit_costs.step_model(rows), moved(start, seed)
     found = fitted(start, model, timed(rows, model, true))
     assert found.names == list(start) and None not in found.factor
-    assert found.after == pytest.approx(true, rel=1e-3)
+    assert found.after == pytest.approx(true, rel=1e-3)  # drawn a little towards the start
 
     noisy = timed(rows, model, true, noise=0.05)
     found = fitted(start, model, noisy)
@@ -92,7 +92,7 @@ def test_the_choices_constants_are_found():
     rows = [row for row in shapes() if not row["backward"]]
     model, start = fit_costs.policy_model(rows), fit_costs.policy_start()
     true = moved(start, 3)
-    assert fitted(start, model, timed(rows, model, true)).after == pytest.approx(true, rel=1e-3)
+    assert fitted(start, model, timed(rows, model, true)).after == pytest.approx(true, rel=1e-3)  # as above
 
 
 def test_the_choices_model_is_the_policys():
@@ -102,7 +102,7 @@ def test_the_choices_model_is_the_policys():
         weights = CELLS[row["cell"]].gates * row["hidden"] ** 2
         costs = policy.Costs(policy.Problem(row["cell"], 100, 1), 1, weights, "cuda")
         step = policy.DEVICES["cuda"].step + weights / policy.DEVICES["cuda"].rate
-        assert seconds == pytest.approx(costs.run(row["lanes"], 1) * step, rel=1e-12)
+        assert seconds == pytest.approx(costs.run(row["lanes"], 1) * step, rel=1e-12)  # one formula
 
 
 def test_a_constant_that_no_row_depends_on_stays():

@@ -108,7 +108,8 @@ def test_scales_by_row():
     w = torch.randn(24, 8)
     rows = SCALES[None, :, None].expand(1, 4, 6)
     by_gate = step_of_products(w[None], SCALES[None, :, None], 1.0)
-    torch.testing.assert_close(step_of_products(w[None], rows, 1.0), by_gate, rtol=1e-4, atol=1e-4)
+    rounding = dict(rtol=1e-5, atol=1e-5)  # float32: two rounds of products that take the scales in another order
+    torch.testing.assert_close(step_of_products(w[None], rows, 1.0), by_gate, **rounding)
     rows = torch.rand(1, 4, 6, dtype=torch.float64) + 0.01
     for _ in range(10):
         w = step_of_products(w[None], rows, 1.0)[0]
@@ -183,7 +184,8 @@ def test_polynomials_do_what_is_said_of_them():
     kept = 1 - torch.stack([products._lost(each.reshape(1, 1, 1), weights).flatten()[0] for each in y])
     assert kept[0] == 1 and -1e-9 < kept.min() and kept[y > 5].max() < 1 / 12.5
     slope = products._lost(torch.full((1, 1, 1), 1e-6, dtype=torch.float64), weights)
-    torch.testing.assert_close(slope.flatten(), torch.tensor([1e-6], dtype=torch.float64), rtol=1e-4, atol=0)
+    second_order = dict(rtol=1e-6, atol=0)  # of a difference quotient at 1e-6
+    torch.testing.assert_close(slope.flatten(), torch.tensor([1e-6], dtype=torch.float64), **second_order)
 
 
 # ---- modules: on a GPU where there is one, else on CPU tensors that are taken for a GPU's
@@ -372,7 +374,9 @@ def test_what_is_not_finite_is_left_alone_and_named_late(name, value, gpu):
     with torch.no_grad():
         getattr(module, name).view(-1)[8] = before[name].view(-1)[8]
     for n, p in module.named_parameters():
-        torch.testing.assert_close(p, before[n], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            p, before[n], rtol=1e-5, atol=1e-6
+        )  # a GPU's sums may put a layer outside by a rounding
     for _ in range(2 * PERIOD):
         module.project_(certify=False)
 

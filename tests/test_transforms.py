@@ -135,7 +135,9 @@ def test_many_gradients_at_once(cls, backend, plan):
     for kept in (True, False):
         found = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=kept)
         for at_once, each in zip(found, zip(*expected)):
-            assert torch.allclose(at_once, torch.stack(each), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                at_once, torch.stack(each), rtol=1e-5, atol=1e-5
+            )  # float32: sums over T in another order
     if before is not None:
         assert m.last_report == before
 
@@ -212,7 +214,9 @@ def test_windows_of_a_gru_go_back_under_autocast(backend):
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
                 y.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
-    torch.testing.assert_close(*grads, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        *grads, rtol=0.02, atol=0.02
+    )  # bfloat16 has 8 bits, 0.004, and several roundings in a row
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
