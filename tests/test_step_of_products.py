@@ -1,11 +1,10 @@
 """A training step's projection on a GPU: what it leaves outside beside the one of the CPU, and that no part of it waits for the device."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import NoWaiting, no_waiting
 
 from stable_rnn import Cascade, Certified, ForgetCap, StableGRU, StableLSTM, StableLSTMCell
 from stable_rnn.ops import cuda_device
@@ -19,7 +18,6 @@ from stable_rnn.stability.weights import layer_names, named_weights
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 SCALES = torch.tensor([0.3, 1.0, 0.9, 0.1], dtype=torch.float64)
-aten = torch.ops.aten
 
 
 def norm(w, scales=SCALES):
@@ -197,56 +195,6 @@ def gpu(monkeypatch):
         monkeypatch.setattr(cuda_device, "on_gpu", lambda t: t.device.type == "cpu")
 
 
-WAITING = {
-    aten._local_scalar_dense.default,
-    aten.is_nonzero.default,
-    aten.equal.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten._linalg_eigh.default,
-    aten.linalg_qr.default,
-    aten._linalg_svd.default,
-    aten.linalg_cholesky_ex.L,
-    aten._unique2.default,
-    aten.unique_dim.default,
-}
-
-
-class NoWaiting(TorchDispatchMode):
-    """What would have to wait for a GPU raises: reads, masks as indices, eigenvectors, copies between devices. Tensors that are on the CPU
-    beside a GPU's may be read."""
-
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if any(t.device.type == self.device for t in tensors):
-            masks = function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
-            masks = masks and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
-            copies = function in (aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default)
-            devices = {t.device.type for t in tensors} | (
-                {torch.device(d).type} if (d := kwargs.get("device")) else set()
-            )
-            assert function not in WAITING and not masks and not (copies and len(devices) > 1), f"{function} waits"
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def no_waiting():
-    if GPU:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    else:
-        with NoWaiting("cpu"):
-            yield
-
-
 MODULES = {
     "LSTM": lambda: StableLSTM(3, 8, stability=Certified()),
     "LSTM, clamped, two layers, both ways": lambda: StableLSTM(
@@ -276,7 +224,7 @@ def test_no_step_waits(make, gpu):
             assert call in (PERIOD + 4, 2 * PERIOD + 4)
             module.project_(certify=False)
             continue
-        with no_waiting():
+        with no_waiting(GPU):
             project_all_([module], certify=False)  # what the hook of `project_after_step` calls
     module.project_()
 

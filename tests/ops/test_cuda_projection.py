@@ -4,13 +4,14 @@ GPU's, with the CUDA kernel in the block executor."""
 import copy
 import math
 import pickle
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from executor import build
 from spectra import KINDS, norm, projected, spectrum, with_spectrum
+from waiting import no_waiting
 
 from stable_rnn import StableLSTM
 from stable_rnn.functional import SpectralState, spectral_norm_bound, spectral_project_
@@ -32,26 +33,6 @@ def gpu(monkeypatch):
     cuda_device.limits.cache_clear()
     yield
     cuda_device.limits.cache_clear()
-
-
-@contextmanager
-def no_waiting():
-    """What reads a tensor's values raises."""
-    if GPU:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero"):
-
-            def wait(*_, name=name):
-                raise AssertionError(f"the host waits: {name}")
-
-            patch.setattr(torch.Tensor, name, wait)
-        yield
 
 
 @pytest.fixture
@@ -83,7 +64,7 @@ def test_no_step_of_a_loop_waits():
             assert call in (20, 36)
             spectral_project_(Ws, BOUND, certify=False, state=state)
             continue
-        with no_waiting():
+        with no_waiting(GPU):
             norms = spectral_project_(Ws, BOUND, certify=False, state=state)
     assert norms.shape == (2,) and norms.dtype == torch.float64
     assert all(norm(W) <= BOUND + 0.02 for W in Ws)
@@ -153,7 +134,7 @@ def test_no_step_of_a_module_with_a_projection_waits(monkeypatch):
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
-        with nullcontext() if call == 20 else no_waiting():  # in call 20 what was sent in call 16 is read
+        with nullcontext() if call == 20 else no_waiting(GPU):  # in call 20 what was sent in call 16 is read
             module.project_(certify=False)
     weights = dict(module.named_parameters())
     assert all(norm(w.detach()) < 1.02 for name, w in weights.items() if "weight_hr" in name)
