@@ -188,7 +188,10 @@ def descend(residuals: Callable[[Tensor], Tensor], count: int, free: list[int], 
     """The logarithms of the constants over their start, (count,), least in the sum of squares with `prior` times their own; and the slopes
     of the residuals there, (rows, free)."""
     theta, damping = torch.zeros(count, dtype=torch.float64), 1e-2
-    cost = lambda r, theta: float(r.square().sum() + prior * theta.square().sum())  # noqa: E731
+
+    def cost(r: Tensor, theta: Tensor) -> float:
+        return float(r.square().sum() + prior * theta.square().sum())
+
     now = residuals(theta)
     for _ in range(200):
         slopes = torch.stack([(residuals(theta + 1e-5 * unit(count, i)) - now) / 1e-5 for i in free], 1)

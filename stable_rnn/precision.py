@@ -48,7 +48,7 @@ def _asked_on_cpu() -> str:
     return _products.fp32_precision if asked == "none" else asked
 
 
-def products_eps(on_gpu: bool = True) -> float:
+def products_eps(on_gpu: bool) -> float:
     """The relative rounding error of float32 products, at most."""
     if not on_gpu:
         return BF16X3_EPS if bfloat16x3_allowed() else torch.finfo(torch.float32).eps

@@ -42,7 +42,7 @@ def lower_forget(
 
 
 def _sums(w: Tensor, vector: Tensor) -> Tensor:
-    """Upper bounds of |w| @ vector, for a finite vector >= 0."""
+    """|w| @ vector, for a finite vector >= 0, as `times` but without a look at its values; in float64 an upper bound."""
     return up(wide(w).abs() @ vector, w.shape[1])
 
 

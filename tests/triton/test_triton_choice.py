@@ -88,12 +88,12 @@ def test_products_of_float32(gpu, monkeypatch):
     monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)
     gpu(90)
     plain = backend._dtype(f32)
-    assert plain == backend.DTYPES[torch.float32] and precision.products_eps() == 2.0**-23
+    assert plain == backend.DTYPES[torch.float32] and precision.products_eps(True) == 2.0**-23
     monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32x3")
-    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32x3" and precision.products_eps() == 2.0**-20
+    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32x3" and precision.products_eps(True) == 2.0**-20
     assert backend._dtype(f32.half()) == backend.DTYPES[torch.float16]
     allowed.append(True)
-    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32" and precision.products_eps() == 2.0**-10
+    assert backend.PRECISIONS[backend._dtype(f32)] == "tf32" and precision.products_eps(True) == 2.0**-10
     monkeypatch.setattr(backend, "device_of", lambda x: backend.Device("hip", 0, 100))
     assert backend._dtype(f32) == plain
 
